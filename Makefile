@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment in .venv with this package and its dependencies.
+#   make demo          see the method learn on rendered people (writes output/demo)
+#   make test          lint, format check and every test
+#   make format        let ruff rewrite the code in the project's form
+#   make timm-suite    timm's own model tests on every model of this package (needs the network)
+#   make clean         remove what the other targets made, but not output/
+# PYTHON=... chooses the interpreter that .venv is made from.
+
+.PHONY: demo test format timm-suite clean
+
+# The first interpreter that is new enough.
+PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$name && break; done)
+INSTALLED := .venv/installed
+
+demo: $(INSTALLED)
+	.venv/bin/vireid demo --output output/demo
+
+test: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+format: $(INSTALLED)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+timm-suite: $(INSTALLED)
+	.venv/bin/python tests/timm_suite/run.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+# Written last, so that an interrupted set-up starts again. PYTHON is expanded once, for its search runs interpreters.
+$(INSTALLED): setup.cfg pyproject.toml
+	@python="$(PYTHON)"; \
+	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+		echo "Python 3.10 or newer is needed (tried $${python:-python3, python, python3.10 and later});" \
+			"name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	echo "Setting up .venv with $$("$$python" --version): some minutes, once"; \
+	rm -rf .venv && "$$python" -m venv .venv
+	.venv/bin/python -m pip install --editable '.[test]'
+	@touch $@

@@ -1,0 +1,155 @@
+"""The `vireid` command: train, eval, synth and demo."""
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.utils import ParseKwargs
+
+from . import __version__
+from .config import add_arguments, load_yaml
+from .datasets import READERS, create_dataset
+from .demo import run_demo
+from .device import autocast_dtype, resolve_device
+from .evaluate import evaluate
+from .hub import load_model
+from .synth import LAYOUT_NAMES, write_layout
+from .synthetic import SPECTRA
+from .train import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Those of the process when None.
+
+    Returns:
+        Exit status: 0, 1 after an error that the user can mend, 130 after Ctrl-C.
+    """
+    args = vars(_parser().parse_args(arguments))
+    command = args.pop('command')
+    logger = logging.getLogger('vireid_timm')
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter('%(message)s'))
+    logger.addHandler(handler)
+    level, logger.level = logger.level, logging.INFO
+    try:
+        command(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f'vireid: error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('vireid: stopped', file=sys.stderr)
+        return 130
+    finally:
+        logger.removeHandler(handler)
+        logger.level = level
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='vireid', description='Visible-infrared person re-identification: train, evaluate, make pictures.')
+    parser.add_argument('--version', action='version', version=__version__)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    _add_train(commands)
+    _add_eval(commands)
+    _add_synth(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        'train', help='train or fine-tune a model',
+        description='Train or fine-tune a model. Flags win over --config, which wins over the defaults.')
+    parser.add_argument('-c', '--config', default=argparse.SUPPRESS, metavar='FILE', help='YAML file of settings')
+    add_arguments(parser)
+    parser.set_defaults(command=_train)
+
+
+def _train(args: dict[str, Any]) -> None:
+    config = args.pop('config', None)
+    result = train({**(load_yaml(config) if config else {}), **args})
+    print(f'Run: {result.folder}')
+    print(f'Model: {result.best}')
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser('eval', help='evaluate a model on a dataset', description=_eval.__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument('--checkpoint', metavar='PATH', help='run folder, Hub-ready folder, or a file in one')
+    which.add_argument('--model', metavar='NAME', help='local-dir:FOLDER, hf-hub:OWNER/NAME, or a model with a tag')
+    parser.add_argument(
+        '--pretrained', action=argparse.BooleanOptionalAction, default=True,
+        help='load the weights of --model (default), or evaluate it untrained')
+    parser.add_argument('--dataset', default='folder', help=f'reader: {", ".join(READERS)} (default: folder)')
+    parser.add_argument('--data-dir', default='', metavar='PATH', help='root of the data (the file itself for csv)')
+    parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    parser.add_argument('--protocol', nargs='+', metavar='NAME', help="all of the dataset's protocols if unset")
+    parser.add_argument('--report', metavar='FILE.json', help='write the report there, too')
+    parser.add_argument('--features', choices=('after-bn', 'before-bn'), default='after-bn')
+    parser.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="the model's own if unset")
+    parser.add_argument('-b', '--batch-size', type=int, default=128)
+    parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
+    parser.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
+    parser.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16')
+    parser.add_argument('--cache', choices=('disk', 'ram', 'off'), default='disk')
+    parser.add_argument('--skip-broken', action='store_true', help='leave out pictures that cannot be read')
+    parser.add_argument('--workers', type=int, default=None, help='pictures decoded at a time')
+    parser.set_defaults(command=_eval)
+
+
+def _eval(args: dict[str, Any]) -> None:
+    """Evaluate a model: features once, then every protocol of the dataset with all its trials."""
+    dataset = create_dataset(args['dataset'], args['data_dir'] or None, **args['dataset_kwargs'])
+    model = load_model(args['checkpoint'] or args['model'], pretrained=args['pretrained'])
+    device = resolve_device(args['device'])
+    report = evaluate(
+        model.to(device),
+        dataset,
+        args['protocol'],
+        features=args['features'],
+        size=tuple(args['input_size'][1:]) if args['input_size'] else None,
+        batch_size=args['batch_size'],
+        amp_dtype=autocast_dtype(device, args['amp'], args['amp_dtype']),
+        cache=args['cache'],
+        skip_broken=args['skip_broken'],
+        workers=args['workers'],
+        progress=True,
+    )
+    if args['report']:
+        report.save(args['report'])
+    print(report)
+
+
+def _add_synth(commands: Any) -> None:
+    parser = commands.add_parser('synth', help='write SynthVI pictures to disk', description=_synth.__doc__)
+    parser.add_argument('directory', metavar='DIR', type=Path, help='a folder that does not exist yet')
+    parser.add_argument('--layout', choices=LAYOUT_NAMES, default='folder')
+    parser.add_argument('--identities', type=int, default=None, help='training identities; test identities come on top')
+    parser.add_argument('--test-identities', type=int, default=None)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--spectrum', choices=SPECTRA, default=None, help="the layout's own if unset")
+    parser.add_argument('--size', nargs=2, type=int, default=(128, 64), metavar=('H', 'W'))
+    parser.add_argument('--full-size', action='store_true', help="the real dataset's identities and picture counts")
+    parser.add_argument('--workers', type=int, default=None, help='processes that render')
+    parser.set_defaults(command=_synth)
+
+
+def _synth(args: dict[str, Any]) -> None:
+    """Render SynthVI in the layout of a real dataset or of your own folders."""
+    directory = args.pop('directory')
+    write_layout(directory, size=tuple(args.pop('size')), **args)
+    print(f'Pictures: {directory}')
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser('demo', help='see it work in four minutes', description=run_demo.__doc__.split('\n')[0])
+    parser.add_argument('--output', type=Path, default=Path('output/demo'), metavar='DIR')
+    parser.add_argument('--seed', type=int, default=0, help='of the fine-tuning')
+    parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
+    parser.set_defaults(command=lambda args: run_demo(**args))
