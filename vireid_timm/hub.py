@@ -78,7 +78,7 @@ import vireid_timm  # registers the architecture with timm
 import timm
 
 model = timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=0).eval()
-visible_features = model(visible)             # normalised pictures [B, 3, H, W] -> [B, {facts.get('num_features', 'D')}]
+visible_features = model(visible)  # normalised pictures [B, 3, H, W] -> [B, {facts.get('num_features', 'D')}]
 infrared_features = model(infrared=infrared)
 ```
 

@@ -125,8 +125,10 @@ class DualStem(nn.Module):
             raise ValueError('no pictures: give visible=, infrared=, or both, each [B, C, H, W]')
         if len(maps) == 1:
             return maps[0]
-        if maps[0].shape[2:] != maps[1].shape[2:]:
-            raise ValueError('visible and infrared pictures need the same height and width')
+        if visible is not None and infrared is not None and visible.shape[2:] != infrared.shape[2:]:
+            raise ValueError(
+                f'visible and infrared pictures need the same height and width, got {list(visible.shape)} and '
+                f'{list(infrared.shape)}')
         return torch.cat(maps)
 
     def _check(self, pictures: torch.Tensor, modality: str) -> None:

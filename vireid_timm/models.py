@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -112,6 +113,7 @@ class DualStreamResNet(nn.Module):
             dict(info, reduction=4 * step, module=f'layer{i + 1}')
             for i, (info, step) in enumerate(zip(trunk.feature_info[1:], steps))]
 
+        self.global_pool = GeneralizedMeanPool(gem_power, global_pool)
         self.fuse_layers = fuse_layers
         self.fusion = None
         if fuse_layers:
@@ -120,13 +122,12 @@ class DualStreamResNet(nn.Module):
                 [steps[i - 1] for i in fuse_layers],
                 out_step=steps[3],
                 channels=fuse_width,
-                power=gem_power,
+                power=self.global_pool.power,
                 spatial_weights=spatial_weights,
                 grid=(-(-img_size[0] // 4), -(-img_size[1] // 4)),
                 plain=plain_fusion,
                 **dd,
             )
-        self.global_pool = GeneralizedMeanPool(gem_power, global_pool)
         self._create_heads(trunk.num_features, dd)
 
     def _create_heads(self, global_features: int, dd: dict[str, Any]) -> None:
@@ -157,15 +158,21 @@ class DualStreamResNet(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The classifier of the branch that retrieval uses."""
-        return self.joint_head.fc if self.joint_head is not None else self.global_head.fc
+        head = self.joint_head if self.joint_head is not None else self.global_head
+        return nn.Identity() if head is None else head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace every branch's classifier; the necks stay. A pooling of None keeps the current one."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         _check_head(num_classes, global_pool)
-        self.num_classes = num_classes
         self.global_pool = GeneralizedMeanPool(self.gem_power, global_pool).train(self.training)
+        self.num_classes = num_classes
+        if self.fusion is not None:
+            self.fusion.power = self.global_pool.power
+        if self.global_head is None and global_pool:  # pruned: a head for the features that are left
+            self._create_heads(self.num_features, get_device_dtype(self.stem))
+            self.global_head.train(self.training)
         for head in (self.global_head, self.fusion_head, self.joint_head):
             if head is not None:
                 head.reset(num_classes)
@@ -184,7 +191,8 @@ class DualStreamResNet(nn.Module):
         """timm's `forward_intermediates` over layer1-4 (indices 0-3), for either or both modalities.
 
         Returns:
-            The joint map and the chosen layers' maps, or the latter alone with `intermediates_only`.
+            The joint map (the last layer's own map if `stop_early` came before layer4) and the chosen layers' maps, or
+            the latter alone with `intermediates_only`.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f'output_fmt must be NCHW, got {output_fmt!r}')
@@ -195,7 +203,9 @@ class DualStreamResNet(nn.Module):
             x = self._forward_layer(layer, x)
             levels.append(x)
         intermediates = [levels[i] for i in take]
-        return intermediates if intermediates_only else (self._joint_map(levels), intermediates)
+        if intermediates_only:
+            return intermediates
+        return self._joint_map(levels) if len(levels) == 4 else levels[-1], intermediates
 
     def prune_intermediate_layers(
             self,
@@ -203,14 +213,15 @@ class DualStreamResNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Remove the layers after the last of `indices`, and with `prune_head` everything behind the layers."""
+        """Remove the layers after the last of `indices`, and if there are any or with `prune_head` all behind layer4."""
         take, last = feature_take_indices(4, indices)
         for i in range(last + 1, 4):
-            setattr(self, f'layer{i + 1}', nn.Identity().train(self.training))
-        if prune_head:
+            setattr(self, f'layer{i + 1}', nn.Sequential().train(self.training))  # empty, for checkpoint_seq
+        if prune_head or last < 3:
             self.reset_classifier(0, '')
-            self.fusion = self.fusion_head = self.joint_head = None
-            self.global_head = nn.Identity().train(self.training)
+            self.fusion = self.global_head = self.fusion_head = self.joint_head = None
+            self.branches = ('global',)
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
         return take
 
     def _forward_layer(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +252,7 @@ class DualStreamResNet(nn.Module):
         if self.fusion is not None:
             size = [levels[0].shape[2], levels[0].shape[3]]
             powers = self.fusion([levels[i - 1] for i in self.fuse_layers], size)
-            x = torch.cat([x, root(powers, self.gem_power)], dim=1)
+            x = torch.cat([x, root(powers, self.global_pool.power)], dim=1)
         return x
 
     def forward_features(
@@ -291,7 +302,7 @@ class DualStreamResNet(nn.Module):
         if self.fusion is not None:
             fused = [levels[i - 1] for i in self.fuse_layers]
             mean_power = self.fusion.mean_power(fused, list(levels[0].shape[2:]))
-            branch_features['fusion'] = root(mean_power, self.gem_power)
+            branch_features['fusion'] = root(mean_power, self.global_pool.power)
             branch_features['joint'] = torch.cat(list(branch_features.values()), dim=1)
         heads = {'global': self.global_head, 'fusion': self.fusion_head, 'joint': self.joint_head}
         logits = {name: heads[name](branch_features[name]) for name in self.branches} if self.num_classes else {}
@@ -345,6 +356,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     missing = sorted(key for key in pretrained_part - set(mapped) if not key.endswith('num_batches_tracked'))
     if missing:
         raise RuntimeError(f'ImageNet weights lack tensors of stem and trunk: {", ".join(missing)}')
+    _logger.warning(
+        'ImageNet weights in both stems and the trunk. This is a start for fine-tuning, not a re-identification model.')
     return {**own, **mapped}
 
 
@@ -377,7 +390,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    model = build_model_with_cfg(
+    return build_model_with_cfg(
         DualStreamResNet,
         variant,
         pretrained,
@@ -385,12 +398,6 @@ def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
         **kwargs,
     )
-    tag = model.pretrained_cfg.get('tag') or ''
-    if pretrained and tag.endswith('in1k'):
-        _logger.warning(
-            f'{variant}.{tag}: ImageNet weights in both stems and the trunk. This is a start for fine-tuning, '
-            f'not a re-identification model.')
-    return model
 
 
 _R10T = dict(
@@ -438,7 +445,8 @@ def vireid_dml_r101(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet
 @register_model
 def vireid_base_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's baseline, the global branch alone, on timm's ResNet-10-T; default input 128x64."""
-    return _create_dual_stream('vireid_base_r10t', pretrained, **dict(_R10T, fuse_layers=(), **kwargs))
+    model_args = dict(_R10T, fuse_layers=())
+    return _create_dual_stream('vireid_base_r10t', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -86,8 +86,8 @@ def read_picture(path: str) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'it has {width}x{height} pixels')
             picture.load()
-            # Orientation is looked up after load(): reading a TIFF already turns it upright and drops the tag.
-            turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION_TAG))
+            # Pillow turns TIFFs upright itself, and leaves all else to the caller.
+            turn = None if picture.format == 'TIFF' else _UPRIGHT.get(picture.getexif().get(_ORIENTATION_TAG))
             upright = _to_rgb(picture)
             return upright if turn is None else upright.transpose(turn)
     except Exception as error:  # decoders raise nearly anything on a damaged file
@@ -288,7 +288,7 @@ def in_order(
         processes: Use processes rather than threads, for work that holds Python's lock (rendering does, decoding not).
 
     Raises:
-        RuntimeError: If a worker process dies or cannot start.
+        ChildProcessError: If a worker process dies or cannot start.
     """
     if workers <= 1:
         yield from map(function, items)
@@ -303,7 +303,7 @@ def in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise ChildProcessError(
             'a worker process died or could not start; if a script of yours makes this call, put it under '
             '`if __name__ == "__main__":`, or pass workers=0 (--workers 0)'
         ) from error
@@ -395,6 +395,8 @@ def _decode_to_disk(
         about = {'pictures': len(paths), 'size': size, 'first': paths[0], 'broken': broken}
         (temporary / 'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
         _publish(temporary, folder)
+    except ChildProcessError:  # an OSError that is not about the disk
+        raise
     except OSError as error:
         raise OSError(
             error.errno,

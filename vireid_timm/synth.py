@@ -124,6 +124,8 @@ def write_layout(
         if target.is_dir():
             target.rmdir()  # empty, as checked above
         os.rename(partial, target)
+    except ChildProcessError:  # an OSError that is not about the disk
+        raise
     except OSError as error:
         raise OSError(error.errno, f'cannot write {len(plan.pictures):,} pictures to {target} ({error.strerror})'
                       ) from error

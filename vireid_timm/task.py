@@ -37,7 +37,8 @@ class ViReIDTask(TrainingTask):
             device: torch.device | None = None,
             verbose: bool = True,
     ) -> None:
-        """
+        """Set up the losses.
+
         Args:
             model: A network with a classifier.
             id_branches: Branches with an identity loss (L_id of table 3); all of the model's when None.
@@ -63,7 +64,8 @@ class ViReIDTask(TrainingTask):
         self.retrieval_branch = model.branches[-1]
         self.smoothing = smoothing
         self.triplet_weight = triplet_weight
-        self.mutual_learning = MutualLearningLoss(mutual if len(model.branches) > 1 else 'none', global_weight, fusion_weight)
+        mode = mutual if len(model.branches) > 1 else 'none'
+        self.mutual_learning = MutualLearningLoss(mode, global_weight, fusion_weight)
         self.triplet = WeightedRegularizedTriplet()
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ViReIDTask':
@@ -82,7 +84,8 @@ class ViReIDTask(TrainingTask):
         return unwrap_model(module).model if module is not None else None
 
     def forward(self, input: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
+        """Forward pass of both modalities and all losses.
+
         Args:
             input: Normalised visible [B, 3, H, W] and infrared [B, 3, H, W] pictures.
             target: Class labels of the visible rows, then of the infrared ones, [2 B].

@@ -29,7 +29,15 @@ from .hub import save_model_folder
 from .pictures import PictureStore, picture_store
 from .records import INFRARED, VISIBLE, Dataset, Records, class_map_of
 from .runs import (
-    BEST, CLASS_MAP, CONFIG, load_checkpoint, plot_curves, read_summary, save_checkpoint, save_config, write_summary,
+    BEST,
+    CLASS_MAP,
+    CONFIG,
+    load_checkpoint,
+    plot_curves,
+    read_summary,
+    save_checkpoint,
+    save_config,
+    write_summary,
 )
 from .sampler import IdentityModalitySampler
 from .task import ViReIDTask
@@ -203,7 +211,12 @@ def load_data(config: TrainConfig, size: tuple[int, int, int]) -> TrainData:
     return TrainData(dataset, sampled, store, labels, class_map, sampler, validation)
 
 
-def batches(data: TrainData, augments: dict[str, Augment], device: torch.device, generator: torch.Generator) -> Iterator:
+def batches(
+        data: TrainData,
+        augments: dict[str, Augment],
+        device: torch.device,
+        generator: torch.Generator,
+) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, list[int]]]:
     """Augmented batches of the sampler's current epoch.
 
     Yields:
@@ -321,13 +334,13 @@ def _model_args(config: TrainConfig) -> dict[str, Any]:
 
 def _probe_model(config: TrainConfig, model_args: dict[str, Any]) -> dict[str, Any]:
     """The pretrained cfg of the model, built without weights or memory."""
+    names = ', '.join(timm.list_models('vireid_*'))
     try:
         model = timm.create_model(config.model, pretrained=False, device='meta', **model_args)
     except (RuntimeError, TypeError, AssertionError) as error:
-        names = ', '.join(timm.list_models('vireid_*'))
-        raise ValueError(f'cannot create the model {config.model!r}: {error} (models of this library: {names})') from error
+        raise ValueError(
+            f'cannot create the model {config.model!r}: {error} (models of this library: {names})') from error
     if not hasattr(model, 'forward_branches'):
-        names = ', '.join(timm.list_models('vireid_*'))
         raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
     return model.pretrained_cfg
 

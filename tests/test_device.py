@@ -1,0 +1,30 @@
+"""Devices fall back aloud, precision is chosen by the device."""
+
+import logging
+
+import pytest
+import torch
+
+from vireid_timm.device import autocast_dtype, resolve_device
+
+
+def test_a_missing_device_falls_back_to_the_cpu_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    if torch.cuda.is_available():
+        assert resolve_device('cuda').type == 'cuda'
+        return
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        assert resolve_device('cuda') == torch.device('cpu')
+    assert 'computing on the CPU' in caplog.text
+
+
+def test_an_unknown_device_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        resolve_device('gpu')
+
+
+def test_precision_can_be_forced_and_is_float32_or_bfloat16_otherwise() -> None:
+    cpu = torch.device('cpu')
+    assert autocast_dtype(cpu, False) is None
+    assert autocast_dtype(cpu, True) == torch.bfloat16
+    assert autocast_dtype(cpu, True, 'float16') == torch.float16
+    assert autocast_dtype(cpu, None) in (None, torch.bfloat16)
