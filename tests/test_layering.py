@@ -22,7 +22,7 @@ ROWS = (
         *('pedestrian', 'sketch', 'figure', 'scenery', 'synthetic'),
         *('pictures', 'datasets', 'synth', 'protocols', 'sampler', 'task'),
     ),
-    ('config', 'runs', 'evaluate', 'retrieval', 'hub', 'train'),
+    ('config', 'batches', 'runs', 'evaluate', 'retrieval', 'hub', 'train'),
     ('demo', 'cli'),
     ('__init__', '__main__'),
 )

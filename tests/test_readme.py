@@ -1,18 +1,19 @@
 """Every block of README.md and docs/ that can run does run, in order; every other command is checked for what it names.
 
-Python blocks run in one namespace per page, `vireid` commands through the installed command, all in one scratch folder.
-`<!-- not run: reason -->` above a block exempts what would need licensed data, the network or minutes. Its Python still
-has to compile, and its commands may only use flags that `--help` knows.
+A page's Python blocks share one namespace and its `vireid` commands one scratch folder. The commands run in this very
+process, through the installed entry point. `<!-- not run: reason -->` above a block exempts what would need licensed
+data, the network or minutes. Its Python still has to compile, and its commands may only use flags that `--help` knows.
 """
 
+import contextlib
 import functools
+import io
 import os
 import re
 import shlex
-import subprocess
-import sys
 from configparser import ConfigParser
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'CONTRIBUTING.md']
-VIREID = Path(sys.executable).parent / 'vireid'
 SHELL = ('bash', 'console', 'sh', 'shell')
 
 
@@ -75,12 +75,25 @@ def _vireid_words(command: list[str]) -> list[str] | None:
     return command[3:] if command[:3] == ['python', '-m', 'vireid_timm'] else None
 
 
+def _vireid(*words: str) -> tuple[object, str]:
+    """Exit status of the `vireid` command, and what it said."""
+    installed = entry_points(group='console_scripts', name='vireid')
+    assert installed, 'the package is not installed; `make test` or `pip install --editable .` does that'
+    main = next(iter(installed)).load()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            status = main(words)
+        except SystemExit as stop:  # from argparse
+            status = stop.code
+    return status, said.getvalue()
+
+
 @functools.cache
 def _help(*words: str) -> str:
-    command = [str(VIREID), *words, '--help']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f'{shlex.join(command)}: {done.stderr}'
-    return done.stdout
+    status, said = _vireid(*words, '--help')
+    assert not status, f'vireid {shlex.join(words)} --help: {said}'
+    return said
 
 
 def _check_vireid(words: list[str], place: str) -> None:
@@ -113,9 +126,8 @@ def _check_other(command: list[str], place: str) -> None:
 
 
 def _run_vireid(words: list[str], place: str) -> None:
-    command = [str(VIREID), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f'{place}: {shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+    status, said = _vireid(*words)
+    assert not status, f'{place}: vireid {shlex.join(words)}\n{said[-4000:]}'
 
 
 def _run_page(page: Path) -> dict[str, int]:
@@ -139,10 +151,6 @@ def _run_page(page: Path) -> dict[str, int]:
                     _run_vireid(words, block.place)
                     ran['vireid'] += 1
     return ran
-
-
-def test_command_is_installed():
-    assert VIREID.is_file(), f'{VIREID} does not exist; `make test` or `pip install --editable .` installs it'
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

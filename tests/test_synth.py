@@ -11,7 +11,7 @@ from PIL import Image
 from vireid_timm.datasets import PUBLISHED_COUNTS, create_dataset
 from vireid_timm.pictures import read_picture
 from vireid_timm.protocols import protocol_trials, protocols_of
-from vireid_timm.records import INFRARED, VISIBLE
+from vireid_timm.records import INFRARED, VISIBLE, Dataset, Records
 from vireid_timm.synth import ABOUT_FILE, LAYOUT_NAMES, plan_layout, write_layout
 from vireid_timm.synthetic import render
 
@@ -201,33 +201,52 @@ def test_default_number_of_test_identities(layout, identities, expected):
 
 
 @pytest.fixture(scope='module')
-def full(tmp_path_factory):
-    """Layout -> root: the layout at full size with empty files, for the readers do not open pictures."""
-    roots = {}
+def full():
+    """Layout -> (plan, data set as its reader would give it), at full size and without any file."""
+    datasets = {}
     for layout in FULL:
-        roots[layout] = tmp_path_factory.mktemp('full') / layout
         plan = plan_layout(layout, full_size=True)
-        for folder in {os.path.dirname(name) for name in (*plan.lists, *(picture.path for picture in plan.pictures))}:
-            (roots[layout] / folder).mkdir(parents=True, exist_ok=True)
-        for name, content in plan.lists.items():
-            (roots[layout] / name).write_text(content)
+        if layout == 'regdb':
+            tested = {line.split('/')[1] for line in plan.lists['idx/test_visible_1.txt'].splitlines()}
+        else:
+            tested = set(plan.lists['exp/test_id.txt' if layout == 'sysu_mm01' else 'idx/test_id.txt'][:-1].split(','))
+        rows = {True: [], False: []}
         for picture in plan.pictures:
-            open(roots[layout] / picture.path, 'w').close()
-    return roots
+            is_test = str(picture.identity) in tested
+            rows[is_test].append((
+                picture.path, f'{picture.identity:04d}', picture.camera, picture.modality,
+                'test' if is_test else 'train'))
+        datasets[layout] = plan, Dataset(layout, '', Records.from_rows(rows[False]), Records.from_rows(rows[True]))
+    return datasets
 
 
 @pytest.mark.parametrize('layout', FULL)
-def test_full_size_has_the_published_counts(full, layout, caplog):
-    dataset = create_dataset(layout, full[layout])
+def test_full_size_has_the_published_counts(full, layout):
+    plan, dataset = full[layout]
     assert counts_of(dataset) == PUBLISHED_COUNTS[layout]
-    assert not caplog.records, 'nothing odd about it'
     expected = {'sysu_mm01': (395, 96), 'regdb': (206, 206), 'llcm': (713, 351)}[layout]
     assert tuple(len(records.identities()) for records in tables(dataset)) == expected
+    assert (plan.identities, plan.test_identities) == expected
+    for records, modality in itertools.product(tables(dataset), (VISIBLE, INFRARED)):
+        assert records[records.modality == modality].identities() == records.identities()
+    assert len({picture.path for picture in plan.pictures}) == len({picture[1:] for picture in plan.pictures})
+    assert len({picture.path for picture in plan.pictures}) == len(plan.pictures)
+
+
+def test_full_size_is_nothing_odd_to_the_reader(tmp_path, caplog):
+    plan = plan_layout('regdb', full_size=True)  # the smallest; readers do not open pictures
+    contents = {picture.path: '' for picture in plan.pictures} | plan.lists
+    for folder in {os.path.dirname(name) for name in contents}:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    assert counts_of(create_dataset('regdb', tmp_path, trial=7)) == PUBLISHED_COUNTS['regdb']
+    assert not caplog.records
 
 
 def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
-    dataset = create_dataset('sysu_mm01', full['sysu_mm01'])
-    lists = {name: {int(number) for number in (full['sysu_mm01'] / f'exp/{name}_id.txt').read_text().split(',')}
+    plan, dataset = full['sysu_mm01']
+    lists = {name: {int(number) for number in plan.lists[f'exp/{name}_id.txt'].split(',')}
              for name in ('train', 'val', 'test', 'available')}
     assert {name: (len(numbers), min(numbers), max(numbers)) for name, numbers in lists.items() if name != 'val'} == {
         'train': (296, 1, 533), 'test': (96, 6, 333), 'available': (491, 1, 533)}
@@ -259,7 +278,7 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
     ('all-single', 301, 3803, 245), ('all-multi', 3010, 3803, 2450), ('indoor-single', 112, 2208, 56),
     ('indoor-multi', 1120, 2208, 560)])
 def test_full_size_sysu_mm01_has_the_published_galleries(full, protocol, gallery, valid, seen_by_camera_3):
-    dataset = create_dataset('sysu_mm01', full['sysu_mm01'])
+    _, dataset = full['sysu_mm01']
     trial = protocol_trials(dataset, protocol)[0]
     assert (len(trial.query), len(trial.gallery)) == (3803, gallery)
     same = dataset.test.identity[trial.query][:, None] == dataset.test.identity[trial.gallery]
@@ -269,7 +288,7 @@ def test_full_size_sysu_mm01_has_the_published_galleries(full, protocol, gallery
 
 
 def test_full_size_llcm_cameras(full):
-    dataset = create_dataset('llcm', full['llcm'])
+    _, dataset = full['llcm']
     for records in tables(dataset):
         assert sorted(set(records.camera[records.modality == VISIBLE].tolist())) == list(range(1, 10))
         assert sorted(set(records.camera[records.modality == INFRARED].tolist())) == [1, 2, 4, 5, 6, 7, 8, 9]

@@ -1,4 +1,4 @@
-"""timm models, training and evaluation for visible-infrared person re-identification; the import registers the models."""
+"""Visible-infrared person re-identification as a timm plugin: importing it registers the models."""
 from .augment import Augment as Augment
 from .augment import ChannelRandomErasing as ChannelRandomErasing
 from .augment import PadCropFlip as PadCropFlip

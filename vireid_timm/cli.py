@@ -147,8 +147,11 @@ def _synth(args: dict[str, Any]) -> None:
     print(f'Pictures: {directory}')
 
 
+_DEMO = 'Evaluate, fine-tune, evaluate again, save, reload and look, on rendered pictures, in about four minutes.'
+
+
 def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser('demo', help='see it work in four minutes', description=run_demo.__doc__.split('\n')[0])
+    parser = commands.add_parser('demo', help='see it work in four minutes', description=_DEMO)
     parser.add_argument('--output', type=Path, default=Path('output/demo'), metavar='DIR')
     parser.add_argument('--seed', type=int, default=0, help='of the fine-tuning')
     parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')

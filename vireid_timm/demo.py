@@ -52,6 +52,7 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         fractions on the same test identities, and where things lie.
     """
     output = Path(output)
+    pictures = output / 'pictures'  # the store of decoded pictures: nothing is left outside the output folder
     options = dict(identities=IDENTITIES, test_identities=TEST_IDENTITIES, seed=WORLD)
     _logger.info(f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people that no weights here have seen, by new cameras')
     dataset = create_dataset('synthetic', **options)
@@ -60,29 +61,29 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
     _logger.info(f'2/5 Searching {TEST_IDENTITIES} of them by infrared picture among the visible ones')
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where)
-    results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where)
+        results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, pictures)
+    results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where, pictures)
     _logger.info(f'3/5 Fine-tuning on the other {IDENTITIES} people')
     run = train({
         'dataset': 'synthetic', 'dataset_kwargs': options, 'model': WEIGHTS, 'pretrained': True, 'device': device,
-        'seed': seed, 'output': str(output), **FINE_TUNING})
-    results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where)
+        'seed': seed, 'output': str(output), 'cache': 'ram', **FINE_TUNING})
+    results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where, pictures)
     _logger.info('4/5 Reloading the saved model with timm')
     model = timm.create_model(f'local-dir:{run.best}', pretrained=True, num_classes=0)
-    results['reloaded'] = _score(model, dataset, where)
+    results['reloaded'] = _score(model, dataset, where, pictures)
     _logger.info('5/5 Drawing what it finds')
-    picture = output / 'ranking.png'
-    _draw(model.to(where), dataset, picture)
+    ranking = output / 'ranking.png'
+    _draw(model.to(where), dataset, ranking)
     summary = {**results, 'test_identities': TEST_IDENTITIES, 'protocol': PROTOCOL, 'seed': seed,
-               'model': str(run.best), 'picture': str(picture)}
+               'model': str(run.best), 'picture': str(ranking)}
     save_json(output / 'demo.json', summary)
     _say(summary)
     return summary
 
 
-def _score(model: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float]:
+def _score(model: nn.Module, dataset: Dataset, device: torch.device, pictures: Path) -> dict[str, float]:
     """Rank-1 and mAP in full precision, so that a reloaded model can be held to the same numbers."""
-    result = evaluate(model.to(device), dataset, PROTOCOL)[PROTOCOL]
+    result = evaluate(model.to(device), dataset, PROTOCOL, cache_dir=pictures)[PROTOCOL]
     _logger.info(f'    rank-1 {result.mean["rank1"]:6.1%}   mAP {result.mean["mAP"]:6.1%}')
     return {name: result.mean[name] for name in ('rank1', 'mAP')}
 

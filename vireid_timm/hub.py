@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from .files import whole_folder
+from .models import DualStreamResNet
 from .runs import BEST, LAST, load_checkpoint
 
 INTENDED_USE = """\
@@ -133,7 +134,7 @@ def _created(name: str, pretrained: bool) -> nn.Module:
         known = ', '.join(timm.list_models('vireid_*'))
         raise ValueError(f'there is neither a folder, a file nor a model {name!r}; models of this library: {known}')
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    if not hasattr(model, 'forward_branches'):
+    if not isinstance(model, DualStreamResNet):
         raise ValueError(f'{name} is a {type(model).__name__}, not a visible-infrared re-ID model of this library')
     return model
 

@@ -38,7 +38,7 @@ class BranchOutput(NamedTuple):
 
 
 def _set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
-    """Undo layer4's stride where the re-ID convention asks for 1. Not timm's `output_stride=16`, which adds dilation."""
+    """Undo layer4's stride, as re-ID does by convention; timm's `output_stride=16` would add dilation."""
     if last_stride == 2:
         return
     for name, module in layer4[0].named_modules():
@@ -213,7 +213,7 @@ class DualStreamResNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Remove the layers after the last of `indices`, and if there are any or with `prune_head` all behind layer4."""
+        """Remove the layers after the last of `indices`; the head goes with them, or alone with `prune_head`."""
         take, last = feature_take_indices(4, indices)
         for i in range(last + 1, 4):
             setattr(self, f'layer{i + 1}', nn.Sequential().train(self.training))  # empty, for checkpoint_seq

@@ -32,7 +32,7 @@ from .synthetic import render_address
 _logger = logging.getLogger(__name__)
 
 ADDRESS_PREFIX = 'synthvi:'
-RENDERER_SOURCES = ('figure.py', 'pedestrian.py', 'scenery.py', 'sketch.py', 'synthetic.py')  # what decides a picture's look
+RENDERER_SOURCES = ('figure.py', 'pedestrian.py', 'scenery.py', 'sketch.py', 'synthetic.py')  # what decides their look
 CACHES = ('disk', 'ram', 'off')
 PICTURE_SUFFIXES = ('.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # plain pictures, none that runs a program

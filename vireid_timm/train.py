@@ -3,9 +3,9 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,20 @@ import numpy as np
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, dispatch_clip_grad
 from tqdm import tqdm
 
 from .augment import Augment
+from .batches import TrainData, batches, create_augments, load_data
 from .config import TrainConfig, load_yaml
-from .datasets import create_dataset, split_identities
 from .device import autocast_dtype, resolve_device
 from .evaluate import Report, evaluate
 from .files import save_json
 from .hub import save_model_folder
-from .pictures import PictureStore, picture_store
-from .records import INFRARED, VISIBLE, Dataset, Records, class_map_of
+from .models import DualStreamResNet
+from .records import Dataset
 from .runs import (
     BEST,
     CLASS_MAP,
@@ -39,7 +38,6 @@ from .runs import (
     save_config,
     write_summary,
 )
-from .sampler import IdentityModalitySampler
 from .task import ViReIDTask
 
 _logger = logging.getLogger(__name__)
@@ -61,28 +59,6 @@ class TrainResult:
     best_epoch: int
     best_mAP: float | None
     summary: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class TrainData:
-    """The pictures of a run.
-
-    Attributes:
-        dataset: As read.
-        records: Pictures to train on.
-        store: Their bytes.
-        labels: Class label per row of `records`, [N] long; -1 for identities that batches skip.
-        class_map: Identity name -> class label.
-        sampler: Batches of rows of `records`.
-        validation: Held-out identities as a dataset of their own; None if there are none.
-    """
-    dataset: Dataset
-    records: Records
-    store: PictureStore
-    labels: torch.Tensor
-    class_map: dict[str, int]
-    sampler: IdentityModalitySampler
-    validation: Dataset | None
 
 
 def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
@@ -143,7 +119,7 @@ def _train(config: TrainConfig, device: torch.device) -> TrainResult:
     save_config(folder, {**asdict(config), 'resume': ''})
     save_json(folder / CLASS_MAP, data.class_map)
     _log_start(folder, config, data, model, size, device, dtype)
-    loop = _Loop(config, data, task, optimizer, scheduler, scaler, device, dtype, _augments(config, model))
+    loop = _Loop(config, data, task, optimizer, scheduler, scaler, device, dtype, create_augments(config, model))
     for epoch in range(state.epoch, num_epochs):
         row = {'epoch': epoch, **train_one_epoch(loop, epoch)}
         if scheduler is not None:
@@ -185,49 +161,6 @@ class _Loop:
     device: torch.device
     dtype: torch.dtype | None
     augments: dict[str, Augment]
-
-
-def load_data(config: TrainConfig, size: tuple[int, int, int]) -> TrainData:
-    """Read the records, hold out validation identities, decode the pictures and set up the batches.
-
-    Args:
-        config: The run's settings.
-        size: Channels, height and width of the network's input.
-
-    Raises:
-        ValueError: Data that cannot be trained on.
-    """
-    dataset = create_dataset(config.dataset, config.data_dir or None, **config.dataset_kwargs)
-    records, held_out = split_identities(dataset.train, config.val_share, config.seed)
-    validation = replace(dataset, name='validation', train=records, test=held_out) if len(held_out) else None
-    store = picture_store(
-        records, size[1:], cache=config.cache, skip_broken=config.skip_broken, workers=config.workers)
-    sampled = records[store.intact()]
-    sampler = IdentityModalitySampler(
-        sampled.identity, sampled.modality, identities_per_batch=config.identities_per_batch,
-        pictures_per_modality=config.pictures_per_modality, seed=config.seed)
-    class_map = class_map_of(sampled[~np.isin(sampled.identity, sampler.skipped)])
-    labels = torch.tensor([class_map.get(name, -1) for name in sampled.identity.tolist()])
-    return TrainData(dataset, sampled, store, labels, class_map, sampler, validation)
-
-
-def batches(
-        data: TrainData,
-        augments: dict[str, Augment],
-        device: torch.device,
-        generator: torch.Generator,
-) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, list[int]]]:
-    """Augmented batches of the sampler's current epoch.
-
-    Yields:
-        (visible [B, 3, H, W], infrared [B, 3, H, W]), labels of both [2 B], rows of `data.records` [2 B].
-    """
-    intact = data.store.intact()
-    for rows in data.sampler:
-        pictures = torch.from_numpy(data.store[intact[rows]]).to(device, non_blocking=True)
-        visible, infrared = pictures.chunk(2)
-        inputs = (augments[VISIBLE](visible, generator), augments[INFRARED](infrared, generator))
-        yield inputs, data.labels[torch.as_tensor(rows)].to(device, non_blocking=True), rows
 
 
 def train_one_epoch(loop: _Loop, epoch: int) -> dict[str, float]:
@@ -336,12 +269,13 @@ def _probe_model(config: TrainConfig, model_args: dict[str, Any]) -> dict[str, A
     """The pretrained cfg of the model, built without weights or memory."""
     names = ', '.join(timm.list_models('vireid_*'))
     try:
-        model = timm.create_model(config.model, pretrained=False, device='meta', **model_args)
+        for args in ({}, model_args):
+            model = timm.create_model(config.model, pretrained=False, device='meta', **args)
+            if not isinstance(model, DualStreamResNet):
+                raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(
             f'cannot create the model {config.model!r}: {error} (models of this library: {names})') from error
-    if not hasattr(model, 'forward_branches'):
-        raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
     return model.pretrained_cfg
 
 
@@ -406,17 +340,6 @@ def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num
         step_on_epochs=not config.sched_on_updates,
         updates_per_epoch=-(-num_batches // config.grad_accum_steps),
     )
-
-
-def _augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]:
-    data_config = resolve_model_data_config(model)
-    return {
-        modality: Augment(
-            modality, data_config['mean'], data_config['std'], pad=config.pad, flip=config.hflip,
-            channel_combination=config.channel_combination, erasing_probability=config.reprob,
-            erasing_fill='random' if config.erasing_fill is None else config.erasing_fill)
-        for modality in (VISIBLE, INFRARED)
-    }
 
 
 def _run_folder(config: TrainConfig, dataset: Dataset) -> Path:
