@@ -99,7 +99,7 @@ def _help(*words: str) -> str:
 def _check_vireid(words: list[str], place: str) -> None:
     subcommand = words[:1] if words and not words[0].startswith('-') else []
     known = set(re.findall(r'--?[a-zA-Z][\w-]*', _help(*subcommand)))
-    unknown = [word for word in words if word.startswith('-') and word.partition('=')[0] not in known]
+    unknown = [word for word in words if re.match('--?[a-zA-Z]', word) and word.partition('=')[0] not in known]
     assert not unknown, f'{place}: vireid {" ".join(subcommand)} has no {", ".join(unknown)}'
 
 

@@ -15,7 +15,7 @@ import vireid_timm
 from vireid_timm.batches import batches, create_augments, load_data
 from vireid_timm.config import TrainConfig
 from vireid_timm.runs import load_checkpoint
-from vireid_timm.train import _create_scheduler, _epoch_seed, parameter_groups, train
+from vireid_timm.train import _epoch_seed, create_scheduler, parameter_groups, train
 
 SMALL = {
     'dataset': 'synthetic',
@@ -68,8 +68,11 @@ def test_validation_chooses_the_best_epoch(tmp_path: Path) -> None:
     assert 'infrared-to-visible' in (result.best / 'README.md').read_text()
 
 
-def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
-    settings = dict(model_ema=True, model_ema_decay=0.9, drop=0.1, decay_milestones=[2])
+@pytest.mark.parametrize('on_updates', [False, True])
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path, on_updates: bool) -> None:
+    # The step schedule does not depend on the number of epochs, so that two of three are those of a run of three.
+    settings = dict(
+        model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1, sched_on_updates=on_updates)
     whole = _train(tmp_path, experiment='whole', epochs=3, **settings)
     part = _train(tmp_path, experiment='part', epochs=2, **settings)
     resumed = train({'resume': str(part.folder), 'epochs': 3})
@@ -149,7 +152,7 @@ def test_learning_rates_are_agws(tmp_path: Path) -> None:
     """Linear warm-up over 10 epochs, a tenth from epoch 20 and a hundredth from 50; pretrained parts at a tenth."""
     model = timm.create_model('vireid_dml_r10t.c3_in1k', num_classes=4)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.1), lr=0.1)
-    scheduler, epochs = _create_scheduler(TrainConfig(), optimizer, 10)
+    scheduler, epochs = create_scheduler(TrainConfig(), optimizer, 10)
     assert epochs == 80
     for epoch in range(80):
         rate = 0.1 * (epoch + 1) / 10 if epoch < 10 else 0.1 if epoch < 20 else 0.01 if epoch < 50 else 0.001

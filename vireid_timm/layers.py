@@ -31,6 +31,14 @@ def root(mean_power: torch.Tensor, power: float, eps: float = POWER_EPS) -> torc
     return (mean_power + eps).pow(1.0 / power)
 
 
+def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Batched matrix product in its operands' precision, whatever the autocast (the meta device knows none)."""
+    if a.is_meta:
+        return torch.bmm(a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
+
+
 class _WeightedPowerSum(torch.autograd.Function):
     """Sum over positions of weights * features ** power; keeps its two inputs for backward and no power of them."""
 
@@ -39,8 +47,7 @@ class _WeightedPowerSum(torch.autograd.Function):
         ctx.save_for_backward(features, weights)
         ctx.power = power
         powers = full_precision(features).pow(power)
-        with torch.autocast(features.device.type, enabled=False):
-            return torch.bmm(powers.flatten(2), weights.flatten(2).transpose(1, 2)).squeeze(2)
+        return _exact_bmm(powers.flatten(2), weights.flatten(2).transpose(1, 2)).squeeze(2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -49,8 +56,7 @@ class _WeightedPowerSum(torch.autograd.Function):
         powers = values.pow(ctx.power - 1.0)
         grad_features = (powers * weights).mul_(ctx.power * grad[:, :, None, None]).to(features.dtype)
         powers.mul_(values)
-        with torch.autocast(features.device.type, enabled=False):
-            grad_weights = torch.bmm(grad[:, None, :], powers.flatten(2)).view_as(weights)
+        grad_weights = _exact_bmm(grad[:, None, :], powers.flatten(2)).view_as(weights)
         return grad_features, grad_weights, None
 
 

@@ -49,15 +49,6 @@ def save_config(folder: Path, settings: dict[str, Any]) -> None:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
 
 
-def read_summary(folder: Path) -> list[dict[str, str]]:
-    """The rows of `summary.csv`, one per epoch."""
-    path = folder / SUMMARY
-    if not path.is_file():
-        return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
-
-
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write all epochs anew: timm's appending helper would keep rows of epochs that a resumed run repeats."""
     columns = list(dict.fromkeys(column for row in rows for column in row))

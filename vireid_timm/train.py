@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler, dispatch_clip_grad
 from tqdm import tqdm
 
@@ -33,7 +34,6 @@ from .runs import (
     CONFIG,
     load_checkpoint,
     plot_curves,
-    read_summary,
     save_checkpoint,
     save_config,
     write_summary,
@@ -96,50 +96,6 @@ def resumed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**load_yaml(folder / CONFIG), **given, 'resume': str(folder)}
 
 
-def _train(config: TrainConfig, device: torch.device) -> TrainResult:
-    model_args = _model_args(config)
-    # Cheap, and before the data are read: a wrong name or argument should not cost minutes.
-    pretrained_cfg = _probe_model(config, model_args)
-    size = tuple(config.input_size or pretrained_cfg['input_size'])
-    data = load_data(config, size)
-    model = _create_model(config, model_args, len(data.class_map)).to(device)
-    task = _create_task(config, model, device)
-    optimizer = create_optimizer_v2(
-        parameter_groups(model, _backbone_lr_scale(config)), opt=config.opt, lr=config.lr, momentum=config.momentum,
-        weight_decay=config.weight_decay, **config.opt_kwargs)
-    scheduler, num_epochs = _create_scheduler(config, optimizer, len(data.sampler))
-    dtype = autocast_dtype(device, config.amp, config.amp_dtype)
-    scaler = NativeScaler(device.type) if dtype == torch.float16 else None
-    folder = _run_folder(config, data.dataset)
-    state = _Progress()
-    if config.resume:
-        state = _resume(folder, config, task, optimizer, scaler)
-    if scheduler is not None and state.epoch > 0:
-        scheduler.step(state.epoch)
-    save_config(folder, {**asdict(config), 'resume': ''})
-    save_json(folder / CLASS_MAP, data.class_map)
-    _log_start(folder, config, data, model, size, device, dtype)
-    loop = _Loop(config, data, task, optimizer, scheduler, scaler, device, dtype, create_augments(config, model))
-    for epoch in range(state.epoch, num_epochs):
-        row = {'epoch': epoch, **train_one_epoch(loop, epoch)}
-        if scheduler is not None:
-            scheduler.step(epoch + 1)
-        eval_model = task.get_eval_model(ema=config.model_ema)
-        last = epoch + 1 == num_epochs
-        report = None
-        if data.validation is not None and (last or (epoch + 1) % config.val_interval == 0):
-            report = _validate(config, eval_model, data.validation, size, device, dtype)
-            row.update(_validation_row(report))
-        _keep_if_best(state, folder, config, eval_model, data, row, report, size, last)
-        state.summary.append(row)
-        state.epoch = epoch + 1
-        write_summary(folder, state.summary)
-        save_checkpoint(folder, _checkpoint(state, config, task, optimizer, scaler, data.class_map))
-    plot_curves(folder, state.summary)
-    _logger.info(f'Done: {folder} (best model in {folder / BEST}, from epoch {state.best_epoch})')
-    return TrainResult(folder, folder / BEST, state.best_epoch, state.best_mAP, state.summary)
-
-
 @dataclass
 class _Progress:
     """What a resumed run has to know beside weights and optimiser. Batches and augmentation follow from the epoch."""
@@ -150,20 +106,82 @@ class _Progress:
 
 
 @dataclass
-class _Loop:
-    """What every epoch needs."""
+class _Run:
+    """A run that has been set up."""
     config: TrainConfig
+    folder: Path
     data: TrainData
+    size: tuple[int, int, int]
     task: ViReIDTask
+    augments: dict[str, Augment]
     optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: NativeScaler | None
+    scheduler: Scheduler | None
+    num_epochs: int
     device: torch.device
     dtype: torch.dtype | None
-    augments: dict[str, Augment]
+    scaler: NativeScaler | None
+    progress: _Progress = field(default_factory=_Progress)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return -(-self.data.sampler.batches_per_epoch // self.config.grad_accum_steps)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        return self.task.get_eval_model(ema=self.config.model_ema)
 
 
-def train_one_epoch(loop: _Loop, epoch: int) -> dict[str, float]:
+def _set_up(config: TrainConfig, device: torch.device) -> _Run:
+    model_args = _model_args(config)
+    # Before the data are read: a wrong name or argument should not cost minutes.
+    pretrained_cfg = _probe_model(config, model_args)
+    size = tuple(config.input_size or pretrained_cfg['input_size'])
+    data = load_data(config, size)
+    model = _create_model(config, model_args, len(data.class_map)).to(device)
+    optimizer = create_optimizer_v2(
+        parameter_groups(model, _backbone_lr_scale(config)), opt=config.opt, lr=config.lr, momentum=config.momentum,
+        weight_decay=config.weight_decay, **config.opt_kwargs)
+    scheduler, num_epochs = create_scheduler(config, optimizer, data.sampler.batches_per_epoch)
+    dtype = autocast_dtype(device, config.amp, config.amp_dtype)
+    scaler = NativeScaler(device.type) if dtype == torch.float16 else None
+    task = _create_task(config, model, device)
+    run = _Run(
+        config, _run_folder(config, data.dataset), data, size, task, create_augments(config, model), optimizer,
+        scheduler, num_epochs, device, dtype, scaler)
+    if config.resume:
+        _resume(run)
+    return run
+
+
+def _train(config: TrainConfig, device: torch.device) -> TrainResult:
+    run = _set_up(config, device)
+    folder, progress = run.folder, run.progress
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(folder, {**asdict(config), 'resume': ''})
+    save_json(folder / CLASS_MAP, run.data.class_map)
+    _log_start(run)
+    for epoch in range(progress.epoch, run.num_epochs):
+        row = {'epoch': epoch, **train_one_epoch(run, epoch)}
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1)
+        last = epoch + 1 == run.num_epochs
+        report = None
+        if run.data.validation is not None and (last or (epoch + 1) % config.val_interval == 0):
+            report = _validate(run)
+            row.update(_validation_row(report))
+        if _is_best(progress, row, last and run.data.validation is None):
+            progress.best_epoch, progress.best_mAP = epoch, row.get('eval_mAP')
+            _save_best(run, row, report)
+        progress.summary.append(row)
+        progress.epoch = epoch + 1
+        write_summary(folder, progress.summary)
+        save_checkpoint(folder, _checkpoint(run))
+    plot_curves(folder, progress.summary)
+    _logger.info(f'Done: {folder} (best model in {folder / BEST}, from epoch {progress.best_epoch})')
+    return TrainResult(folder, folder / BEST, progress.best_epoch, progress.best_mAP, progress.summary)
+
+
+def train_one_epoch(run: _Run, epoch: int) -> dict[str, float]:
     """One pass over the sampler's batches.
 
     Returns:
@@ -172,33 +190,32 @@ def train_one_epoch(loop: _Loop, epoch: int) -> dict[str, float]:
     Raises:
         FloatingPointError: A loss that is not finite.
     """
-    config, task, optimizer = loop.config, loop.task, loop.optimizer
+    config, task, optimizer = run.config, run.task, run.optimizer
     task.train()
-    loop.data.sampler.set_epoch(epoch)
-    generator = torch.Generator(loop.device).manual_seed(_epoch_seed(config.seed, epoch))
+    run.data.sampler.set_epoch(epoch)
+    generator = torch.Generator(run.device).manual_seed(_epoch_seed(config.seed, epoch))
     torch.manual_seed(_epoch_seed(config.seed, epoch))  # dropout
-    num_batches = len(loop.data.sampler)
+    num_batches = len(run.data.sampler)
     accumulate = config.grad_accum_steps
-    updates_per_epoch = -(-num_batches // accumulate)
     meter = _Meter()
     start = time.perf_counter()
     optimizer.zero_grad()
-    bar = tqdm(batches(loop.data, loop.augments, loop.device, generator), f'epoch {epoch}', num_batches, disable=None)
+    bar = tqdm(batches(run.data, run.augments, run.device, generator), f'epoch {epoch}', num_batches, disable=None)
     for step, (inputs, labels, _) in enumerate(bar):
         # The last group of an epoch may be smaller than the others.
         group = min(accumulate, num_batches - step // accumulate * accumulate)
         update = step % accumulate == group - 1
         with nullcontext() if update else task.no_sync():
-            with torch.autocast(loop.device.type, dtype=loop.dtype or torch.bfloat16, enabled=loop.dtype is not None):
+            with torch.autocast(run.device.type, dtype=run.dtype or torch.bfloat16, enabled=run.dtype is not None):
                 result = task(inputs, labels)
             meter.add(result, labels)
-            _backward(loop, result['loss'] / group, update)
+            _backward(run, result['loss'] / group, update)
         if update:
             optimizer.zero_grad()
-            num_updates = epoch * updates_per_epoch + step // accumulate + 1
+            num_updates = epoch * run.updates_per_epoch + step // accumulate + 1
             task.update_ema(step=num_updates)
-            if loop.scheduler is not None:
-                loop.scheduler.step_update(num_updates)
+            if run.scheduler is not None:
+                run.scheduler.step_update(num_updates)
         if step % config.log_interval == 0 or step + 1 == num_batches:
             means = meter.read(epoch)
             speed = (step + 1) * len(labels) / (time.perf_counter() - start)
@@ -210,19 +227,19 @@ def train_one_epoch(loop: _Loop, epoch: int) -> dict[str, float]:
     return {**{f'train_{name}': value for name, value in means.items()}, 'train_pictures_per_second': speed, 'lr': lr}
 
 
-def _backward(loop: _Loop, loss: torch.Tensor, update: bool) -> None:
-    config = loop.config
-    parameters = loop.task.get_clip_parameters() if config.clip_grad is not None else None
-    if loop.scaler is not None:
-        loop.scaler(
-            loss, loop.optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=parameters,
+def _backward(run: _Run, loss: torch.Tensor, update: bool) -> None:
+    config = run.config
+    parameters = run.task.get_clip_parameters() if config.clip_grad is not None else None
+    if run.scaler is not None:
+        run.scaler(
+            loss, run.optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=parameters,
             need_update=update)
         return
     loss.backward()
     if update:
         if config.clip_grad is not None:
             dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
-        loop.optimizer.step()
+        run.optimizer.step()
 
 
 class _Meter:
@@ -324,7 +341,12 @@ def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[st
     ]
 
 
-def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num_batches: int) -> tuple[Any, int]:
+def create_scheduler(
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer,
+        num_batches: int,
+) -> tuple[Scheduler | None, int]:
+    """timm's scheduler of that name and the epochs that it takes; None for `none`."""
     return create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -350,42 +372,28 @@ def _run_folder(config: TrainConfig, dataset: Dataset) -> Path:
     folder = Path(config.output) / name
     if (folder / CONFIG).exists():
         raise ValueError(f'{folder} holds a run already; continue it with --resume {folder}, or choose another name')
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _log_start(
-        folder: Path,
-        config: TrainConfig,
-        data: TrainData,
-        model: nn.Module,
-        size: tuple[int, int, int],
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> None:
+def _log_start(run: _Run) -> None:
+    config, data = run.config, run.data
     held_out = len(data.validation.test.identities()) if data.validation is not None else 0
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in run.task.parameters())
+    precision = str(run.dtype or torch.float32).removeprefix('torch.')
     _logger.info(
-        f'{config.model}, {parameters / 1e6:.2f} M parameters, pictures {size[1]}x{size[2]}, on {device} in '
-        f'{str(dtype or torch.float32).removeprefix("torch.")}')
+        f'{config.model}, {parameters / 1e6:.2f} M parameters, pictures {run.size[1]}x{run.size[2]}, '
+        f'on {run.device} in {precision}')
     _logger.info(
         f'{len(data.records):,} pictures of {len(data.class_map):,} identities to train on, {held_out} held out for '
         f'validation; {len(data.sampler)} batches of {data.sampler.identities_per_batch} identities x '
         f'({config.pictures_per_modality} visible + {config.pictures_per_modality} infrared) per epoch')
-    _logger.info(f'Everything goes to {folder}')
+    _logger.info(f'Everything goes to {run.folder}')
 
 
-def _validate(
-        config: TrainConfig,
-        model: nn.Module,
-        validation: Dataset,
-        size: tuple[int, int, int],
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> Report:
+def _validate(run: _Run) -> Report:
     return evaluate(
-        model, validation, device=device, size=size[1:], amp_dtype=dtype, cache=config.cache,
-        skip_broken=config.skip_broken, workers=config.workers)
+        run.eval_model, run.data.validation, device=run.device, size=run.size[1:], amp_dtype=run.dtype,
+        cache=run.config.cache, skip_broken=run.config.skip_broken, workers=run.config.workers)
 
 
 def _validation_row(report: Report) -> dict[str, float]:
@@ -398,80 +406,66 @@ def _validation_row(report: Report) -> dict[str, float]:
     return row
 
 
-def _keep_if_best(
-        state: _Progress,
-        folder: Path,
-        config: TrainConfig,
-        model: nn.Module,
-        data: TrainData,
-        row: dict[str, Any],
-        report: Report | None,
-        size: tuple[int, int, int],
-        last: bool,
-) -> None:
-    """Save the model Hub-ready if the validation says so; without validation, after the last epoch."""
+def _is_best(progress: _Progress, row: dict[str, Any], final: bool) -> bool:
+    """Whether to keep this epoch's model: by its validation, or without one because it is the last."""
     mAP = row.get('eval_mAP')
-    if mAP is None and not (last and data.validation is None):
-        return
-    if mAP is not None and state.best_mAP is not None and mAP <= state.best_mAP:
-        return
-    state.best_epoch, state.best_mAP = row['epoch'], mAP
+    if mAP is None:
+        return final
+    return progress.best_mAP is None or mAP > progress.best_mAP
+
+
+def _save_best(run: _Run, row: dict[str, Any], report: Report | None) -> None:
     facts = {
-        'dataset': data.dataset.name,
-        'dataset_options': data.dataset.options,
-        'identities': len(data.class_map),
+        'dataset': run.data.dataset.name,
+        'dataset_options': run.data.dataset.options,
+        'identities': len(run.data.class_map),
         'epoch': row['epoch'],
         'validation': {name[5:]: value for name, value in row.items() if name.startswith('eval_')},
-        'num_features': model.num_features,
-        'training': asdict(config),
+        'num_features': run.eval_model.num_features,
+        'training': asdict(run.config),
     }
-    facts = json.loads(json.dumps(facts, default=str))
-    table = '' if report is None else f'On held-out training identities (validation):\n\n{report}'
     save_model_folder(
-        model, folder / BEST, facts=facts, model_args=_model_args(config), table=table, input_size=size)
+        run.eval_model,
+        run.folder / BEST,
+        facts=json.loads(json.dumps(facts, default=str)),  # data roots may be paths
+        model_args=_model_args(run.config),
+        table='' if report is None else f'On held-out training identities (validation):\n\n{report}',
+        input_size=run.size,
+    )
 
 
-def _checkpoint(
-        state: _Progress,
-        config: TrainConfig,
-        task: ViReIDTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: NativeScaler | None,
-        class_map: dict[str, int],
-) -> dict[str, Any]:
+def _checkpoint(run: _Run) -> dict[str, Any]:
     return {
-        'arch': config.model,
-        'model_args': _model_args(config),
-        'epoch': state.epoch,
-        'progress': asdict(state),
-        'optimizer': optimizer.state_dict(),
-        'class_map': class_map,
-        **task.get_checkpoint_state(),
-        **(task.get_checkpoint_state(ema=True) if task.has_ema() else {}),
-        **({'amp_scaler': scaler.state_dict()} if scaler is not None else {}),
+        'arch': run.config.model,
+        'model_args': _model_args(run.config),
+        'class_map': run.data.class_map,
+        'epoch': run.progress.epoch,
+        'progress': asdict(run.progress),
+        'optimizer': run.optimizer.state_dict(),
+        **run.task.get_checkpoint_state(),
+        **(run.task.get_checkpoint_state(ema=True) if run.task.has_ema() else {}),
+        **({run.scaler.state_dict_key: run.scaler.state_dict()} if run.scaler is not None else {}),
     }
 
 
-def _resume(
-        folder: Path,
-        config: TrainConfig,
-        task: ViReIDTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: NativeScaler | None,
-) -> _Progress:
-    checkpoint = load_checkpoint(folder)
-    if checkpoint['arch'] != config.model:
-        raise ValueError(f'{folder} holds a run of {checkpoint["arch"]}, which cannot go on as {config.model}')
+def _resume(run: _Run) -> None:
+    """Put the state of the run's last checkpoint into model, averages, optimiser, schedule and scaler."""
+    checkpoint = load_checkpoint(run.folder)
+    if checkpoint['arch'] != run.config.model:
+        raise ValueError(f'{run.folder} holds a run of {checkpoint["arch"]}, which cannot go on as {run.config.model}')
+    if checkpoint['class_map'] != run.data.class_map:
+        raise ValueError(f'the training identities are not those that {run.folder} was started with')
     try:
-        task.load_checkpoint_state(checkpoint['state_dict'])
-        if task.has_ema():
-            task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        run.task.load_checkpoint_state(checkpoint['state_dict'])
+        if run.task.has_ema():
+            run.task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
+        run.optimizer.load_state_dict(checkpoint['optimizer'])
+        if run.scaler is not None:
+            run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f'the checkpoint in {folder} does not fit the settings: {error}') from error
-    if scaler is not None and 'amp_scaler' in checkpoint:
-        scaler.load_state_dict(checkpoint['amp_scaler'])
-    _logger.info(f'Continuing {folder} after {checkpoint["epoch"]} epochs')
-    progress = _Progress(**checkpoint['progress'])
-    progress.summary = read_summary(folder)[:progress.epoch]
-    return progress
+        raise ValueError(f'the checkpoint in {run.folder} does not fit the settings: {error}') from error
+    run.progress = _Progress(**checkpoint['progress'])
+    if run.scheduler is not None:  # one of the two acts, by what the schedule counts
+        run.scheduler.step(run.progress.epoch)
+        run.scheduler.step_update(run.progress.epoch * run.updates_per_epoch)
+    _logger.info(f'Continuing {run.folder} after {run.progress.epoch} epochs')
