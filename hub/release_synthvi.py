@@ -18,7 +18,7 @@ import yaml
 import vireid_timm
 from vireid_timm.files import save_json, whole_file
 from vireid_timm.hub import INTENDED_USE, load_model, save_embedded_weights
-from vireid_timm.runs import CONFIG, LAST
+from vireid_timm.runs import LAST
 
 NAME = 'vireid_dml_r10t.synthvi'
 RECIPE = Path(__file__).with_name(f'{NAME}.yaml')
@@ -36,9 +36,8 @@ def trained(output: Path) -> Path:
     return vireid_timm.train({**settings, 'output': str(output), 'experiment': NAME}).folder
 
 
-def card(run: Path, report: vireid_timm.Report) -> str:
+def card(report: vireid_timm.Report) -> str:
     """The card beside the weights."""
-    settings = yaml.safe_load((run / CONFIG).read_text(encoding='utf-8'))
     return f"""# {NAME}
 
 The paper's network on ResNet-10-T, trained from scratch on rendered people (SynthVI). For trying things out, for tests
@@ -68,7 +67,7 @@ On {TEST['test_identities']} people and six cameras that it never saw (another S
 ## Training
 
 ```yaml
-{yaml.safe_dump(settings, sort_keys=False).strip()}
+{RECIPE.read_text(encoding='utf-8').strip()}
 ```
 """
 
@@ -91,7 +90,7 @@ def main() -> None:
     scores = {name: {**result.mean, 'mAP_interval': result.mAP_interval} for name, result in report.protocols.items()}
     save_json(target.with_suffix('.json'), {'dataset': TEST, 'weights': report.weights, 'protocols': scores})
     with whole_file(target.with_suffix('.md')) as temporary:
-        temporary.write_text(card(run, report), encoding='utf-8')
+        temporary.write_text(card(report), encoding='utf-8')
     print(report)
     print(json.dumps(scores))
 

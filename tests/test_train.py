@@ -15,6 +15,7 @@ import vireid_timm
 from vireid_timm.batches import batches, create_augments, load_data
 from vireid_timm.config import TrainConfig
 from vireid_timm.runs import load_checkpoint
+from vireid_timm.synth import write_layout
 from vireid_timm.train import _epoch_seed, create_scheduler, parameter_groups, train
 
 SMALL = {
@@ -173,7 +174,7 @@ def test_what_is_new_gets_the_full_learning_rate() -> None:
 
 def test_identities_of_one_modality_are_named_and_get_no_class(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    vireid_timm.synth.write_layout(tmp_path / 'data', 'folder', identities=4, size=(64, 32), workers=0)
+    write_layout(tmp_path / 'data', 'folder', identities=4, size=(64, 32), workers=0)
     (tmp_path / 'data/train/infrared/9999').mkdir()
     first = sorted((tmp_path / 'data/train/infrared').glob('0*/*'))[0]
     first.rename(tmp_path / 'data/train/infrared/9999' / first.name)

@@ -10,6 +10,7 @@ without a special case.
 """
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -378,7 +379,10 @@ def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = 
     }
 
 
+_WEIGHTS = Path(__file__).with_name('weights')
+
 default_cfgs = generate_default_cfgs({
+    'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
     'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
     'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
     'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),

@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -409,7 +410,9 @@ def _decode_to_disk(
 
 
 def _content_key(paths: list[str], size: tuple[int, int]) -> str:
-    digest = hashlib.sha256(repr((_STORE_VERSION, size)).encode())
+    # Decoders, resizing and rendering differ in the last bit between versions: no result may depend on an older run.
+    versions = (_STORE_VERSION, PIL.__version__, np.__version__)
+    digest = hashlib.sha256(repr((versions, size)).encode())
     if any(path.startswith(ADDRESS_PREFIX) for path in paths):
         for name in RENDERER_SOURCES:  # an address does not say which version of the renderer it meant
             digest.update(importlib.resources.files(__package__).joinpath(name).read_bytes())

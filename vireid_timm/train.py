@@ -42,6 +42,9 @@ from .task import ViReIDTask
 
 _logger = logging.getLogger(__name__)
 
+# Settings that say where a run was, which is nobody's business in a model that may be published.
+PLACES = ('data_dir', 'output', 'experiment', 'resume')
+
 
 @dataclass
 class TrainResult:
@@ -422,7 +425,7 @@ def _save_best(run: _Run, row: dict[str, Any], report: Report | None) -> None:
         'epoch': row['epoch'],
         'validation': {name[5:]: value for name, value in row.items() if name.startswith('eval_')},
         'num_features': run.eval_model.num_features,
-        'training': asdict(run.config),
+        'training': {name: value for name, value in asdict(run.config).items() if name not in PLACES},
     }
     save_model_folder(
         run.eval_model,
