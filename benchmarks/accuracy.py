@@ -80,7 +80,10 @@ def unlearned(dataset: vireid_timm.Dataset) -> dict[str, list[dict[str, Any]]]:
     rows = {
         name: vireid_timm.evaluate_features(F.normalize(features, dim=1), dataset, PROTOCOL)
         for name, features in (
-            ('chance', chance), ('colour histogram', histogram(pictures)), ('raw pixels', pixels(pictures)))
+            ('chance', chance),
+            ('colour histogram', histogram(pictures)),
+            ('raw pixels', pixels(pictures)),
+        )
     }
     rows['untrained network'] = vireid_timm.evaluate(untrained, dataset, PROTOCOL)
     return {name: [_scores(report)] for name, report in rows.items()}
@@ -148,7 +151,10 @@ def main() -> None:
         else:
             rows[group] = [learned(group, seed, dataset, args.output) for seed in args.seeds]
     result = {
-        'dataset': DATASET, 'protocol': PROTOCOL, 'rows': rows, 'seeds': args.seeds,
+        'dataset': DATASET,
+        'protocol': PROTOCOL,
+        'rows': rows,
+        'seeds': args.seeds,
         'versions': {'vireid_timm': vireid_timm.__version__, 'torch': torch.__version__, 'timm': timm.__version__},
         'hardware': f'{platform.machine()}, {torch.get_num_threads()} threads',
     }

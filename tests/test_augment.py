@@ -1,4 +1,5 @@
 """The augmentations against per-picture versions, their statistics under fixed seeds, and their determinism."""
+
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from vireid_timm.augment import Augment, ChannelRandomErasing, PadCropFlip, Rand
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRANSFORMS: dict[str, Callable[[], object]] = {
-    'crop': PadCropFlip, 'combination': RandomChannelCombination, 'erasing': ChannelRandomErasing,
+    'crop': PadCropFlip,
+    'combination': RandomChannelCombination,
+    'erasing': ChannelRandomErasing,
     'fixed erasing': lambda: ChannelRandomErasing(fill=(0.4914, 0.4822, 0.4465)),
 }
 
@@ -41,7 +44,8 @@ def global_random_state_untouched() -> Iterator[None]:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_new_tensor_of_the_same_type_and_memory_format(
-        make: Callable, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    make: Callable, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     pictures = (random_pictures(6, 3, 32, 16) / 255).to(dtype).contiguous(memory_format=memory_format)
     before = pictures.clone()
     result = make()(pictures, generator())
@@ -124,9 +128,9 @@ def naive_crops(picture: torch.Tensor, pad: int) -> Iterator[tuple[tuple[int, in
     """Every crop of one padded picture [3, H, W], plain and mirrored."""
     _, height, width = picture.shape
     padded = torch.zeros(3, height + 2 * pad, width + 2 * pad, dtype=picture.dtype)
-    padded[:, pad:pad + height, pad:pad + width] = picture
+    padded[:, pad : pad + height, pad : pad + width] = picture
     for top, left in itertools.product(range(2 * pad + 1), repeat=2):
-        crop = padded[:, top:top + height, left:left + width]
+        crop = padded[:, top : top + height, left : left + width]
         yield (top, left, False), crop
         yield (top, left, True), crop.flip(2)
 
@@ -134,7 +138,8 @@ def naive_crops(picture: torch.Tensor, pad: int) -> Iterator[tuple[tuple[int, in
 @pytest.mark.parametrize(('size', 'pad'), [((6, 4), 2), ((4, 7), 3), ((5, 5), 0)])
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
 def test_crops_are_exactly_those_of_the_loop_and_all_of_them_occur(
-        size: tuple[int, int], pad: int, dtype: torch.dtype) -> None:
+    size: tuple[int, int], pad: int, dtype: torch.dtype
+) -> None:
     picture = random_pictures(3, *size).to(dtype)
     expected = {crop.numpy().tobytes(): draw for draw, crop in naive_crops(picture, pad)}
     assert len(expected) == 2 * (2 * pad + 1) ** 2
@@ -186,9 +191,14 @@ def naive_outcomes(picture: torch.Tensor) -> list[torch.Tensor]:
     red, green, blue = picture
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
     return [
-        torch.stack((red, green, blue)), torch.stack((red, blue, green)), torch.stack((blue, green, red)),
-        torch.stack((blue, red, green)), torch.stack((green, blue, red)), torch.stack((green, red, blue)),
-        torch.stack((gray, gray, gray))]
+        torch.stack((red, green, blue)),
+        torch.stack((red, blue, green)),
+        torch.stack((blue, green, red)),
+        torch.stack((blue, red, green)),
+        torch.stack((green, blue, red)),
+        torch.stack((green, red, blue)),
+        torch.stack((gray, gray, gray)),
+    ]
 
 
 def test_seven_outcomes_exact_and_equally_likely() -> None:
@@ -288,14 +298,17 @@ def test_erasing_falls_back_on_a_later_candidate() -> None:
     assert (results != 9.0).flatten(1).any(1).float().mean() > 0.98
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'probability': 2}, 'probability in 0..1'),
-    ({'area': (0.5, 0.1)}, 'least <= greatest'),
-    ({'area': (0.5, 1.1)}, 'at most 1'),
-    ({'aspect': (0.0, 1.0)}, 'least <= greatest'),
-    ({'fill': 'mean'}, "'random' or one value.*'mean'"),
-    ({'fill': (1.0, 2.0)}, 'three channels'),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'probability': 2}, 'probability in 0..1'),
+        ({'area': (0.5, 0.1)}, 'least <= greatest'),
+        ({'area': (0.5, 1.1)}, 'at most 1'),
+        ({'aspect': (0.0, 1.0)}, 'least <= greatest'),
+        ({'fill': 'mean'}, "'random' or one value.*'mean'"),
+        ({'fill': (1.0, 2.0)}, 'three channels'),
+    ],
+)
 def test_erasing_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChannelRandomErasing(**options)
@@ -344,7 +357,10 @@ def test_augment_seed_decides_without_a_generator() -> None:
 def test_augment_errors() -> None:
     with pytest.raises(ValueError, match="'grey'; expected one of visible, infrared"):
         Augment('grey', MEAN, STD)
-    for pictures in (torch.zeros(2, 8, 8, 3), torch.zeros(8, 8, 3, dtype=torch.uint8),
-                     torch.zeros(2, 8, 8, 1, dtype=torch.uint8)):
+    for pictures in (
+        torch.zeros(2, 8, 8, 3),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        torch.zeros(2, 8, 8, 1, dtype=torch.uint8),
+    ):
         with pytest.raises(ValueError, match='uint8 pictures .* expected, got'):
             Augment('visible', MEAN, STD)(pictures)

@@ -11,8 +11,23 @@ from PIL import Image
 import vireid_timm
 from vireid_timm.cli import main
 
-TINY = ('--identities-per-batch', '3', '--pictures-per-modality', '2', '--epochs', '1', '--val-share', '0',
-        '--workers', '0', '--no-amp', '--lr', '0.01', '--pad', '2')
+TINY = (
+    '--identities-per-batch',
+    '3',
+    '--pictures-per-modality',
+    '2',
+    '--epochs',
+    '1',
+    '--val-share',
+    '0',
+    '--workers',
+    '0',
+    '--no-amp',
+    '--lr',
+    '0.01',
+    '--pad',
+    '2',
+)
 PROTOCOLS = {
     'folder': {'visible-to-infrared', 'infrared-to-visible'},
     'sysu_mm01': {'all-single', 'all-multi', 'indoor-single', 'indoor-multi'},
@@ -22,8 +37,10 @@ PROTOCOLS = {
 
 
 def _synth(folder: Path, layout: str = 'folder') -> Path:
-    assert main(['synth', str(folder), '--layout', layout, '--identities', '4', '--size', '64', '32',
-                 '--workers', '0']) == 0
+    assert (
+        main(['synth', str(folder), '--layout', layout, '--identities', '4', '--size', '64', '32', '--workers', '0'])
+        == 0
+    )
     return folder
 
 
@@ -35,8 +52,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp('runs')
-    assert main(['train', '--data-dir', str(data), '--model', 'vireid_dml_r10t', '--input-size', '3', '64', '32',
-                 '--output', str(output), '--experiment', 'run', *TINY]) == 0
+    assert (
+        main(
+            [
+                'train',
+                '--data-dir',
+                str(data),
+                '--model',
+                'vireid_dml_r10t',
+                '--input-size',
+                '3',
+                '64',
+                '32',
+                '--output',
+                str(output),
+                '--experiment',
+                'run',
+                *TINY,
+            ]
+        )
+        == 0
+    )
     return output / 'run'
 
 
@@ -44,8 +80,26 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_synth_train_and_eval_work_for_every_layout(layout: str, tmp_path: Path) -> None:
     root = _synth(tmp_path / 'data', layout)
     arguments = ['--dataset', layout, '--data-dir', str(root)]
-    assert main(['train', *arguments, '--model', 'vireid_base_r10t', '--input-size', '3', '64', '32',
-                 '--output', str(tmp_path), '--experiment', 'run', *TINY]) == 0
+    assert (
+        main(
+            [
+                'train',
+                *arguments,
+                '--model',
+                'vireid_base_r10t',
+                '--input-size',
+                '3',
+                '64',
+                '32',
+                '--output',
+                str(tmp_path),
+                '--experiment',
+                'run',
+                *TINY,
+            ]
+        )
+        == 0
+    )
     report = tmp_path / 'report.json'
     assert main(['eval', *arguments, '--checkpoint', str(tmp_path / 'run'), '--report', str(report)]) == 0
     saved = json.loads(report.read_text())
@@ -56,14 +110,32 @@ def test_synth_train_and_eval_work_for_every_layout(layout: str, tmp_path: Path)
 
 
 def test_every_way_to_name_a_trained_model_gives_the_same_report(
-        data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    sources = (['--checkpoint', run], ['--checkpoint', run / 'last.pth'], ['--checkpoint', run / 'best'],
-               ['--checkpoint', run / 'best/model.safetensors'], ['--model', f'local-dir:{run / "best"}'])
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sources = (
+        ['--checkpoint', run],
+        ['--checkpoint', run / 'last.pth'],
+        ['--checkpoint', run / 'best'],
+        ['--checkpoint', run / 'best/model.safetensors'],
+        ['--model', f'local-dir:{run / "best"}'],
+    )
     metrics = []
     for number, source in enumerate(sources):
         report = tmp_path / f'{number}.json'
-        command = ['eval', *map(str, source), '--data-dir', str(data), '--input-size', '3', '64', '32',
-                   '--protocol', 'infrared-to-visible', '--report', str(report)]
+        command = [
+            'eval',
+            *map(str, source),
+            '--data-dir',
+            str(data),
+            '--input-size',
+            '3',
+            '64',
+            '32',
+            '--protocol',
+            'infrared-to-visible',
+            '--report',
+            str(report),
+        ]
         assert main(command) == 0
         metrics.append(json.loads(report.read_text())['protocols'])
     assert all(other == metrics[0] for other in metrics)
@@ -83,21 +155,33 @@ def test_config_file_and_flags_share_settings(data: Path, tmp_path: Path) -> Non
     assert 'model: vireid_base_r10t' in saved and 'lr: 0.01' in saved  # the flag wins
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['train', '--data-dir', 'no/such/folder'], 'no/such/folder'),
-    (['train', '--data-dir', '{data}', '--model', 'resnet51'], 'resnet51'),
-    (['train', '--data-dir', '{data}', '--model', 'vireid_dml_r10t', '--identities-per-batch', '64'], '64 identities'),
-    (['train', '--config', '{tmp}/bad.yaml'], "no setting 'epoch'; did you mean 'epochs'?"),
-    (['train', '--resume', '{data}'], 'args.yaml'),
-    (['eval', '--data-dir', '{data}', '--checkpoint', 'no/such/run'], 'no/such/run'),
-    (['eval', '--data-dir', '{data}', '--model', 'resnet18', '--no-pretrained'], 'resnet18'),
-    (['eval', '--data-dir', '{data}', '--checkpoint', '{run}', '--protocol', 'all-single'], 'infrared-to-visible'),
-    (['eval', '--dataset', 'sysu', '--data-dir', '{data}', '--checkpoint', '{run}'], "unknown dataset 'sysu'"),
-    (['synth', '{data}', '--identities', '0'], 'identit'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['train', '--data-dir', 'no/such/folder'], 'no/such/folder'),
+        (['train', '--data-dir', '{data}', '--model', 'resnet51'], 'resnet51'),
+        (
+            ['train', '--data-dir', '{data}', '--model', 'vireid_dml_r10t', '--identities-per-batch', '64'],
+            '64 identities',
+        ),
+        (['train', '--config', '{tmp}/bad.yaml'], "no setting 'epoch'; did you mean 'epochs'?"),
+        (['train', '--resume', '{data}'], 'args.yaml'),
+        (['eval', '--data-dir', '{data}', '--checkpoint', 'no/such/run'], 'no/such/run'),
+        (['eval', '--data-dir', '{data}', '--model', 'resnet18', '--no-pretrained'], 'resnet18'),
+        (['eval', '--data-dir', '{data}', '--checkpoint', '{run}', '--protocol', 'all-single'], 'infrared-to-visible'),
+        (['eval', '--dataset', 'sysu', '--data-dir', '{data}', '--checkpoint', '{run}'], "unknown dataset 'sysu'"),
+        (['synth', '{data}', '--identities', '0'], 'identit'),
+    ],
+)
 def test_user_errors_are_one_line_and_a_non_zero_exit_code(
-        arguments: list[str], message: str, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: list[str],
+    message: str,
+    data: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'bad.yaml').write_text('epoch: 3\n')
     filled = [argument.format(data=data, run=run, tmp=tmp_path) for argument in arguments]
@@ -111,8 +195,22 @@ def test_a_broken_picture_stops_a_run_unless_it_is_skipped(tmp_path: Path, capsy
     root = _synth(tmp_path / 'data')
     broken = sorted((root / 'train/visible').glob('*/*'))[0]
     broken.write_bytes(broken.read_bytes()[:40])
-    command = ['train', '--data-dir', str(root), '--model', 'vireid_base_r10t', '--input-size', '3', '64', '32',
-               '--output', str(tmp_path), '--experiment', 'run', *TINY]
+    command = [
+        'train',
+        '--data-dir',
+        str(root),
+        '--model',
+        'vireid_base_r10t',
+        '--input-size',
+        '3',
+        '64',
+        '32',
+        '--output',
+        str(tmp_path),
+        '--experiment',
+        'run',
+        *TINY,
+    ]
     assert main(command) == 1
     assert broken.name in capsys.readouterr().err and not (tmp_path / 'run').exists()
     assert main([*command, '--skip-broken']) == 0
@@ -125,11 +223,29 @@ def test_infrared_pictures_of_one_channel_and_sixteen_bits_train(tmp_path: Path)
         grey = Image.open(path).convert('L').point(lambda value: value * 200, 'I').convert('I;16')
         path.unlink()
         grey.save(path.with_suffix('.png'))
-    assert main(['train', '--data-dir', str(root), '--model', 'vireid_base_r10t', '--input-size', '3', '64', '32',
-                 '--output', str(tmp_path), *TINY]) == 0
+    assert (
+        main(
+            [
+                'train',
+                '--data-dir',
+                str(root),
+                '--model',
+                'vireid_base_r10t',
+                '--input-size',
+                '3',
+                '64',
+                '32',
+                '--output',
+                str(tmp_path),
+                *TINY,
+            ]
+        )
+        == 0
+    )
 
 
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
-        [sys.executable, '-m', 'vireid_timm', '--version'], capture_output=True, text=True, timeout=300, check=True)
+        [sys.executable, '-m', 'vireid_timm', '--version'], capture_output=True, text=True, timeout=300, check=True
+    )
     assert done.stdout.strip() == vireid_timm.__version__

@@ -32,9 +32,29 @@ def test_every_setting_has_a_flag_and_only_given_flags_are_returned() -> None:
 
 def test_flags_parse_to_the_settings_types() -> None:
     given = _parse(
-        '--lr', '0.02', '--epochs', '3', '--no-channel-combination', '--amp', '--decay-milestones', '3', '5',
-        '--input-size', '3', '64', '32', '--model-kwargs', 'spatial_weights=static', 'fuse_layers=(2,3)',
-        '--dataset-kwargs', 'trial=4', '--identities-per-batch', '6', '--clip-grad', '1')
+        '--lr',
+        '0.02',
+        '--epochs',
+        '3',
+        '--no-channel-combination',
+        '--amp',
+        '--decay-milestones',
+        '3',
+        '5',
+        '--input-size',
+        '3',
+        '64',
+        '32',
+        '--model-kwargs',
+        'spatial_weights=static',
+        'fuse_layers=(2,3)',
+        '--dataset-kwargs',
+        'trial=4',
+        '--identities-per-batch',
+        '6',
+        '--clip-grad',
+        '1',
+    )
     config = TrainConfig.from_mapping(given)
     assert config.lr == 0.02 and config.epochs == 3 and config.channel_combination is False and config.amp is True
     assert config.decay_milestones == [3, 5] and config.input_size == [3, 64, 32]
@@ -46,22 +66,30 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
     path = tmp_path / 'recipe.yaml'
     path.write_text('lr: 5e-3\nweight-decay: 0\nmodel: vireid_base_r50\nidentities_per_batch:\n')
     assert load_yaml(path) == {
-        'lr': 0.005, 'weight_decay': 0.0, 'model': 'vireid_base_r50', 'identities_per_batch': None}
+        'lr': 0.005,
+        'weight_decay': 0.0,
+        'model': 'vireid_base_r50',
+        'identities_per_batch': None,
+    }
 
 
-@pytest.mark.parametrize(('text', 'message'), [
-    ('learning_rate: 1', "no setting 'learning_rate'"),
-    ('epoch: 3', "did you mean 'epochs'"),
-    ('epochs: many', 'epochs must be of type int'),
-    ('epochs: 2.5', 'epochs must be of type int'),
-    ('epochs: true', 'epochs must be of type int'),
-    ('epochs:', 'epochs needs a value'),
-    ('lr: fast', 'lr must be of type float'),
-    ('amp: 1', 'amp must be of type bool'),
-    ('mutual: all', 'mutual must be one of none, global-to-fusion'),
-    ('- a\n- b', 'setting: value'),
-    ('a: [', 'cannot read'),
-])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('learning_rate: 1', "no setting 'learning_rate'"),
+        ('epoch: 3', "did you mean 'epochs'"),
+        ('epochs: many', 'epochs must be of type int'),
+        ('epochs: 2.5', 'epochs must be of type int'),
+        ('epochs: true', 'epochs must be of type int'),
+        ('epochs:', 'epochs needs a value'),
+        ('lr: fast', 'lr must be of type float'),
+        ('amp: 1', 'amp must be of type bool'),
+        ('val_interval: 0', 'val_interval must be at least 1, got 0'),
+        ('mutual: all', 'mutual must be one of none, global-to-fusion'),
+        ('- a\n- b', 'setting: value'),
+        ('a: [', 'cannot read'),
+    ],
+)
 def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / 'recipe.yaml'
     path.write_text(text)

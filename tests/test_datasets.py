@@ -1,4 +1,5 @@
 """The data set readers on small trees in the owners' layouts, against what was put there."""
+
 import logging
 import os
 import random
@@ -26,9 +27,16 @@ def text(root, name, content):
 
 
 def rows_of(records):
-    return list(zip(
-        records.path.tolist(), records.identity.tolist(), records.camera.tolist(), records.modality.tolist(),
-        records.split.tolist(), strict=True))
+    return list(
+        zip(
+            records.path.tolist(),
+            records.identity.tolist(),
+            records.camera.tolist(),
+            records.modality.tolist(),
+            records.split.tolist(),
+            strict=True,
+        )
+    )
 
 
 def warnings_in(caplog):
@@ -54,8 +62,10 @@ def sysu(tmp_path):
 def naive_sysu(root, listing, identities, split):
     return [
         (f'{root}/cam{camera}/{identity:04d}/{file:04d}.jpg', f'{identity:04d}', camera, SYSU_MODALITY[camera], split)
-        for identity in sorted(identities) for camera in sorted(listing[identity])
-        for file in listing[identity][camera]]
+        for identity in sorted(identities)
+        for camera in sorted(listing[identity])
+        for file in listing[identity][camera]
+    ]
 
 
 def test_sysu_mm01(sysu):
@@ -73,14 +83,23 @@ def test_sysu_mm01_says_what_is_odd(sysu, caplog):
     root, listing = sysu
     text(root, 'exp/test_id.txt', '12,333,44')
     (root / 'cam1/0044').mkdir(parents=True)
-    counts = {modality: sum(len(files) for identity in (1, 7, 530) for camera, files in listing[identity].items()
-                            if SYSU_MODALITY[camera] == modality) for modality in (VISIBLE, INFRARED)}
+    counts = {
+        modality: sum(
+            len(files)
+            for identity in (1, 7, 530)
+            for camera, files in listing[identity].items()
+            if SYSU_MODALITY[camera] == modality
+        )
+        for modality in (VISIBLE, INFRARED)
+    }
     create_dataset('sysu_mm01', root)
     empty, unseen, differing = warnings_in(caplog)
     assert empty == f'1 folders hold no picture: {root}/cam1/0044'
     assert unseen == '1 of the listed test identities have no picture: 0044'
-    assert (f'{root}: picture counts differ from the published sysu_mm01: training visible {counts[VISIBLE]} '
-            f'(published 22,258), training infrared {counts[INFRARED]} (published 11,909)') in differing
+    assert (
+        f'{root}: picture counts differ from the published sysu_mm01: training visible {counts[VISIBLE]} '
+        f'(published 22,258), training infrared {counts[INFRARED]} (published 11,909)'
+    ) in differing
 
 
 @pytest.mark.parametrize('name', ['exp/train_id.txt', 'exp/val_id.txt', 'exp/test_id.txt', 'cam5'])
@@ -110,7 +129,8 @@ def regdb(tmp_path):
     for identity in (1, 3, 20):
         files[identity] = {
             VISIBLE: [f'Visible/{identity}/a male_v_{number}_{identity}.bmp' for number in range(identity % 3 + 1)],
-            INFRARED: [f'Thermal/{identity}/male_t_{number}_{identity}.bmp' for number in range(2)]}
+            INFRARED: [f'Thermal/{identity}/male_t_{number}_{identity}.bmp' for number in range(2)],
+        }
         put(tmp_path, *files[identity][VISIBLE], *files[identity][INFRARED])
     for trial, train in ((1, (1, 3)), (10, (20,))):
         for split, members in (('train', train), ('test', [number for number in files if number not in train])):
@@ -129,7 +149,10 @@ def test_regdb(regdb, trial, train):
         assert rows_of(records) == [
             (f'{root}/{file}', str(identity), camera, modality, split)
             for modality, camera in ((VISIBLE, 1), (INFRARED, 2))
-            for identity in files if (identity in train) == (split == 'train') for file in files[identity][modality]]
+            for identity in files
+            if (identity in train) == (split == 'train')
+            for file in files[identity][modality]
+        ]
 
 
 def test_regdb_errors(regdb):
@@ -153,29 +176,43 @@ def test_llcm_below_a_folder_that_is_called_cam(tmp_path, caplog):
     listing = {
         'train': {
             VISIBLE: ['vis/0001/0001_c01_s185535_f7010_vis.jpg', 'vis/0004/0004_c03_s185535_f7010_vis.jpg'],
-            INFRARED: ['nir/0001/0001_c09_s185535_f7010_nir.jpg', 'nir/0004/nameless_nir.jpg']},
+            INFRARED: ['nir/0001/0001_c09_s185535_f7010_nir.jpg', 'nir/0004/nameless_nir.jpg'],
+        },
         'test': {
             VISIBLE: ['test_vis/cam3/0003/0003_c03_s1_f1_vis.jpg', 'test_vis/cam9/0003/0003_c09_s1_f2_vis.jpg'],
-            INFRARED: ['test_nir/cam1/0003/0003_c01_s1_f1_nir.jpg', 'test_nir/cam1/0010/0010_c01_s1_f1_nir.jpg']}}
+            INFRARED: ['test_nir/cam1/0003/0003_c01_s1_f1_nir.jpg', 'test_nir/cam1/0010/0010_c01_s1_f1_nir.jpg'],
+        },
+    }
     put(root, *(name for split in listing.values() for names in split.values() for name in names))
     put(root, 'test_vis/cam1/0011/0011_c01_s1_f1_vis.jpg')  # on no list
     (root / 'test_nir/cam3').mkdir()  # as in the real data
     (root / 'test_nir/.cache').mkdir()
     for word, modality in (('vis', VISIBLE), ('nir', INFRARED)):
-        text(root, f'idx/train_{word}.txt', ''.join(
-            f'{name} {label}\n' for label, name in enumerate(listing['train'][modality])))
+        text(
+            root,
+            f'idx/train_{word}.txt',
+            ''.join(f'{name} {label}\n' for label, name in enumerate(listing['train'][modality])),
+        )
     text(root, 'idx/test_id.txt', '3,10')
     dataset = create_dataset('llcm', root)
     assert rows_of(dataset.train) == [
         (f'{root}/{name}', identity, camera, modality, 'train')
         for modality, identity, camera, name in [
-            (VISIBLE, '0001', 1, listing['train'][VISIBLE][0]), (VISIBLE, '0004', 3, listing['train'][VISIBLE][1]),
-            (INFRARED, '0001', 9, listing['train'][INFRARED][0]), (INFRARED, '0004', 0, listing['train'][INFRARED][1])]]
+            (VISIBLE, '0001', 1, listing['train'][VISIBLE][0]),
+            (VISIBLE, '0004', 3, listing['train'][VISIBLE][1]),
+            (INFRARED, '0001', 9, listing['train'][INFRARED][0]),
+            (INFRARED, '0004', 0, listing['train'][INFRARED][1]),
+        ]
+    ]
     assert rows_of(dataset.test) == [
         (f'{root}/{name}', identity, camera, modality, 'test')
         for modality, identity, camera, name in [
-            (INFRARED, '0003', 1, listing['test'][INFRARED][0]), (VISIBLE, '0003', 3, listing['test'][VISIBLE][0]),
-            (VISIBLE, '0003', 9, listing['test'][VISIBLE][1]), (INFRARED, '0010', 1, listing['test'][INFRARED][1])]]
+            (INFRARED, '0003', 1, listing['test'][INFRARED][0]),
+            (VISIBLE, '0003', 3, listing['test'][VISIBLE][0]),
+            (VISIBLE, '0003', 9, listing['test'][VISIBLE][1]),
+            (INFRARED, '0010', 1, listing['test'][INFRARED][1]),
+        ]
+    ]
     assert len(warnings_in(caplog)) == 1  # of counts only
     for name in ('test_vis', 'idx/test_id.txt', 'idx/train_nir.txt'):
         os.rename(root / name, root / 'away')
@@ -185,27 +222,45 @@ def test_llcm_below_a_folder_that_is_called_cam(tmp_path, caplog):
 
 
 def put_people(root, split, visible, infrared):
-    names = [f'{split}/{modality}/{person}/c{number + 1}_{number}.jpg'
-             for modality, people in ((VISIBLE, visible), (INFRARED, infrared)) for person in people
-             for number in range(2)]
+    names = [
+        f'{split}/{modality}/{person}/c{number + 1}_{number}.jpg'
+        for modality, people in ((VISIBLE, visible), (INFRARED, infrared))
+        for person in people
+        for number in range(2)
+    ]
     put(root, *names)
-    return [(f'{root}/{name}', name.split('/')[2], int(name.split('/')[3][1]), name.split('/')[1], split)
-            for name in names]
+    return [
+        (f'{root}/{name}', name.split('/')[2], int(name.split('/')[3][1]), name.split('/')[1], split) for name in names
+    ]
 
 
 def test_folder_with_query_and_gallery(tmp_path):
     expected = {
-        split: put_people(tmp_path, split, visible, infrared) for split, visible, infrared in (
-            ('train', ['anna', 'ben'], ['anna', 'ben']), ('query', [], ['carl']), ('gallery', ['carl', 'dora'], []))}
+        split: put_people(tmp_path, split, visible, infrared)
+        for split, visible, infrared in (
+            ('train', ['anna', 'ben'], ['anna', 'ben']),
+            ('query', [], ['carl']),
+            ('gallery', ['carl', 'dora'], []),
+        )
+    }
     dataset = create_dataset('folder', tmp_path)
     assert rows_of(dataset.train) == expected['train']
     assert rows_of(dataset.test) == expected['query'] + expected['gallery']
     assert dataset.options == {}
 
 
-@pytest.mark.parametrize('file, camera', [
-    ('c3_x.jpg', 3), ('cam12_x.PNG', 12), ('C007_x.tiff', 7), ('c_x.jpg', 0), ('x_c3_.bmp', 0), ('c3.jpg', 0),
-    ('cats3_x.webp', 0)])
+@pytest.mark.parametrize(
+    'file, camera',
+    [
+        ('c3_x.jpg', 3),
+        ('cam12_x.PNG', 12),
+        ('C007_x.tiff', 7),
+        ('c_x.jpg', 0),
+        ('x_c3_.bmp', 0),
+        ('c3.jpg', 0),
+        ('cats3_x.webp', 0),
+    ],
+)
 def test_folder_reads_the_camera_from_the_name(tmp_path, file, camera):
     for modality in (VISIBLE, INFRARED):
         put(tmp_path, *(f'train/{modality}/{person}/{file}' for person in 'abcd'))
@@ -289,13 +344,18 @@ def test_csv(tmp_path, caplog):
         './e.jpg,007,2,infrared,gallery,',
         'e.jpg,007,2,infrared,query,',
         'a.jpg,anna,3,visible,train,again',
-        header='\ufeffpath,identity,camera,modality,split,remark')
+        header='\ufeffpath,identity,camera,modality,split,remark',
+    )
     dataset = create_dataset('csv', str(table))
     assert rows_of(dataset.train) == [
-        (f'{tmp_path}/a.jpg', 'anna', 3, VISIBLE, 'train'), (f'{tmp_path}/b.jpg', 'anna', 0, INFRARED, 'train')]
+        (f'{tmp_path}/a.jpg', 'anna', 3, VISIBLE, 'train'),
+        (f'{tmp_path}/b.jpg', 'anna', 0, INFRARED, 'train'),
+    ]
     assert rows_of(dataset.test) == [
-        (f'{tmp_path}/deep/c, d.jpg', '007', 2, VISIBLE, 'gallery'), (f'{tmp_path}/e.jpg', '007', 2, INFRARED, 'test'),
-        (f'{tmp_path}/f.jpg', 'ben', 1, INFRARED, 'test')]
+        (f'{tmp_path}/deep/c, d.jpg', '007', 2, VISIBLE, 'gallery'),
+        (f'{tmp_path}/e.jpg', '007', 2, INFRARED, 'test'),
+        (f'{tmp_path}/f.jpg', 'ben', 1, INFRARED, 'test'),
+    ]
     assert warnings_in(caplog) == [f'{table}: 1 repeated lines are dropped']
 
 
@@ -309,25 +369,30 @@ def test_csv_beside_its_pictures(tmp_path, monkeypatch):
 def test_csv_numbers_cameras_that_have_names(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     put(tmp_path, *(f'{number}.jpg' for number in range(4)))
-    table = write_csv(tmp_path, *(
-        f'{number}.jpg,anna,{camera},visible,train' for number, camera in enumerate(('yard', '', 'door', '7'))))
+    table = write_csv(
+        tmp_path,
+        *(f'{number}.jpg,anna,{camera},visible,train' for number, camera in enumerate(('yard', '', 'door', '7'))),
+    )
     assert create_dataset('csv', table).train.camera.tolist() == [3, 0, 2, 1]
     assert f'{table}: cameras are numbered 7=1, door=2, yard=3' in caplog.text
 
 
-@pytest.mark.parametrize('lines, message', [
-    (['a.jpg,anna,1,visible,train', 'gone.jpg,anna,1,visible,train'], 'line 3: there is no file .*gone.jpg'),
-    (['a.jpg,anna,1,thermal,train'], "line 2: unknown modality 'thermal'; expected one of visible, infrared"),
-    (['a.jpg,anna,1,visible,val'], "line 2: unknown split 'val'; expected one of train, query, gallery, test"),
-    (['a.jpg,,1,visible,train'], 'line 2: the identity is empty'),
-    (['a.jpg,anna,1,visible'], 'line 2: expected 5 values'),
-    (['a.jpg,anna,1,visible,train,x'], 'line 2: expected 5 values'),
-    (['a.jpg,anna,1,visible,query'], 'lists query pictures but no gallery'),
-    (['a.jpg,anna,1,visible,gallery'], 'lists gallery pictures but no query'),
-    (['a.jpg,anna,1,visible,train', 'a.jpg,anna,1,visible,test'], 'lines 2 and 3: .*for training and for testing'),
-    (['a.jpg,anna,1,visible,test', 'a.jpg,anna,2,visible,test'], 'lines 2 and 3: .*different identities, cameras'),
-    ([], 'holds no picture'),
-])
+@pytest.mark.parametrize(
+    'lines, message',
+    [
+        (['a.jpg,anna,1,visible,train', 'gone.jpg,anna,1,visible,train'], 'line 3: there is no file .*gone.jpg'),
+        (['a.jpg,anna,1,thermal,train'], "line 2: unknown modality 'thermal'; expected one of visible, infrared"),
+        (['a.jpg,anna,1,visible,val'], "line 2: unknown split 'val'; expected one of train, query, gallery, test"),
+        (['a.jpg,,1,visible,train'], 'line 2: the identity is empty'),
+        (['a.jpg,anna,1,visible'], 'line 2: expected 5 values'),
+        (['a.jpg,anna,1,visible,train,x'], 'line 2: expected 5 values'),
+        (['a.jpg,anna,1,visible,query'], 'lists query pictures but no gallery'),
+        (['a.jpg,anna,1,visible,gallery'], 'lists gallery pictures but no query'),
+        (['a.jpg,anna,1,visible,train', 'a.jpg,anna,1,visible,test'], 'lines 2 and 3: .*for training and for testing'),
+        (['a.jpg,anna,1,visible,test', 'a.jpg,anna,2,visible,test'], 'lines 2 and 3: .*different identities, cameras'),
+        ([], 'holds no picture'),
+    ],
+)
 def test_csv_errors(tmp_path, lines, message):
     put(tmp_path, 'a.jpg')
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -346,10 +411,27 @@ def test_csv_without_a_column(tmp_path):
 
 def test_synthetic():
     dataset = create_dataset(
-        'synthetic', identities=5, test_identities=3, seed=2, spectrum='thermal', size=[64, 32],
-        pictures_per_modality=2, visible_cameras=3, infrared_cameras=2, first_camera=11, first_identity=40)
-    settings = {'seed': 2, 'spectrum': 'thermal', 'size': (64, 32), 'pictures_per_modality': 2, 'visible_cameras': 3,
-                'infrared_cameras': 2, 'first_camera': 11}
+        'synthetic',
+        identities=5,
+        test_identities=3,
+        seed=2,
+        spectrum='thermal',
+        size=[64, 32],
+        pictures_per_modality=2,
+        visible_cameras=3,
+        infrared_cameras=2,
+        first_camera=11,
+        first_identity=40,
+    )
+    settings = {
+        'seed': 2,
+        'spectrum': 'thermal',
+        'size': (64, 32),
+        'pictures_per_modality': 2,
+        'visible_cameras': 3,
+        'infrared_cameras': 2,
+        'first_camera': 11,
+    }
     assert rows_of(dataset.train) == rows_of(synthetic_records(range(40, 45), split='train', **settings))
     assert rows_of(dataset.test) == rows_of(synthetic_records(range(45, 48), split='test', **settings))
     assert len(dataset.train) == 5 * 2 * 2
@@ -388,9 +470,14 @@ def test_missing_root_shows_the_layout(tmp_path, name):
 
 
 def records_of(visible, infrared):
-    return Records.from_rows([
-        (f'{modality} {name} {number}', name, 1, modality, 'train')
-        for number in range(2) for modality, names in ((VISIBLE, visible), (INFRARED, infrared)) for name in names])
+    return Records.from_rows(
+        [
+            (f'{modality} {name} {number}', name, 1, modality, 'train')
+            for number in range(2)
+            for modality, names in ((VISIBLE, visible), (INFRARED, infrared))
+            for name in names
+        ]
+    )
 
 
 @pytest.mark.parametrize('share, count', [(0, 0), (0.01, 2), (0.2, 2), (0.5, 5), (0.8, 8)])
@@ -420,8 +507,9 @@ def test_share_out_of_range(share):
         split_identities(records_of('abcd', 'abcd'), share, 0)
 
 
-@pytest.mark.parametrize('visible, infrared, share', [
-    ('abc', 'abc', 0.1), ('abcdef', 'abc', 0.1), ('', '', 0.5), ('abcdef', 'abcdef', 0.9)])
+@pytest.mark.parametrize(
+    'visible, infrared, share', [('abc', 'abc', 0.1), ('abcdef', 'abc', 0.1), ('', '', 0.5), ('abcdef', 'abcdef', 0.9)]
+)
 def test_too_few_identities_to_hold_out(visible, infrared, share):
     with pytest.raises(ValueError, match='cannot hold out .* of the . identities'):
         split_identities(records_of(visible, infrared), share, 0)

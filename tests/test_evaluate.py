@@ -1,4 +1,5 @@
 """The evaluation on rendered pictures, against the same steps taken one by one."""
+
 import dataclasses
 import json
 import math
@@ -65,9 +66,12 @@ def network_input(model, path, size):
 def naive_features(model, paths, modalities, size=SIZE):
     """One picture at a time through the network's public call."""
     with torch.no_grad():
-        return torch.cat([
-            F.normalize(model(**{str(modality): network_input(model, path, size)}))
-            for path, modality in zip(paths, modalities, strict=True)])
+        return torch.cat(
+            [
+                F.normalize(model(**{str(modality): network_input(model, path, size)}))
+                for path, modality in zip(paths, modalities, strict=True)
+            ]
+        )
 
 
 @pytest.fixture(scope='module')
@@ -143,8 +147,7 @@ def test_embed_before_and_after_bn(dataset):
 def test_embed_baseline_without_joint_branch(dataset):
     baseline = make_model(name='vireid_base_r10t')
     records = dataset.test[:3]
-    assert_close(
-        embed(baseline, records, size=SIZE)[0], naive_features(baseline, records.path, records.modality))
+    assert_close(embed(baseline, records, size=SIZE)[0], naive_features(baseline, records.path, records.modality))
 
 
 def test_embed_leaves_the_model_as_it_was(dataset):
@@ -186,16 +189,19 @@ def test_embed_skips_broken_pictures_on_request(model, saved, tmp_path):
     assert_close(features, naive_features(model, order, [VISIBLE] * 2))
 
 
-@pytest.mark.parametrize('pictures, modality, options, message', [
-    (['a.png'], None, {}, 'modality must be one of visible, infrared'),
-    (['a.png'], 'x-ray', {}, "got 'x-ray'"),
-    ('a.png', VISIBLE, {}, 'takes a list'),
-    (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed'),
-    ([Image.new('I;16', (4, 8))], INFRARED, {}, 'picture 0 has mode I;16'),
-    (EMPTY, VISIBLE, {}, 'records know their modality'),
-    (EMPTY, None, {'features': 'bn'}, 'after-bn, before-bn'),
-    (EMPTY, None, {'batch_size': 0}, 'at least 1, got 0'),
-])
+@pytest.mark.parametrize(
+    'pictures, modality, options, message',
+    [
+        (['a.png'], None, {}, 'modality must be one of visible, infrared'),
+        (['a.png'], 'x-ray', {}, "got 'x-ray'"),
+        ('a.png', VISIBLE, {}, 'takes a list'),
+        (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed'),
+        ([Image.new('I;16', (4, 8))], INFRARED, {}, 'picture 0 has mode I;16'),
+        (EMPTY, VISIBLE, {}, 'records know their modality'),
+        (EMPTY, None, {'features': 'bn'}, 'after-bn, before-bn'),
+        (EMPTY, None, {'batch_size': 0}, 'at least 1, got 0'),
+    ],
+)
 def test_embed_rejects(model, pictures, modality, options, message):
     with pytest.raises(ValueError, match=message):
         embed(model, pictures, modality, **options)
@@ -227,7 +233,8 @@ def test_evaluate_is_embed_then_rank(model, dataset, expected_features):
         (trial,) = protocol_trials(dataset, protocol)
         identity = dataset.test.identity
         expected = rank_metrics(
-            features[trial.query] @ features[trial.gallery].T, identity[trial.query], identity[trial.gallery])
+            features[trial.query] @ features[trial.gallery].T, identity[trial.query], identity[trial.gallery]
+        )
         assert result.mean['mAP'] == pytest.approx(expected.mAP)
         assert result.mean['mINP'] == pytest.approx(expected.mINP)
         for k in (1, 5, 10, 20):
@@ -246,8 +253,11 @@ def test_report_names_what_changes_a_number(model, dataset):
     assert (report.model, report.weights) == ('vireid_dml_r10t', weights_fingerprint(model))
     assert (report.features, report.size, report.precision) == ('before-bn', SIZE, 'bfloat16')
     assert report.versions == {
-        'vireid_timm': vireid_timm.__version__, 'timm': timm.__version__, 'torch': torch.__version__,
-        'numpy': np.__version__}
+        'vireid_timm': vireid_timm.__version__,
+        'timm': timm.__version__,
+        'torch': torch.__version__,
+        'numpy': np.__version__,
+    }
     assert report.skipped_pictures == 0
     text = str(report)
     for word in ('synthetic', 'test_identities=6', 'vireid_dml_r10t', report.weights, 'before-bn', '64x32', 'bfloat16'):
@@ -264,8 +274,12 @@ def test_several_trials_and_invalid_queries():
         trials = protocol_trials(dataset, protocol)
         expected = [
             rank_metrics(
-                features[trial.query] @ features[trial.gallery].T, identity[trial.query], identity[trial.gallery],
-                ignore=trial.ignore, per_identity_cmc=True)
+                features[trial.query] @ features[trial.gallery].T,
+                identity[trial.query],
+                identity[trial.gallery],
+                ignore=trial.ignore,
+                per_identity_cmc=True,
+            )
             for trial in trials
         ]
         assert result.mean['mAP'] == pytest.approx(np.mean([metrics.mAP for metrics in expected]))
@@ -292,7 +306,9 @@ def test_drawn_queries_are_averaged_by_picture():
     rows = [
         (f'{folder}/cam{camera}/{number:04d}/{file}.jpg', f'{number:04d}', camera, modality, 'test')
         for folder, modality in (('vis', VISIBLE), ('nir', INFRARED))
-        for number in range(4) for camera in (1, 2) for file in range(3)
+        for number in range(4)
+        for camera in (1, 2)
+        for file in range(3)
     ]
     dataset = Dataset('llcm', 'root', EMPTY, Records.from_rows(rows))
     features = random_features(dataset)
@@ -302,8 +318,11 @@ def test_drawn_queries_are_averaged_by_picture():
     for trial in protocol_trials(dataset, 'visible-to-infrared-swapped'):
         identity = dataset.test.identity
         metrics = rank_metrics(
-            features[trial.query] @ features[trial.gallery].T, identity[trial.query], identity[trial.gallery],
-            ignore=trial.ignore)
+            features[trial.query] @ features[trial.gallery].T,
+            identity[trial.query],
+            identity[trial.gallery],
+            ignore=trial.ignore,
+        )
         for row, precision in zip(trial.query.tolist(), metrics.ap, strict=True):
             per_picture.setdefault(row, []).append(precision)
     means = [np.mean(per_picture[row]) for row in sorted(per_picture)]
@@ -344,12 +363,15 @@ def test_broken_pictures_are_left_out_and_counted(model, saved, tmp_path):
     assert '2 broken pictures left out' in str(report)
 
 
-@pytest.mark.parametrize('convert', [
-    lambda features: features.numpy(),
-    lambda features: features.double(),
-    lambda features: features.numpy()[::-1][::-1],
-    lambda features: features.requires_grad_(),
-])
+@pytest.mark.parametrize(
+    'convert',
+    [
+        lambda features: features.numpy(),
+        lambda features: features.double(),
+        lambda features: features.numpy()[::-1][::-1],
+        lambda features: features.requires_grad_(),
+    ],
+)
 def test_features_of_any_kind(dataset, convert):
     expected = evaluate_features(random_features(dataset), dataset)
     result = evaluate_features(convert(random_features(dataset)), dataset)

@@ -23,17 +23,23 @@ def _features(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(pictures, pictures.flip(0))
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(num_classes=5),
-    dict(num_classes=0),
-    dict(num_classes=3, fuse_layers=(2, 3), fuse_width=32, spatial_weights='static', img_size=(64, 32)),
-    dict(num_classes=3, in_chans=1, gem_power=2.0, last_stride=2),
-])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(num_classes=5),
+        dict(num_classes=0),
+        dict(num_classes=3, fuse_layers=(2, 3), fuse_width=32, spatial_weights='static', img_size=(64, 32)),
+        dict(num_classes=3, in_chans=1, gem_power=2.0, last_stride=2),
+    ],
+)
 def test_a_saved_model_is_loaded_with_its_arguments_and_weights(tmp_path: Path, kwargs: dict) -> None:
     model = _model(**kwargs).to(memory_format=torch.channels_last)
     save_model_folder(model, tmp_path / 'model', facts={'dataset': 'none'})
     assert sorted(path.name for path in (tmp_path / 'model').iterdir()) == [
-        'README.md', 'config.json', 'model.safetensors']
+        'README.md',
+        'config.json',
+        'model.safetensors',
+    ]
     loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert loaded.num_classes == model.num_classes and loaded.fuse_layers == model.fuse_layers
@@ -55,20 +61,22 @@ def test_a_model_loads_from_every_name_that_it_has(tmp_path: Path) -> None:
     save_model_folder(model, tmp_path / 'model')
     model.reset_classifier(0)
     expected = _features(model)
-    for source in (
-            f'local-dir:{tmp_path / "model"}', str(tmp_path / 'model'), tmp_path / 'model/model.safetensors'):
+    for source in (f'local-dir:{tmp_path / "model"}', str(tmp_path / 'model'), tmp_path / 'model/model.safetensors'):
         loaded = load_model(source)
         assert loaded.num_classes == 0
         torch.testing.assert_close(_features(loaded), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(('source', 'message'), [
-    ('vireid_dml_r51', 'neither a folder, a file nor a model'),
-    ('resnet18', 'not a visible-infrared re-ID model'),
-    ('vireid_dml_r10t.nonsense', 'nonsense'),
-    ('local-dir:no/such/folder', 'no/such/folder'),
-    ('no/such/file.pth', 'no/such/file.pth'),
-])
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        ('vireid_dml_r51', 'neither a folder, a file nor a model'),
+        ('resnet18', 'not a visible-infrared re-ID model'),
+        ('vireid_dml_r10t.nonsense', 'nonsense'),
+        ('local-dir:no/such/folder', 'no/such/folder'),
+        ('no/such/file.pth', 'no/such/file.pth'),
+    ],
+)
 def test_what_is_no_model_is_named(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_model(source, pretrained=source != 'resnet18')
@@ -78,7 +86,7 @@ def test_damaged_and_foreign_weights_are_named(tmp_path: Path) -> None:
     save_model_folder(_model(), tmp_path / 'model')
     weights = tmp_path / 'model/model.safetensors'
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:len(whole) // 2])
+    weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match='cannot load a model'):
         load_model(tmp_path / 'model')
     other = timm.create_model('vireid_base_r10t').state_dict()
@@ -97,13 +105,25 @@ def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> No
     assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float16}
     assert not [name for name in saved if '.fc.' in name]
     loaded = timm.create_model(
-        'vireid_dml_r10t', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.safetensors')))
+        'vireid_dml_r10t', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.safetensors'))
+    )
     model.reset_classifier(0)
     torch.testing.assert_close(_features(loaded), _features(model), rtol=0.02, atol=0.02)
 
 
 def test_package_offers_what_the_design_names() -> None:
-    for name in ('create_dataset', 'protocol_trials', 'rank_metrics', 'evaluate', 'embed', 'train',
-                 'RandomChannelCombination', 'ChannelRandomErasing', 'WeightedRegularizedTriplet',
-                 'MutualLearningLoss', 'IdentityModalitySampler', 'GeneralizedMeanPool'):
+    for name in (
+        'create_dataset',
+        'protocol_trials',
+        'rank_metrics',
+        'evaluate',
+        'embed',
+        'train',
+        'RandomChannelCombination',
+        'ChannelRandomErasing',
+        'WeightedRegularizedTriplet',
+        'MutualLearningLoss',
+        'IdentityModalitySampler',
+        'GeneralizedMeanPool',
+    ):
         assert callable(getattr(vireid_timm, name))

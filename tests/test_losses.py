@@ -1,4 +1,5 @@
 """The losses against slow, obvious versions: Python loops in float64, forward and backward."""
+
 import math
 
 import pytest
@@ -18,7 +19,7 @@ GROUPS = {
     'uneven': [3, 3, 3, 3, 3, 7, 7, 1],
     'every picture alone': [0, 1, 2, 3, 4],
     'one against many': [5, 5, 5, 5, 5, 5, 9],
-    'negative and large labels': [-1, 2 ** 40, -1, 2 ** 40],
+    'negative and large labels': [-1, 2**40, -1, 2**40],
 }
 
 
@@ -63,12 +64,14 @@ def test_triplet_equals_the_loop_forward_and_backward(group: str, scale: float) 
     identities = GROUPS[group]
     features = random_features(len(identities), dtype=torch.float64) * scale
     loss, gradient = value_and_gradient(
-        lambda values: WeightedRegularizedTriplet()(values, torch.tensor(identities)), features)
+        lambda values: WeightedRegularizedTriplet()(values, torch.tensor(identities)), features
+    )
     expected, expected_gradient = value_and_gradient(lambda values: naive_triplet(values, identities), features)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=3e-9)  # softplus is linear beyond 20: 2e-9
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-8)
     single, single_gradient = value_and_gradient(
-        lambda values: WeightedRegularizedTriplet()(values, torch.tensor(identities)), features.float())
+        lambda values: WeightedRegularizedTriplet()(values, torch.tensor(identities)), features.float()
+    )
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(single_gradient.double(), expected_gradient, rtol=1e-2, atol=2e-4 * gradient.abs().max())
@@ -94,7 +97,8 @@ def test_triplet_distances_survive_a_large_common_offset() -> None:
     identities = GROUPS['uneven']
     features = (random_features(len(identities)) * 0.01 + 64).float()
     loss, gradient = value_and_gradient(
-        lambda values: WeightedRegularizedTriplet()(values, torch.tensor(identities)), features)
+        lambda values: WeightedRegularizedTriplet()(values, torch.tensor(identities)), features
+    )
     expected, expected_gradient = value_and_gradient(lambda v: naive_triplet(v, identities), features.double())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
@@ -124,7 +128,8 @@ def test_some_identical_features_among_others() -> None:
 def test_a_single_identity_gives_zero_loss_and_zero_gradient(count: int) -> None:
     loss, gradient = value_and_gradient(
         lambda values: WeightedRegularizedTriplet()(values, torch.zeros(count, dtype=torch.long)),
-        random_features(count))
+        random_features(count),
+    )
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
@@ -148,8 +153,10 @@ def test_losses_compile_into_one_graph() -> None:
     """No Python branch on a value, and so no waiting for the device."""
     features, identities, logits = random_features(64), torch.tensor(GROUPS['paper']), three_branches()
     for loss, inputs in (
-            (WeightedRegularizedTriplet(), (features, identities)), (MutualLearningLoss(), (logits,)),
-            (lambda *given: sum(identity_losses(*given).values()), (logits, torch.arange(6)))):
+        (WeightedRegularizedTriplet(), (features, identities)),
+        (MutualLearningLoss(), (logits,)),
+        (lambda *given: sum(identity_losses(*given).values()), (logits, torch.arange(6))),
+    ):
         compiled = torch.compile(loss, fullgraph=True, backend='eager')
         torch.testing.assert_close(compiled(*inputs), loss(*inputs))
 
@@ -160,7 +167,8 @@ def test_triplet_does_not_depend_on_the_order_of_the_batch() -> None:
     order = torch.randperm(len(identities), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
         WeightedRegularizedTriplet()(features[order], identities[order]),
-        WeightedRegularizedTriplet()(features, identities))
+        WeightedRegularizedTriplet()(features, identities),
+    )
 
 
 @pytest.mark.parametrize(('features', 'identities'), [((4, 3), (5,)), ((4,), (4,)), ((0, 3), (0,)), ((4, 3), (4, 1))])
@@ -211,20 +219,25 @@ def three_branches() -> dict[str, torch.Tensor]:
     return {name: 2 * random_features(6, 9, seed) for seed, name in enumerate(('global', 'fusion', 'joint'))}
 
 
-@pytest.mark.parametrize(('mode', 'global_part', 'fusion_part', 'between'), [
-    ('none', 0.0, 0.0, 0.0),
-    ('global-to-fusion', 0.0, 0.0, 1.8),
-    ('joint-to-global', 0.6, 0.0, 0.0),
-    ('joint-to-fusion', 0.0, 1.8, 0.0),
-    ('joint-to-both', 0.6, 1.8, 0.0),
-])
+@pytest.mark.parametrize(
+    ('mode', 'global_part', 'fusion_part', 'between'),
+    [
+        ('none', 0.0, 0.0, 0.0),
+        ('global-to-fusion', 0.0, 0.0, 1.8),
+        ('joint-to-global', 0.6, 0.0, 0.0),
+        ('joint-to-fusion', 0.0, 1.8, 0.0),
+        ('joint-to-both', 0.6, 1.8, 0.0),
+    ],
+)
 def test_mutual_learning_modes_are_the_rows_of_table_4(
-        mode: str, global_part: float, fusion_part: float, between: float) -> None:
+    mode: str, global_part: float, fusion_part: float, between: float
+) -> None:
     logits = three_branches()
     expected = (
         global_part * naive_symmetric_kl(logits['joint'], logits['global'])
         + fusion_part * naive_symmetric_kl(logits['joint'], logits['fusion'])
-        + between * naive_symmetric_kl(logits['global'], logits['fusion']))
+        + between * naive_symmetric_kl(logits['global'], logits['fusion'])
+    )
     torch.testing.assert_close(MutualLearningLoss(mode)(logits).double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,5 @@
 """The metrics against a loop that sorts and counts one query at a time."""
+
 import math
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Reading pictures of every kind and in every state, and the store against decoding one by one."""
+
 import ast
 import copy
 import errno
@@ -47,8 +48,7 @@ def records_of(paths):
 
 
 def naive_pixels(paths, size=SIZE):
-    resized = [
-        read_picture(str(path)).resize((size[1], size[0]), Image.Resampling.BILINEAR) for path in paths]
+    resized = [read_picture(str(path)).resize((size[1], size[0]), Image.Resampling.BILINEAR) for path in paths]
     return np.stack([np.asarray(picture) for picture in resized])
 
 
@@ -68,16 +68,28 @@ def files(tmp_path):
 
 def png_that_claims(width, height):
     """A PNG file whose header promises a picture, with nothing behind it."""
+
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
     header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
 
 
-@pytest.mark.parametrize('mode, suffix', [
-    ('1', '.png'), ('L', '.png'), ('L', '.jpg'), ('P', '.gif'), ('RGB', '.bmp'), ('RGB', '.webp'), ('CMYK', '.jpg'),
-    ('CMYK', '.tif'), ('YCbCr', '.jpg'),
-])
+@pytest.mark.parametrize(
+    'mode, suffix',
+    [
+        ('1', '.png'),
+        ('L', '.png'),
+        ('L', '.jpg'),
+        ('P', '.gif'),
+        ('RGB', '.bmp'),
+        ('RGB', '.webp'),
+        ('CMYK', '.jpg'),
+        ('CMYK', '.tif'),
+        ('YCbCr', '.jpg'),
+    ],
+)
 def test_every_mode_becomes_three_channels(tmp_path, mode, suffix):
     path = tmp_path / f'picture{suffix}'
     Image.fromarray(noise(16, 8, 3)).convert(mode).save(path)
@@ -110,17 +122,20 @@ def test_transparent_parts_become_black(tmp_path, mode):
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.tif'])
-@pytest.mark.parametrize('orientation, upright', [
-    (1, lambda pixels: pixels),
-    (2, lambda pixels: pixels[:, ::-1]),
-    (3, lambda pixels: pixels[::-1, ::-1]),
-    (4, lambda pixels: pixels[::-1]),
-    (5, lambda pixels: pixels.swapaxes(0, 1)),
-    (6, lambda pixels: pixels[::-1].swapaxes(0, 1)),
-    (7, lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1)),
-    (8, lambda pixels: pixels[:, ::-1].swapaxes(0, 1)),
-    (77, lambda pixels: pixels),
-])
+@pytest.mark.parametrize(
+    'orientation, upright',
+    [
+        (1, lambda pixels: pixels),
+        (2, lambda pixels: pixels[:, ::-1]),
+        (3, lambda pixels: pixels[::-1, ::-1]),
+        (4, lambda pixels: pixels[::-1]),
+        (5, lambda pixels: pixels.swapaxes(0, 1)),
+        (6, lambda pixels: pixels[::-1].swapaxes(0, 1)),
+        (7, lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1)),
+        (8, lambda pixels: pixels[:, ::-1].swapaxes(0, 1)),
+        (77, lambda pixels: pixels),
+    ],
+)
 @pytest.mark.parametrize('deep', [False, True])
 def test_orientation_is_honoured(tmp_path, suffix, orientation, upright, deep):
     path = tmp_path / f'picture{suffix}'
@@ -142,6 +157,7 @@ def naive_stretch(values):
         below = int(position)
         above = min(below + 1, len(finite) - 1)
         return finite[below] + (position - below) * (finite[above] - finite[below])
+
     low, high = percentile(0.1), percentile(99.9)
     if low == high:
         low, high = finite[0], finite[-1]
@@ -160,9 +176,13 @@ def deep_pictures():
     gaps = rng.normal(295.0, 3.0, (60, 40)).astype(np.float32)  # kelvin, with pixels that failed
     gaps[3, :7], gaps[4, 0], gaps[5, 0] = np.nan, np.inf, -np.inf
     return {
-        'counts': (counts, '.png'), 'counts in tiff': (counts, '.tif'), 'hot pixel': (hot, '.png'),
-        'constant': (np.full((60, 40), 123, np.uint16), '.png'), 'full range': (counts * 8, '.pgm'),
-        'float': (gaps, '.tif'), 'int': (counts.astype(np.int32) - 9000, '.tif'),
+        'counts': (counts, '.png'),
+        'counts in tiff': (counts, '.tif'),
+        'hot pixel': (hot, '.png'),
+        'constant': (np.full((60, 40), 123, np.uint16), '.png'),
+        'full range': (counts * 8, '.pgm'),
+        'float': (gaps, '.tif'),
+        'int': (counts.astype(np.int32) - 9000, '.tif'),
         'tiny': (np.array([[700, 900]], np.uint16), '.png'),
     }
 
@@ -213,9 +233,9 @@ def broken_files(folder):
     jpeg, png = (folder / 'good.jpg').read_bytes(), (folder / 'good.png').read_bytes()
     (folder / 'folder.jpg').mkdir()
     contents = {
-        'truncated.jpg': (jpeg[:len(jpeg) // 2], 'truncated'),
+        'truncated.jpg': (jpeg[: len(jpeg) // 2], 'truncated'),
         'header.jpg': (jpeg[:20], None),
-        'truncated.png': (png[:len(png) // 2], 'truncated'),
+        'truncated.png': (png[: len(png) // 2], 'truncated'),
         'bits.png': (png[:200] + b'\0' * 50 + png[250:], None),
         'empty.jpg': (b'', 'not one of the formats'),
         'text.jpg': (b'<html>404</html>', 'not one of the formats'),
@@ -231,7 +251,8 @@ def broken_files(folder):
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(folder / 'nan.tif')
     return {
         **{name: message for name, (_, message) in contents.items()},
-        'missing.jpg': 'no such file', 'folder.jpg': 'directory',
+        'missing.jpg': 'no such file',
+        'folder.jpg': 'directory',
     }
 
 
@@ -387,12 +408,15 @@ def test_mended_picture_is_noticed_without_a_new_time(tmp_path, files):
     assert np.array_equal(make()[[len(files)]], naive_pixels([path]))
 
 
-@pytest.mark.parametrize('damage', [
-    lambda folder: (folder / 'about.json').unlink(),
-    lambda folder: (folder / 'about.json').write_text('{'),
-    lambda folder: os.truncate(folder / 'pixels.bin', 100),
-    lambda folder: (folder / 'pixels.bin').unlink(),
-])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda folder: (folder / 'about.json').unlink(),
+        lambda folder: (folder / 'about.json').write_text('{'),
+        lambda folder: os.truncate(folder / 'pixels.bin', 100),
+        lambda folder: (folder / 'pixels.bin').unlink(),
+    ],
+)
 def test_damaged_store_is_written_anew(tmp_path, files, damage):
     make = functools.partial(picture_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     make()
@@ -407,6 +431,7 @@ def test_writers_at_the_same_time(tmp_path, files):
     def write(number):
         start.wait()
         results[number] = picture_store(records, SIZE, cache_dir=cache_dir, workers=number % 3)[:]
+
     threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
@@ -431,7 +456,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, files):
 
 def test_store_larger_than_the_disk_is_refused_at_once(tmp_path, files):
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        picture_store(records_of(files), (10 ** 7, 10 ** 7), cache_dir=tmp_path / 'cache')
+        picture_store(records_of(files), (10**7, 10**7), cache_dir=tmp_path / 'cache')
     assert not list((tmp_path / 'cache').iterdir())
 
 
@@ -474,6 +499,7 @@ def test_in_order(workers):
         started.append(number)
         time.sleep(0.001 * (number % 3 == 0))
         return number * number
+
     results = in_order(slow_start, range(50), workers=workers)
     assert next(results) == 0
     assert len(started) <= 2 * max(workers, 1) + 1 + workers  # only a few ahead of what is asked for

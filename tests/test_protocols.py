@@ -1,4 +1,5 @@
 """The protocols against the plain loops that define them, on made-up record tables."""
+
 import random
 
 import numpy as np

@@ -1,4 +1,5 @@
 """The identity × modality sampler: what must hold of every batch and every epoch, over uneven data."""
+
 import logging
 import random
 from collections import Counter
@@ -38,12 +39,11 @@ def halves_of(batch: list[int], columns: Table, per_identity: int) -> tuple[list
     assert {modalities[row] for row in batch[:half]} == {'visible'}
     assert {modalities[row] for row in batch[half:]} == {'infrared'}
     groups = [
-        {identities[row] for row in batch[start:start + per_identity]}
-        for start in range(0, len(batch), per_identity)
+        {identities[row] for row in batch[start : start + per_identity]} for start in range(0, len(batch), per_identity)
     ]
     assert all(len(group) == 1 for group in groups)
     names = [group.pop() for group in groups]
-    return names[:len(names) // 2], names[len(names) // 2:]
+    return names[: len(names) // 2], names[len(names) // 2 :]
 
 
 @pytest.mark.parametrize(('identities_per_batch', 'pictures_per_modality'), [(8, 4), (1, 1), (30, 3), (5, 60)])
@@ -51,7 +51,8 @@ def test_every_batch_is_balanced_and_ordered(identities_per_batch: int, pictures
     columns = uneven_table()
     sizes = Counter(zip(*columns, strict=True))
     sampler = IdentityModalitySampler(
-        *columns, identities_per_batch=identities_per_batch, pictures_per_modality=pictures_per_modality)
+        *columns, identities_per_batch=identities_per_batch, pictures_per_modality=pictures_per_modality
+    )
     for batch in sampler:
         assert len(batch) == 2 * identities_per_batch * pictures_per_modality
         assert all(type(row) is int for row in batch)
@@ -67,7 +68,8 @@ def test_epoch_length_is_that_of_agw_over_the_eligible_pictures() -> None:
     columns = uneven_table()
     sampler = IdentityModalitySampler(*columns)
     sizes = Counter(
-        modality for name, modality in zip(*columns, strict=True) if name not in ('only visible', 'only infrared'))
+        modality for name, modality in zip(*columns, strict=True) if name not in ('only visible', 'only infrared')
+    )
     assert sizes['visible'] > sizes['infrared']
     expected = sizes['visible'] // (8 * 4) + 1
     assert sampler.batches_per_epoch == len(sampler) == len(list(sampler)) == expected
@@ -147,7 +149,8 @@ def test_integer_labels_and_names_give_the_same_batches() -> None:
     order = {name: label for label, name in enumerate(sorted(set(names)))}
     labels = np.asarray([order[name] for name in names])
     assert list(IdentityModalitySampler(labels, np.asarray(modalities))) == list(
-        IdentityModalitySampler(names, modalities))
+        IdentityModalitySampler(names, modalities)
+    )
 
 
 def test_identities_of_one_modality_are_skipped_and_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,5 @@
 """SynthVI's layouts on disk, read back by the readers of the data sets that they imitate."""
+
 import itertools
 import json
 import os
@@ -25,7 +26,8 @@ def tables(dataset):
 
 def counts_of(dataset):
     return tuple(
-        int((records.modality == modality).sum()) for records in tables(dataset) for modality in (VISIBLE, INFRARED))
+        int((records.modality == modality).sum()) for records in tables(dataset) for modality in (VISIBLE, INFRARED)
+    )
 
 
 def files_in(root):
@@ -37,9 +39,12 @@ def written(tmp_path_factory):
     """Layout -> (root, plan)."""
     folder = tmp_path_factory.mktemp('synth')
     return {
-        layout: (folder / layout, write_layout(
-            folder / layout, layout, identities=5, test_identities=4, seed=3, size=SIZE, workers=0))
-        for layout in LAYOUT_NAMES}
+        layout: (
+            folder / layout,
+            write_layout(folder / layout, layout, identities=5, test_identities=4, seed=3, size=SIZE, workers=0),
+        )
+        for layout in LAYOUT_NAMES
+    }
 
 
 @pytest.mark.parametrize('layout', LAYOUT_NAMES)
@@ -52,15 +57,25 @@ def test_every_picture_comes_back(written, layout):
     assert len({picture[1:] for picture in plan.pictures}) == len(plan.pictures), 'no two files show the same picture'
     for records in tables(dataset):
         for path, identity, camera, modality in zip(
-                records.path.tolist(), records.identity.tolist(), records.camera.tolist(), records.modality.tolist(),
-                strict=True):
+            records.path.tolist(),
+            records.identity.tolist(),
+            records.camera.tolist(),
+            records.modality.tolist(),
+            strict=True,
+        ):
             picture = planned[path]
             assert (int(identity), camera, modality) == (picture.identity, picture.camera, picture.modality)
             with Image.open(path) as image:
                 assert image.mode == ('RGB' if modality == VISIBLE else 'L')
             expected = render(
-                picture.modality, picture.identity, picture.camera, picture.picture, seed=3,
-                spectrum='thermal' if layout == 'regdb' else 'near-infrared', size=SIZE)
+                picture.modality,
+                picture.identity,
+                picture.camera,
+                picture.picture,
+                seed=3,
+                spectrum='thermal' if layout == 'regdb' else 'near-infrared',
+                size=SIZE,
+            )
             difference = np.abs(np.asarray(read_picture(path)).astype(int) - expected)
             assert difference.mean() <= (0 if path.endswith('.bmp') else 8), 'JPEG may lose a little'
 
@@ -86,7 +101,11 @@ def test_identities_are_as_asked_and_protocols_work(written, layout):
 def test_sysu_mm01_follows_the_owners(written):
     root, _ = written['sysu_mm01']
     assert {name: (root / f'exp/{name}_id.txt').read_text() for name in ('train', 'val', 'test', 'available')} == {
-        'train': '1,2,3,4\n', 'val': '5\n', 'test': '6,7,8,9\n', 'available': '1,2,3,4,5,6,7,8,9\n'}
+        'train': '1,2,3,4\n',
+        'val': '5\n',
+        'test': '6,7,8,9\n',
+        'available': '1,2,3,4,5,6,7,8,9\n',
+    }
     assert sorted(os.listdir(root)) == ['cam1', 'cam2', 'cam3', 'cam4', 'cam5', 'cam6', 'exp', ABOUT_FILE]
     assert sorted(os.listdir(root / 'cam3' / '0009')) == ['0001.jpg', '0002.jpg', '0003.jpg', '0004.jpg']
 
@@ -110,8 +129,11 @@ def test_llcm_follows_the_owners(written):
     root, plan = written['llcm']
     infrared = [picture for picture in plan.pictures if picture.modality == INFRARED]
     assert all(picture.camera != 3 for picture in infrared)
-    assert {len(line.split(' ')) for name in ('train_vis', 'train_nir', 'test_vis', 'test_nir')
-            for line in (root / f'idx/{name}.txt').read_text().splitlines()} == {2}
+    assert {
+        len(line.split(' '))
+        for name in ('train_vis', 'train_nir', 'test_vis', 'test_nir')
+        for line in (root / f'idx/{name}.txt').read_text().splitlines()
+    } == {2}
     assert (root / 'idx/test_id.txt').read_text() == '6,7,8,9\n'
 
 
@@ -126,9 +148,14 @@ def test_same_arguments_same_files(tmp_path, written):
 
 
 def test_spectrum_is_chosen_or_the_layouts_own(tmp_path):
-    for number, (layout, spectrum, expected) in enumerate((
-            ('regdb', None, 'thermal'), ('regdb', 'near-infrared', 'near-infrared'), ('folder', 'thermal', 'thermal'),
-            ('folder', None, 'near-infrared'))):
+    for number, (layout, spectrum, expected) in enumerate(
+        (
+            ('regdb', None, 'thermal'),
+            ('regdb', 'near-infrared', 'near-infrared'),
+            ('folder', 'thermal', 'thermal'),
+            ('folder', None, 'near-infrared'),
+        )
+    ):
         root = tmp_path / str(number)
         plan = write_layout(root, layout, identities=1, test_identities=1, spectrum=spectrum, size=SIZE)
         assert json.loads((root / ABOUT_FILE).read_text())['spectrum'] == expected
@@ -176,14 +203,17 @@ def test_folder_that_cannot_be(tmp_path):
         write_layout(tmp_path / 'file' / 'data', 'folder', identities=1, size=SIZE)
 
 
-@pytest.mark.parametrize('layout, options, message', [
-    ('market1501', {'identities': 1}, 'unknown layout .*folder, sysu_mm01, regdb, llcm'),
-    ('sysu_mm01', {}, 'number of identities must be at least 1, got None'),
-    ('sysu_mm01', {'identities': 0}, 'number of identities must be at least 1, got 0'),
-    ('llcm', {'identities': 2, 'test_identities': 0}, 'number of test identities must be at least 1, got 0'),
-    ('folder', {'full_size': True}, 'there is none with layout folder'),
-    ('regdb', {'full_size': True, 'identities': 4}, 'sets the number of identities itself'),
-])
+@pytest.mark.parametrize(
+    'layout, options, message',
+    [
+        ('market1501', {'identities': 1}, 'unknown layout .*folder, sysu_mm01, regdb, llcm'),
+        ('sysu_mm01', {}, 'number of identities must be at least 1, got None'),
+        ('sysu_mm01', {'identities': 0}, 'number of identities must be at least 1, got 0'),
+        ('llcm', {'identities': 2, 'test_identities': 0}, 'number of test identities must be at least 1, got 0'),
+        ('folder', {'full_size': True}, 'there is none with layout folder'),
+        ('regdb', {'full_size': True, 'identities': 4}, 'sets the number of identities itself'),
+    ],
+)
 def test_arguments_are_checked(layout, options, message):
     with pytest.raises(ValueError, match=message):
         plan_layout(layout, **options)
@@ -194,8 +224,9 @@ def test_unknown_spectrum(tmp_path):
         write_layout(tmp_path / 'data', 'folder', identities=1, spectrum='x-ray')
 
 
-@pytest.mark.parametrize('layout, identities, expected', [
-    ('folder', 10, 8), ('sysu_mm01', 100, 20), ('llcm', 3, 8), ('regdb', 30, 30)])
+@pytest.mark.parametrize(
+    'layout, identities, expected', [('folder', 10, 8), ('sysu_mm01', 100, 20), ('llcm', 3, 8), ('regdb', 30, 30)]
+)
 def test_default_number_of_test_identities(layout, identities, expected):
     assert plan_layout(layout, identities=identities).test_identities == expected
 
@@ -213,9 +244,15 @@ def full():
         rows = {True: [], False: []}
         for picture in plan.pictures:
             is_test = str(picture.identity) in tested
-            rows[is_test].append((
-                picture.path, f'{picture.identity:04d}', picture.camera, picture.modality,
-                'test' if is_test else 'train'))
+            rows[is_test].append(
+                (
+                    picture.path,
+                    f'{picture.identity:04d}',
+                    picture.camera,
+                    picture.modality,
+                    'test' if is_test else 'train',
+                )
+            )
         datasets[layout] = plan, Dataset(layout, '', Records.from_rows(rows[False]), Records.from_rows(rows[True]))
     return datasets
 
@@ -246,19 +283,28 @@ def test_full_size_is_nothing_odd_to_the_reader(tmp_path, caplog):
 
 def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
     plan, dataset = full['sysu_mm01']
-    lists = {name: {int(number) for number in plan.lists[f'exp/{name}_id.txt'].split(',')}
-             for name in ('train', 'val', 'test', 'available')}
+    lists = {
+        name: {int(number) for number in plan.lists[f'exp/{name}_id.txt'].split(',')}
+        for name in ('train', 'val', 'test', 'available')
+    }
     assert {name: (len(numbers), min(numbers), max(numbers)) for name, numbers in lists.items() if name != 'val'} == {
-        'train': (296, 1, 533), 'test': (96, 6, 333), 'available': (491, 1, 533)}
+        'train': (296, 1, 533),
+        'test': (96, 6, 333),
+        'available': (491, 1, 533),
+    }
     assert len(lists['val']) == 99
     val = np.isin(dataset.train.identity.astype(int), sorted(lists['val']))
     assert [int((val & (dataset.train.modality == modality)).sum()) for modality in (VISIBLE, INFRARED)] == [1974, 1980]
 
     # Camera: pictures, identities, least and most pictures per identity of the test; pictures, identities of training.
     for camera, expected, expected_train in (
-            (1, (1374, 56, 13, 42), (4721, 194)), (2, (1565, 56, 18, 40), (5753, 195)),
-            (3, (1883, 93, 20, 26), (5929, 293)), (4, (1918, 94, 20, 27), (4821, 283)),
-            (5, (1918, 95, 20, 24), (4989, 294)), (6, (1920, 96, 20, 20), (4000, 200))):
+        (1, (1374, 56, 13, 42), (4721, 194)),
+        (2, (1565, 56, 18, 40), (5753, 195)),
+        (3, (1883, 93, 20, 26), (5929, 293)),
+        (4, (1918, 94, 20, 27), (4821, 283)),
+        (5, (1918, 95, 20, 24), (4989, 294)),
+        (6, (1920, 96, 20, 20), (4000, 200)),
+    ):
         counts = np.unique(dataset.test.identity[dataset.test.camera == camera], return_counts=True)[1]
         total, seen, least, most = expected
         assert (counts.sum(), len(counts)) == (total, seen)
@@ -267,16 +313,23 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
         assert (len(train), len(train.identities())) == expected_train
         numbers = dataset.train.identity[dataset.train.camera == camera].astype(int)
         assert camera in (3, 4, 5) or numbers.max() <= 333
-    cameras = {name: set(dataset.test.camera[dataset.test.identity == name].tolist())
-               for name in dataset.test.identities()}
+    cameras = {
+        name: set(dataset.test.camera[dataset.test.identity == name].tolist()) for name in dataset.test.identities()
+    }
     assert sum(seen == {1, 2, 3, 4, 5, 6} for seen in cameras.values()) == 53
     assert sum(seen == {3, 4, 5, 6} for seen in cameras.values()) == 37
     assert sum(not seen & {1, 2} for seen in cameras.values()) == 40
 
 
-@pytest.mark.parametrize('protocol, gallery, valid, seen_by_camera_3', [
-    ('all-single', 301, 3803, 245), ('all-multi', 3010, 3803, 2450), ('indoor-single', 112, 2208, 56),
-    ('indoor-multi', 1120, 2208, 560)])
+@pytest.mark.parametrize(
+    'protocol, gallery, valid, seen_by_camera_3',
+    [
+        ('all-single', 301, 3803, 245),
+        ('all-multi', 3010, 3803, 2450),
+        ('indoor-single', 112, 2208, 56),
+        ('indoor-multi', 1120, 2208, 560),
+    ],
+)
 def test_full_size_sysu_mm01_has_the_published_galleries(full, protocol, gallery, valid, seen_by_camera_3):
     _, dataset = full['sysu_mm01']
     trial = protocol_trials(dataset, protocol)[0]

@@ -83,8 +83,7 @@ def test_the_baseline_has_one_branch_and_no_mutual_learning() -> None:
 def test_label_smoothing_is_a_separate_switch() -> None:
     _, logits = _model().forward_branches(*_pictures())
     result = ViReIDTask(_model(), smoothing=0.1, verbose=False)(_pictures(), LABELS)
-    torch.testing.assert_close(
-        result['id_joint'], F.cross_entropy(logits['joint'], LABELS, label_smoothing=0.1))
+    torch.testing.assert_close(result['id_joint'], F.cross_entropy(logits['joint'], LABELS, label_smoothing=0.1))
 
 
 def test_checkpoint_state_has_the_networks_own_names_and_ema_is_a_network() -> None:

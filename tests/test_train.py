@@ -73,7 +73,8 @@ def test_validation_chooses_the_best_epoch(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path, on_updates: bool) -> None:
     # The step schedule does not depend on the number of epochs, so that two of three are those of a run of three.
     settings = dict(
-        model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1, sched_on_updates=on_updates)
+        model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1, sched_on_updates=on_updates
+    )
     whole = _train(tmp_path, experiment='whole', epochs=3, **settings)
     part = _train(tmp_path, experiment='part', epochs=2, **settings)
     resumed = train({'resume': str(part.folder), 'epochs': 3})
@@ -83,7 +84,8 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path, on_updates: bool
         assert all(torch.equal(first[name], second[name]) for name in first)
     columns = ('epoch', 'train_loss', 'lr')
     assert [[str(row[name]) for name in columns] for row in resumed.summary] == [
-        [str(row[name]) for name in columns] for row in whole.summary]
+        [str(row[name]) for name in columns] for row in whole.summary
+    ]
 
 
 def _numpy_state() -> np.ndarray:
@@ -105,8 +107,18 @@ def test_the_same_seed_gives_the_same_run_and_the_callers_random_state_is_not_to
 
 def test_accumulation_clipping_mixed_precision_and_updates_schedule_run(tmp_path: Path) -> None:
     result = _train(
-        tmp_path, epochs=1, grad_accum_steps=2, clip_grad=1.0, amp=True, sched='cosine', sched_on_updates=True,
-        opt='adamw', lr=1e-3, grad_checkpointing=True, channels_last=False)
+        tmp_path,
+        epochs=1,
+        grad_accum_steps=2,
+        clip_grad=1.0,
+        amp=True,
+        sched='cosine',
+        sched_on_updates=True,
+        opt='adamw',
+        lr=1e-3,
+        grad_checkpointing=True,
+        channels_last=False,
+    )
     assert np.isfinite(result.summary[0]['train_loss'])
 
 
@@ -168,18 +180,19 @@ def test_what_is_new_gets_the_full_learning_rate() -> None:
 
     imagenet = timm.create_model('vireid_dml_r10t.c3_in1k', num_classes=4)
     assert {name.split('.')[0] for name in names(imagenet, 0)} == {'stem', 'layer1', 'layer2', 'layer3', 'layer4'}
-    assert {name.split('.')[0] for name in names(imagenet, 1)} == {
-        'fusion', 'joint_head', 'global_head', 'fusion_head'}
+    assert {name.split('.')[0] for name in names(imagenet, 1)} == {'fusion', 'joint_head', 'global_head', 'fusion_head'}
 
 
 def test_identities_of_one_modality_are_named_and_get_no_class(
-        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_layout(tmp_path / 'data', 'folder', identities=4, size=(64, 32), workers=0)
     (tmp_path / 'data/train/infrared/9999').mkdir()
     first = sorted((tmp_path / 'data/train/infrared').glob('0*/*'))[0]
     first.rename(tmp_path / 'data/train/infrared/9999' / first.name)
-    config = TrainConfig.from_mapping({
-        **SMALL, 'dataset': 'folder', 'data_dir': str(tmp_path / 'data'), 'dataset_kwargs': {}, 'val_share': 0.0})
+    config = TrainConfig.from_mapping(
+        {**SMALL, 'dataset': 'folder', 'data_dir': str(tmp_path / 'data'), 'dataset_kwargs': {}, 'val_share': 0.0}
+    )
     with caplog.at_level(logging.WARNING, 'vireid_timm'):
         data = load_data(config, (3, 64, 32))
     assert '9999' in caplog.text and '9999' not in data.class_map and len(data.class_map) == 4
@@ -195,19 +208,23 @@ def test_a_diverging_loss_names_epoch_and_step_and_keeps_the_checkpoint(tmp_path
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-    ({'model': 'vireid_dml_r51'}, 'vireid_dml_r51.*vireid_dml_r50'),
-    ({'model': 'resnet18'}, 'not a visible-infrared re-ID model'),
-    ({'model_kwargs': {'fuse_layer': 3}}, 'fuse_layer'),
-    ({'identities_per_batch': 100}, '100 identities.*there are'),
-    ({'learning_rate': 0.1}, "no setting 'learning_rate'"),
-    ({'dataset': 'sysu'}, "unknown dataset 'sysu'"),
-    ({'dataset': 'folder', 'data_dir': 'no/such/folder', 'dataset_kwargs': {}}, 'no/such/folder'),
-    ({'id_branches': ['part']}, "no branch 'part'"),
-    ({'resume': 'no/such/run'}, 'no/such/run'),
-])
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'model': 'vireid_dml_r51'}, 'vireid_dml_r51.*vireid_dml_r50'),
+        ({'model': 'resnet18'}, 'not a visible-infrared re-ID model'),
+        ({'model_kwargs': {'fuse_layer': 3}}, 'fuse_layer'),
+        ({'identities_per_batch': 100}, '100 identities.*there are'),
+        ({'learning_rate': 0.1}, "no setting 'learning_rate'"),
+        ({'dataset': 'sysu'}, "unknown dataset 'sysu'"),
+        ({'dataset': 'folder', 'data_dir': 'no/such/folder', 'dataset_kwargs': {}}, 'no/such/folder'),
+        ({'id_branches': ['part']}, "no branch 'part'"),
+        ({'resume': 'no/such/run'}, 'no/such/run'),
+    ],
+)
 def test_settings_that_cannot_work_are_errors_before_anything_is_written(
-        tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         _train(tmp_path / 'runs', **settings)
     assert not (tmp_path / 'runs').exists()

@@ -1,4 +1,5 @@
 """Visible-infrared person re-identification as a timm plugin: importing it registers the models."""
+
 from .augment import Augment as Augment
 from .augment import ChannelRandomErasing as ChannelRandomErasing
 from .augment import PadCropFlip as PadCropFlip

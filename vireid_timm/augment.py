@@ -4,6 +4,7 @@ Randomness comes from the generator that a call is given. Without one, each obje
 it was made; the global random state is neither read nor advanced. A generator may live on another device than the
 pictures: one on the CPU makes the same draws whatever the device of the pictures.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -144,7 +145,7 @@ class RandomChannelCombination:
         # Not a matrix product: under autocast or TF32 that would round the channels, which a reordering must not.
         mixed = torch.zeros_like(pictures)
         for channel in range(3):
-            mixed.addcmul_(mixes[:, :, channel], pictures[:, channel:channel + 1])
+            mixed.addcmul_(mixes[:, :, channel], pictures[:, channel : channel + 1])
         return mixed
 
 
@@ -155,17 +156,18 @@ class ChannelRandomErasing:
     three channels": each channel gets one value of its own, drawn from a standard normal distribution, which is that of
     normalised pictures (timm's erasing mode `rand`). CAJ fills with fixed values instead; pass them as `fill`.
     """
+
     # Differs from CAJ: ten candidate rectangles per picture are drawn at once and the first that is strictly smaller
     # than the picture is used, instead of up to 100 attempts one by one. At 288×144 about one candidate in twenty does
     # not fit, so that all ten fail less than once in 10^12 pictures; such a picture stays as it is.
 
     def __init__(
-            self,
-            probability: float = 0.5,
-            area: tuple[float, float] = (0.02, 0.4),
-            aspect: tuple[float, float] = (0.3, 3.33),
-            fill: str | Sequence[float] = 'random',
-            seed: int = 0,
+        self,
+        probability: float = 0.5,
+        area: tuple[float, float] = (0.02, 0.4),
+        aspect: tuple[float, float] = (0.3, 3.33),
+        fill: str | Sequence[float] = 'random',
+        seed: int = 0,
     ) -> None:
         """Set the range of the draws.
 
@@ -183,7 +185,8 @@ class ChannelRandomErasing:
             raise ValueError(f'an erasing probability in 0..1 expected, got {probability}')
         if not 0 < area[0] <= area[1] <= 1 or not 0 < aspect[0] <= aspect[1]:
             raise ValueError(
-                f'0 < least <= greatest expected, and an area of at most 1; got area={area} and aspect={aspect}')
+                f'0 < least <= greatest expected, and an area of at most 1; got area={area} and aspect={aspect}'
+            )
         if fill != 'random' and (isinstance(fill, str) or len(fill) != 3):
             raise ValueError(f"fill='random' or one value for each of the three channels expected, got {fill!r}")
         self.probability = probability
@@ -240,16 +243,16 @@ class Augment:
     """
 
     def __init__(
-            self,
-            modality: str,
-            mean: Sequence[float],
-            std: Sequence[float],
-            pad: int = 10,
-            flip: float = 0.5,
-            channel_combination: bool = True,
-            erasing_probability: float = 0.5,
-            erasing_fill: str | Sequence[float] = 'random',
-            seed: int = 0,
+        self,
+        modality: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pad: int = 10,
+        flip: float = 0.5,
+        channel_combination: bool = True,
+        erasing_probability: float = 0.5,
+        erasing_fill: str | Sequence[float] = 'random',
+        seed: int = 0,
     ) -> None:
         """Compose the steps.
 
@@ -292,7 +295,8 @@ class Augment:
         """
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or 3 not in (pictures.shape[1], pictures.shape[3]):
             raise ValueError(
-                f'uint8 pictures [B, H, W, 3] or [B, 3, H, W] expected, got {pictures.dtype} {list(pictures.shape)}')
+                f'uint8 pictures [B, H, W, 3] or [B, 3, H, W] expected, got {pictures.dtype} {list(pictures.shape)}'
+            )
         generator = generator or self.generator
         if pictures.shape[3] == 3:
             pictures = pictures.permute(0, 3, 1, 2)

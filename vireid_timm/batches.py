@@ -1,7 +1,7 @@
 """From a run's settings to augmented batches on the training device."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class TrainData:
         sampler: Batches of rows of `records`.
         validation: Held-out identities as a dataset of their own; None if there are none.
     """
+
     dataset: Dataset
     records: Records
     store: PictureStore
@@ -50,23 +51,26 @@ def load_data(config: TrainConfig, size: tuple[int, int, int]) -> TrainData:
     """
     dataset = create_dataset(config.dataset, config.data_dir or None, **config.dataset_kwargs)
     records, held_out = split_identities(dataset.train, config.val_share, config.seed)
-    validation = replace(dataset, name='validation', train=records, test=held_out) if len(held_out) else None
-    store = picture_store(
-        records, size[1:], cache=config.cache, skip_broken=config.skip_broken, workers=config.workers)
+    validation = Dataset('validation', dataset.root, records, held_out) if len(held_out) else None
+    store = picture_store(records, size[1:], cache=config.cache, skip_broken=config.skip_broken, workers=config.workers)
     sampled = records[store.intact()]
     sampler = IdentityModalitySampler(
-        sampled.identity, sampled.modality, identities_per_batch=config.identities_per_batch,
-        pictures_per_modality=config.pictures_per_modality, seed=config.seed)
+        sampled.identity,
+        sampled.modality,
+        identities_per_batch=config.identities_per_batch,
+        pictures_per_modality=config.pictures_per_modality,
+        seed=config.seed,
+    )
     class_map = class_map_of(sampled[~np.isin(sampled.identity, sampler.skipped)])
     labels = torch.tensor([class_map.get(name, -1) for name in sampled.identity.tolist()])
     return TrainData(dataset, sampled, store, labels, class_map, sampler, validation)
 
 
 def batches(
-        data: TrainData,
-        augments: dict[str, Augment],
-        device: torch.device,
-        generator: torch.Generator,
+    data: TrainData,
+    augments: dict[str, Augment],
+    device: torch.device,
+    generator: torch.Generator,
 ) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, list[int]]]:
     """Augmented batches of the sampler's current epoch.
 
@@ -86,8 +90,14 @@ def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]
     data_config = resolve_model_data_config(model)
     return {
         modality: Augment(
-            modality, data_config['mean'], data_config['std'], pad=config.pad, flip=config.hflip,
-            channel_combination=config.channel_combination, erasing_probability=config.reprob,
-            erasing_fill='random' if config.erasing_fill is None else config.erasing_fill)
+            modality,
+            data_config['mean'],
+            data_config['std'],
+            pad=config.pad,
+            flip=config.hflip,
+            channel_combination=config.channel_combination,
+            erasing_probability=config.reprob,
+            erasing_fill='random' if config.erasing_fill is None else config.erasing_fill,
+        )
         for modality in (VISIBLE, INFRARED)
     }

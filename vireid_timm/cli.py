@@ -1,4 +1,5 @@
 """The `vireid` command: train, eval, synth and demo."""
+
 import argparse
 import logging
 import sys
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='vireid', description='Visible-infrared person re-identification: train, evaluate, make pictures.')
+        prog='vireid', description='Visible-infrared person re-identification: train, evaluate, make pictures.'
+    )
     parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_train(commands)
@@ -64,8 +66,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
-        'train', help='train or fine-tune a model',
-        description='Train or fine-tune a model. Flags win over --config, which wins over the defaults.')
+        'train',
+        help='train or fine-tune a model',
+        description='Train or fine-tune a model. Flags win over --config, which wins over the defaults.',
+    )
     parser.add_argument('-c', '--config', default=argparse.SUPPRESS, metavar='FILE', help='YAML file of settings')
     add_arguments(parser)
     parser.set_defaults(command=_train)
@@ -84,8 +88,11 @@ def _add_eval(commands: Any) -> None:
     which.add_argument('--checkpoint', metavar='PATH', help='run folder, Hub-ready folder, or a file in one')
     which.add_argument('--model', metavar='NAME', help='local-dir:FOLDER, hf-hub:OWNER/NAME, or a model with a tag')
     parser.add_argument(
-        '--pretrained', action=argparse.BooleanOptionalAction, default=True,
-        help='load the weights of --model (default), or evaluate it untrained')
+        '--pretrained',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='load the weights of --model (default), or evaluate it untrained',
+    )
     parser.add_argument('--dataset', default='folder', help=f'reader: {", ".join(READERS)} (default: folder)')
     parser.add_argument('--data-dir', default='', metavar='PATH', help='root of the data (the file itself for csv)')
     parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
@@ -130,7 +137,7 @@ def _add_synth(commands: Any) -> None:
     parser = commands.add_parser('synth', help='write SynthVI pictures to disk', description=_synth.__doc__)
     parser.add_argument('directory', metavar='DIR', type=Path, help='a folder that does not exist yet')
     parser.add_argument('--layout', choices=LAYOUT_NAMES, default='folder')
-    parser.add_argument('--identities', type=int, default=None, help='training identities; test identities come on top')
+    parser.add_argument('--identities', type=int, help='training identities (default: 100); test ones come on top')
     parser.add_argument('--test-identities', type=int, default=None)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--spectrum', choices=SPECTRA, default=None, help="the layout's own if unset")
@@ -143,6 +150,8 @@ def _add_synth(commands: Any) -> None:
 def _synth(args: dict[str, Any]) -> None:
     """Render SynthVI in the layout of a real dataset or of your own folders."""
     directory = args.pop('directory')
+    if args['identities'] is None and not args['full_size']:
+        args['identities'] = 100
     write_layout(directory, size=tuple(args.pop('size')), **args)
     print(f'Pictures: {directory}')
 

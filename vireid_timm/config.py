@@ -3,6 +3,7 @@
 Names and meanings are those of timm's `train.py` wherever it has them. The defaults are the paper's recipe for
 SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2001.04193).
 """
+
 import argparse
 import dataclasses
 import difflib
@@ -28,6 +29,7 @@ def _setting(default: Any, group: str, text: str, **argument: Any) -> Any:
 @dataclass
 class TrainConfig:
     """Settings of `vireid_timm.train`; see `vireid train --help` for every one of them."""
+
     dataset: str = _setting('folder', 'data', 'reader: folder, csv, sysu_mm01, regdb, llcm or synthetic')
     data_dir: str = _setting('', 'data', 'root folder of the data (the file itself for csv)')
     dataset_kwargs: dict = _setting({}, 'data', 'options of the reader, e.g. trial=3 for regdb')
@@ -35,21 +37,24 @@ class TrainConfig:
     skip_broken: bool = _setting(False, 'data', 'leave out pictures that cannot be read instead of stopping')
     cache: str = _setting('disk', 'data', 'where decoded pictures are kept', choices=('disk', 'ram', 'off'))
     identities_per_batch: int | None = _setting(None, 'data', 'P of a batch; 8 or all there are if unset', type=int)
-    pictures_per_modality: int = _setting(4, 'data', 'K of a batch: pictures per identity and modality')
-    workers: int = _setting(2, 'data', 'processes that decode pictures')
+    pictures_per_modality: int = _setting(4, 'data', 'K of a batch: pictures per identity and modality', minimum=1)
+    workers: int | None = _setting(None, 'data', 'pictures decoded at a time; one per core if unset', type=int)
 
     model: str = _setting('vireid_dml_r50', 'model', 'name of the model, local-dir:FOLDER or hf-hub:OWNER/NAME')
-    pretrained: bool = _setting(False, 'model', 'start from the weights of the model\'s tag')
+    pretrained: bool = _setting(False, 'model', "start from the weights of the model's tag")
     model_kwargs: dict = _setting({}, 'model', 'arguments of the model, e.g. spatial_weights=static')
     input_size: list | None = _setting(
-        None, 'model', 'channels, height and width; the model\'s default if unset', type=int, nargs=3)
+        None, 'model', "channels, height and width; the model's default if unset", type=int, nargs=3
+    )
     drop: float = _setting(0.0, 'model', 'dropout before the classifiers')
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
 
     id_branches: list | None = _setting(
-        None, 'loss', 'branches with an identity loss; all if unset (L_id of table 3)', type=str, nargs='+')
+        None, 'loss', 'branches with an identity loss; all if unset (L_id of table 3)', type=str, nargs='+'
+    )
     mutual: str = _setting(
-        'joint-to-both', 'loss', 'pairs that learn from each other (table 4)', choices=tuple(MUTUAL_LEARNING_MODES))
+        'joint-to-both', 'loss', 'pairs that learn from each other (table 4)', choices=tuple(MUTUAL_LEARNING_MODES)
+    )
     global_weight: float = _setting(0.6, 'loss', 'theta_1, the weight of joint-global mutual learning (eq. 9)')
     fusion_weight: float = _setting(1.8, 'loss', 'theta_2, the weight of joint-fusion mutual learning (eq. 10)')
     triplet_weight: float = _setting(1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13: 1)')
@@ -60,30 +65,34 @@ class TrainConfig:
     channel_combination: bool = _setting(True, 'augmentation', 'random combination of channels on visible pictures')
     reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing')
     erasing_fill: list | None = _setting(
-        None, 'augmentation', 'fixed fill of the erased channels, normalised; random if unset', type=float, nargs=3)
+        None, 'augmentation', 'fixed fill of the erased channels, normalised; random if unset', type=float, nargs=3
+    )
 
-    opt: str = _setting('sgd', 'optimiser', 'any of timm\'s optimisers')
+    opt: str = _setting('sgd', 'optimiser', "any of timm's optimisers")
     lr: float = _setting(0.1, 'optimiser', 'learning rate of everything new')
     backbone_lr_scale: float | None = _setting(
-        None, 'optimiser', 'factor on lr for what was pretrained; 0.1 with pretrained weights, else 1', type=float)
+        None, 'optimiser', 'factor on lr for what was pretrained; 0.1 with pretrained weights, else 1', type=float
+    )
     momentum: float = _setting(0.9, 'optimiser', 'momentum')
     weight_decay: float = _setting(5e-4, 'optimiser', 'weight decay, on every parameter')
     opt_kwargs: dict = _setting({}, 'optimiser', 'further arguments of the optimiser')
     clip_grad: float | None = _setting(None, 'optimiser', 'clip gradients at this value', type=float)
     clip_mode: str = _setting('norm', 'optimiser', 'what is clipped', choices=('norm', 'value', 'agc'))
-    grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step')
+    grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step', minimum=1)
 
-    sched: str = _setting('multistep', 'schedule', 'any of timm\'s schedulers')
-    epochs: int = _setting(80, 'schedule', 'epochs to train')
+    sched: str = _setting('multistep', 'schedule', "any of timm's schedulers but plateau, which timm is giving up")
+    epochs: int = _setting(80, 'schedule', 'epochs to train', minimum=1)
     decay_milestones: list = _setting(
-        [21, 51], 'schedule', 'multistep: timm decays one epoch before each, here at 20 and 50', type=int, nargs='+')
+        [21, 51], 'schedule', 'multistep: timm decays one epoch before each, here at 20 and 50', type=int, nargs='+'
+    )
     decay_rate: float = _setting(0.1, 'schedule', 'factor of each decay')
-    decay_epochs: float = _setting(90.0, 'schedule', 'step: epochs between decays')
+    decay_epochs: float | None = _setting(
+        None, 'schedule', "step: epochs between decays; wsd, rsqrt: length of the decay; timm's if unset", type=float
+    )
     warmup_epochs: int = _setting(9, 'schedule', 'epochs of linear warm-up')
     warmup_lr: float | None = _setting(None, 'schedule', 'where the warm-up starts; a tenth of lr if unset', type=float)
     min_lr: float = _setting(0.0, 'schedule', 'lower bound of cyclic schedules')
     cooldown_epochs: int = _setting(0, 'schedule', 'epochs at min_lr at the end')
-    patience_epochs: int = _setting(10, 'schedule', 'plateau: epochs to wait')
     sched_on_updates: bool = _setting(False, 'schedule', 'advance the schedule after each step, not each epoch')
 
     device: str = _setting('cuda', 'device', 'falls back to the CPU, saying so')
@@ -97,8 +106,8 @@ class TrainConfig:
     model_ema_warmup: bool = _setting(False, 'averaging', 'raise the decay from 0 at the start')
 
     seed: int = _setting(42, 'run', 'decides initial weights, batches and augmentation')
-    val_interval: int = _setting(5, 'run', 'epochs between validations; the last epoch is always validated')
-    log_interval: int = _setting(50, 'run', 'steps between updates of the progress line')
+    val_interval: int = _setting(5, 'run', 'epochs between validations; the last is always validated', minimum=1)
+    log_interval: int = _setting(50, 'run', 'steps between updates of the progress line', minimum=1)
     output: str = _setting('output/train', 'run', 'where run folders go')
     experiment: str = _setting('', 'run', 'name of the run folder; time, model and data if unset')
     resume: str = _setting('', 'run', 'run folder to continue')
@@ -146,6 +155,9 @@ def _checked_value(setting: dataclasses.Field, value: Any, source: str) -> Any:
         value = list(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f'{source}: {setting.name} must be of type {expected.__name__}, got {value!r}')
+    minimum = setting.metadata.get('minimum')
+    if minimum is not None and value < minimum:
+        raise ValueError(f'{source}: {setting.name} must be at least {minimum}, got {value}')
     choices = setting.metadata.get('choices')
     if choices and value not in choices:
         raise ValueError(f'{source}: {setting.name} must be one of {", ".join(choices)}, got {value!r}')
@@ -180,6 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in SETTINGS.values():
         metadata = dict(setting.metadata)
         name, text = metadata.pop('group'), metadata.pop('help')
+        metadata.pop('minimum', None)
         group = groups.setdefault(name, parser.add_argument_group(name))
         default = setting.default if setting.default is not dataclasses.MISSING else setting.default_factory()
         argument = {'default': argparse.SUPPRESS, 'dest': setting.name, 'help': f'{text} (default: {default})'}

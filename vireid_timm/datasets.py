@@ -5,6 +5,7 @@ decoded here. SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Ident
 al., "Person Recognition System Based on a Combination of Body Images from Visible Light and Thermal Cameras", Sensors
 2017. LLCM: arXiv:2303.14481.
 """
+
 import csv
 import difflib
 import inspect
@@ -24,25 +25,25 @@ _logger = logging.getLogger(__name__)
 Row = tuple[str, str, int, str, str]  # path, identity, camera, modality, split
 
 LAYOUTS = {
-    'sysu_mm01': '''
+    'sysu_mm01': """
   cam1/ ... cam6/<identity, 4 digits>/<picture>.jpg     (visible: 1, 2, 4, 5; infrared: 3, 6)
-  exp/train_id.txt  exp/val_id.txt  exp/test_id.txt     (one line of comma-separated numbers each)''',
-    'regdb': '''
+  exp/train_id.txt  exp/val_id.txt  exp/test_id.txt     (one line of comma-separated numbers each)""",
+    'regdb': """
   Visible/<identity>/<picture>.bmp
   Thermal/<identity>/<picture>.bmp
-  idx/{train,test}_{visible,thermal}_<trial>.txt        (a line per picture: path, space, label)''',
-    'llcm': '''
+  idx/{train,test}_{visible,thermal}_<trial>.txt        (a line per picture: path, space, label)""",
+    'llcm': """
   vis/<identity>/<picture>.jpg  nir/<identity>/<picture>.jpg                       (training)
   test_vis/cam<n>/<identity>/<picture>.jpg  test_nir/cam<n>/<identity>/<picture>.jpg
   idx/train_vis.txt  idx/train_nir.txt                  (a line per picture: path, space, label)
-  idx/test_id.txt                                       (one line of comma-separated numbers)''',
-    'folder': '''
+  idx/test_id.txt                                       (one line of comma-separated numbers)""",
+    'folder': """
   train/visible/<person>/<picture>  train/infrared/<person>/<picture>
-  query/<modality>/<person>/<picture>  gallery/<modality>/<person>/<picture>       (both or neither)''',
-    'csv': '''
+  query/<modality>/<person>/<picture>  gallery/<modality>/<person>/<picture>       (both or neither)""",
+    'csv': """
   path,identity,camera,modality,split
   pictures/a.jpg,anna,3,visible,train
-(path: relative to the file's folder; camera: may be empty; split: train, query, gallery, or test for both)''',
+(path: relative to the file's folder; camera: may be empty; split: train, query, gallery, or test for both)""",
 }
 # Pictures of (training visible, training infrared, test visible, test infrared), as the owners and their users count.
 PUBLISHED_COUNTS = {
@@ -79,7 +80,8 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
         if option not in accepted:
             raise ValueError(
                 f'dataset {name!r} has no option {option!r}{_hint(option, accepted)}; '
-                f'its options: {", ".join(accepted) or "none"}')
+                f'its options: {", ".join(accepted) or "none"}'
+            )
     root = os.fspath(root or '')
     if name == 'synthetic':
         if root:
@@ -112,7 +114,8 @@ def split_identities(records: Records, share: float, seed: int) -> tuple[Records
         raise ValueError(
             f'cannot hold out {share:g} of the {len(candidates)} identities that have pictures of both modalities: '
             f'at least two are needed to search for, and two to learn from; '
-            f'a share of 0 (--val-share 0, test_share=0) holds out nobody')
+            f'a share of 0 (--val-share 0, test_share=0) holds out nobody'
+        )
     chosen = set(random.Random(seed).sample(candidates, count))
     held_out = [name in chosen for name in records.identity.tolist()]
     kept_rows = [row for row, out in enumerate(held_out) if not out]
@@ -132,9 +135,8 @@ def read_sysu_mm01(root: str) -> Dataset:
         raise ValueError(f'{root}: identity {both[0]} is listed for training and for testing; check exp/*_id.txt')
     cells = [(camera, modality, _required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
     return Dataset(
-        'sysu_mm01', root,
-        _camera_folders(cells, learned, 'train'),
-        _camera_folders(cells, lists['test'], 'test'))
+        'sysu_mm01', root, _camera_folders(cells, learned, 'train'), _camera_folders(cells, lists['test'], 'test')
+    )
 
 
 def read_regdb(root: str, *, trial: int = 1) -> Dataset:
@@ -161,8 +163,7 @@ def read_llcm(root: str) -> Dataset:
     for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
         for path, inner in _read_picture_list('llcm', root, f'idx/train_{name}.txt'):
             camera = _LLCM_CAMERA.search(inner.split('/')[-1])
-            rows.append((
-                path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
+            rows.append((path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
     cells = []
     for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
         # The number is read from this folder's own name: "cam" may occur anywhere in the path above it.
@@ -219,25 +220,30 @@ def read_csv(root: str) -> Dataset:
         there, missing = ('query', 'gallery') if 'query' in splits else ('gallery', 'query')
         raise ValueError(f'{root} lists {there} pictures but no {missing} pictures; expected both, or neither')
     tables = [
-        Records.from_rows([
-            (row.path, row.identity, int(row.camera), row.modality, row.split)
-            for row in rows if (row.split == 'train') == training])
-        for training in (True, False)]
+        Records.from_rows(
+            [
+                (row.path, row.identity, int(row.camera), row.modality, row.split)
+                for row in rows
+                if (row.split == 'train') == training
+            ]
+        )
+        for training in (True, False)
+    ]
     return Dataset('csv', root, *tables)
 
 
 def read_synthetic(
-        *,
-        identities: int = 3000,
-        test_identities: int = 200,
-        seed: int = 0,
-        spectrum: str = 'near-infrared',
-        size: tuple[int, int] = (128, 64),
-        pictures_per_modality: int = 6,
-        visible_cameras: int = 4,
-        infrared_cameras: int = 2,
-        first_camera: int = 1,
-        first_identity: int = 0,
+    *,
+    identities: int = 3000,
+    test_identities: int = 200,
+    seed: int = 0,
+    spectrum: str = 'near-infrared',
+    size: tuple[int, int] = (128, 64),
+    pictures_per_modality: int = 6,
+    visible_cameras: int = 4,
+    infrared_cameras: int = 2,
+    first_camera: int = 1,
+    first_identity: int = 0,
 ) -> Dataset:
     """SynthVI, rendered when a picture is read.
 
@@ -253,13 +259,21 @@ def read_synthetic(
         first_camera: Number of the first camera; others give unseen backgrounds, viewpoints and light.
         first_identity: Number of the first identity; others give unseen people.
     """
-    for name, value in (('identities', identities), ('test_identities', test_identities),
-                        ('first_identity', first_identity)):
+    for name, value in (
+        ('identities', identities),
+        ('test_identities', test_identities),
+        ('first_identity', first_identity),
+    ):
         if value < 0:
             raise ValueError(f'{name} must not be negative, got {value}')
     options = {
-        'seed': seed, 'spectrum': spectrum, 'size': tuple(size), 'pictures_per_modality': pictures_per_modality,
-        'visible_cameras': visible_cameras, 'infrared_cameras': infrared_cameras, 'first_camera': first_camera,
+        'seed': seed,
+        'spectrum': spectrum,
+        'size': tuple(size),
+        'pictures_per_modality': pictures_per_modality,
+        'visible_cameras': visible_cameras,
+        'infrared_cameras': infrared_cameras,
+        'first_camera': first_camera,
     }
     first_tested = first_identity + identities
     train = synthetic_records(range(first_identity, first_tested), split='train', **options)
@@ -281,6 +295,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
 @dataclass(frozen=True)
 class _Line:
     """One line of a CSV file."""
+
     number: int
     path: str
     identity: str
@@ -306,7 +321,8 @@ def _read_csv_lines(file_name: str) -> list[_Line]:
             for column, allowed in (('modality', MODALITIES), ('split', SPLITS)):
                 if values[column] not in allowed:
                     raise ValueError(
-                        f'{where}: unknown {column} {values[column]!r}; expected one of {", ".join(allowed)}')
+                        f'{where}: unknown {column} {values[column]!r}; expected one of {", ".join(allowed)}'
+                    )
             if not line.identity:
                 raise ValueError(f'{where}: the identity is empty')
             if not os.path.isfile(line.path):
@@ -404,12 +420,14 @@ def _read_picture_list(name: str, root: str, inner: str) -> list[tuple[str, str]
             if len(words) != 2 or not words[1].isdecimal() or '/' not in relative:
                 raise ValueError(
                     f'{list_name}, line {number}: expected `<folder>/<identity>/<picture> <label>`, '
-                    f'got {line.strip()!r}')
+                    f'got {line.strip()!r}'
+                )
             path = os.path.join(root, *relative.split('/'))
             if not os.path.isfile(path):
                 raise FileNotFoundError(
                     f'{list_name}, line {number}: there is no file {path}; '
-                    f'dataset {name!r} expects in {root}:{LAYOUTS[name]}')
+                    f'dataset {name!r} expects in {root}:{LAYOUTS[name]}'
+                )
             pictures.append((path, relative))
     return pictures
 
@@ -452,9 +470,15 @@ def _person_folders(root: str, split: str) -> list[Row]:
             pictures = _pictures(folder)
             for picture in pictures:
                 camera = _CAMERA_PREFIX.match(picture)
-                rows.append((
-                    os.path.join(folder, picture), person, int(camera[1]) if camera else UNKNOWN_CAMERA, modality,
-                    split))
+                rows.append(
+                    (
+                        os.path.join(folder, picture),
+                        person,
+                        int(camera[1]) if camera else UNKNOWN_CAMERA,
+                        modality,
+                        split,
+                    )
+                )
             if not pictures:
                 empty.append(folder)
     _warn_counted(empty, 'folders hold no picture')
@@ -482,12 +506,15 @@ def _check(dataset: Dataset) -> None:
     _warn_counted(sorted(shared), 'identities are both learned from and tested on, which flatters the result')
     published = PUBLISHED_COUNTS.get(dataset.name)
     counts = tuple(
-        int((table.modality == modality).sum()) for table in (train, test) for modality in (VISIBLE, INFRARED))
+        int((table.modality == modality).sum()) for table in (train, test) for modality in (VISIBLE, INFRARED)
+    )
     if published is not None and counts != published:
         names = ('training visible', 'training infrared', 'test visible', 'test infrared')
         differing = [
             f'{name} {count:,} (published {expected:,})'
-            for name, count, expected in zip(names, counts, published, strict=True) if count != expected]
+            for name, count, expected in zip(names, counts, published, strict=True)
+            if count != expected
+        ]
         _logger.warning(f'{where}: picture counts differ from the published {dataset.name}: {", ".join(differing)}')
 
 

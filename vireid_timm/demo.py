@@ -1,4 +1,5 @@
 """The demo: an untrained network, the weights in the package, and the same after fine-tuning on new cameras."""
+
 import logging
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,18 @@ PROTOCOL = 'infrared-to-visible'
 WORLD = 2024
 IDENTITIES, TEST_IDENTITIES = 400, 120
 FINE_TUNING = dict(
-    epochs=6,
-    lr=0.02,
+    epochs=3,
+    opt='adamw',
+    lr=0.001,
+    weight_decay=0.02,
     sched='cosine',
     sched_on_updates=True,
     warmup_epochs=0,
     backbone_lr_scale=1.0,
-    identities_per_batch=8,
+    identities_per_batch=16,
+    pictures_per_modality=2,
     val_share=0.0,
-    reprob=0.3,
+    pad=5,
 )
 ROWS = 8
 
@@ -64,9 +68,19 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, pictures)
     results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where, pictures)
     _logger.info(f'3/5 Fine-tuning on the other {IDENTITIES} people')
-    run = train({
-        'dataset': 'synthetic', 'dataset_kwargs': options, 'model': WEIGHTS, 'pretrained': True, 'device': device,
-        'seed': seed, 'output': str(output), 'cache': 'ram', **FINE_TUNING})
+    run = train(
+        {
+            'dataset': 'synthetic',
+            'dataset_kwargs': options,
+            'model': WEIGHTS,
+            'pretrained': True,
+            'device': device,
+            'seed': seed,
+            'output': str(output),
+            'cache': 'ram',
+            **FINE_TUNING,
+        }
+    )
     results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where, pictures)
     _logger.info('4/5 Reloading the saved model with timm')
     model = timm.create_model(f'local-dir:{run.best}', pretrained=True, num_classes=0)
@@ -74,8 +88,14 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
     _logger.info('5/5 Drawing what it finds')
     ranking = output / 'ranking.png'
     _draw(model.to(where), dataset, ranking)
-    summary = {**results, 'test_identities': TEST_IDENTITIES, 'protocol': PROTOCOL, 'seed': seed,
-               'model': str(run.best), 'picture': str(ranking)}
+    summary = {
+        **results,
+        'test_identities': TEST_IDENTITIES,
+        'protocol': PROTOCOL,
+        'seed': seed,
+        'model': str(run.best),
+        'picture': str(ranking),
+    }
     save_json(output / 'demo.json', summary)
     _say(summary)
     return summary
@@ -114,15 +134,20 @@ def _say(summary: dict[str, Any]) -> None:
     )
     lines = [f'{name:<24}{summary[key]["rank1"]:>8.1%}{summary[key]["mAP"]:>8.1%}' for name, key in rows]
     same = summary['reloaded'] == summary['fine_tuned']
-    _logger.info('\n'.join([
-        '',
-        f'{TEST_IDENTITIES} people never seen, infrared searches visible',
-        f'{"":<24}{"rank-1":>8}{"mAP":>8}',
-        *lines,
-        '',
-        f'The reloaded model gives {"the same" if same else "DIFFERENT"} numbers.',
-        f'Model:   {summary["model"]}',
-        f'Picture: {summary["picture"]}',
-        'On your own pictures (root/train/visible/<person>/..., root/train/infrared/<person>/...):',
-        f'  vireid train --data-dir ROOT --model {WEIGHTS} --pretrained --lr 0.02 --epochs 20 --sched cosine',
-    ]))
+    _logger.info(
+        '\n'.join(
+            [
+                '',
+                f'{TEST_IDENTITIES} people never seen, infrared searches visible',
+                f'{"":<24}{"rank-1":>8}{"mAP":>8}',
+                *lines,
+                '',
+                f'The reloaded model gives {"the same" if same else "DIFFERENT"} numbers.',
+                f'Model:   {summary["model"]}',
+                f'Picture: {summary["picture"]}',
+                'On your own pictures (root/train/visible/<person>/..., root/train/infrared/<person>/...):',
+                f'  vireid train --data-dir ROOT --model {WEIGHTS} --pretrained --backbone-lr-scale 1 \\',
+                '      --opt adamw --lr 0.001 --weight-decay 0.02 --sched cosine --warmup-epochs 0 --epochs 20',
+            ]
+        )
+    )

@@ -1,4 +1,5 @@
 """Which device computes, and in which precision."""
+
 import logging
 
 import torch
@@ -17,7 +18,8 @@ def resolve_device(name: str = 'cuda') -> torch.device:
     except RuntimeError as error:
         raise ValueError(f'unknown device {name!r}; expected cuda, cuda:1, mps, cpu, ...') from error
     missing = (device.type == 'cuda' and not torch.cuda.is_available()) or (
-        device.type == 'mps' and not torch.backends.mps.is_available())
+        device.type == 'mps' and not torch.backends.mps.is_available()
+    )
     if missing:
         _logger.info(f'No {name} device here: computing on the CPU')
         return torch.device('cpu')

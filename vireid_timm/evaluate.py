@@ -1,4 +1,5 @@
 """From a model and a dataset to numbers that can be compared: features once, then every protocol and trial."""
+
 import dataclasses
 import hashlib
 import json
@@ -117,21 +118,21 @@ class Report:
 
 
 def evaluate(
-        model: nn.Module,
-        dataset: Dataset,
-        protocol: str | Sequence[str] | None = None,
-        *,
-        draw: str = 'seeded',
-        features: str = 'after-bn',
-        size: tuple[int, int] | None = None,
-        batch_size: int = 128,
-        device: torch.device | str | None = None,
-        amp_dtype: torch.dtype | None = None,
-        cache: str = 'disk',
-        cache_dir: str | Path | None = None,
-        skip_broken: bool = False,
-        workers: int | None = None,
-        progress: bool = False,
+    model: nn.Module,
+    dataset: Dataset,
+    protocol: str | Sequence[str] | None = None,
+    *,
+    draw: str = 'seeded',
+    features: str = 'after-bn',
+    size: tuple[int, int] | None = None,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    amp_dtype: torch.dtype | None = None,
+    cache: str = 'disk',
+    cache_dir: str | Path | None = None,
+    skip_broken: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> Report:
     """Evaluate a model on a dataset's test pictures: features once, then every protocol with all its trials.
 
@@ -164,8 +165,14 @@ def evaluate(
     size = _size_of(model) if size is None else size
     # The store holds the whole table, so that every choice of protocols shares it.
     store = picture_store(
-        dataset.test, size, cache=cache, cache_dir=cache_dir, skip_broken=skip_broken, workers=workers,
-        progress=progress)
+        dataset.test,
+        size,
+        cache=cache,
+        cache_dir=cache_dir,
+        skip_broken=skip_broken,
+        workers=workers,
+        progress=progress,
+    )
     intact = store.intact()
     if store.broken:
         dataset = dataclasses.replace(dataset, test=dataset.test[intact])
@@ -173,8 +180,16 @@ def evaluate(
     # A row that no trial needs keeps NaN, which `evaluate_features` would refuse.
     table = torch.full((len(dataset.test), model.num_features), float('nan'))
     table[rows] = _extract(
-        model, dataset.test[rows], store, intact[rows], features=features, batch_size=batch_size, device=device,
-        amp_dtype=amp_dtype, progress=progress)
+        model,
+        dataset.test[rows],
+        store,
+        intact[rows],
+        features=features,
+        batch_size=batch_size,
+        device=device,
+        amp_dtype=amp_dtype,
+        progress=progress,
+    )
     report = evaluate_features(table, dataset, names, draw=draw)
     return dataclasses.replace(
         report,
@@ -188,11 +203,11 @@ def evaluate(
 
 
 def evaluate_features(
-        features: torch.Tensor | np.ndarray,
-        dataset: Dataset,
-        protocol: str | Sequence[str] | None = None,
-        *,
-        draw: str = 'seeded',
+    features: torch.Tensor | np.ndarray,
+    dataset: Dataset,
+    protocol: str | Sequence[str] | None = None,
+    *,
+    draw: str = 'seeded',
 ) -> Report:
     """The second half of `evaluate`: from features, wherever they come from, to a report.
 
@@ -213,7 +228,8 @@ def evaluate_features(
     if features.ndim != 2 or len(features) != len(dataset.test) or not features.is_floating_point():
         raise ValueError(
             f'features must be floating point [{len(dataset.test)}, D], one row per test picture of {dataset.name}, '
-            f'got {features.dtype} {list(features.shape)}')
+            f'got {features.dtype} {list(features.shape)}'
+        )
     features = features if features.dtype == torch.float64 else features.float()
     names = _protocol_names(dataset, protocol)
     rows = _rows_of_trials(dataset, names, draw)
@@ -227,20 +243,20 @@ def evaluate_features(
 
 
 def embed(
-        model: nn.Module,
-        pictures: Pictures,
-        modality: str | None = None,
-        *,
-        features: str = 'after-bn',
-        size: tuple[int, int] | None = None,
-        batch_size: int = 128,
-        device: torch.device | str | None = None,
-        amp_dtype: torch.dtype | None = None,
-        cache: str = 'off',
-        cache_dir: str | Path | None = None,
-        skip_broken: bool = False,
-        workers: int | None = None,
-        progress: bool = False,
+    model: nn.Module,
+    pictures: Pictures,
+    modality: str | None = None,
+    *,
+    features: str = 'after-bn',
+    size: tuple[int, int] | None = None,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    amp_dtype: torch.dtype | None = None,
+    cache: str = 'off',
+    cache_dir: str | Path | None = None,
+    skip_broken: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> tuple[torch.Tensor, list[str] | list[int]]:
     """Features of pictures, ready to be compared by inner product.
 
@@ -276,12 +292,20 @@ def embed(
         store = PictureStore(records.path, size, _resized(images, size), {})
     else:
         store = picture_store(
-            records, size, cache=cache, cache_dir=cache_dir, skip_broken=skip_broken, workers=workers,
-            progress=progress)
+            records, size, cache=cache, cache_dir=cache_dir, skip_broken=skip_broken, workers=workers, progress=progress
+        )
     rows = store.intact()
     table = _extract(
-        model, records[rows], store, rows, features=features, batch_size=batch_size, device=device,
-        amp_dtype=amp_dtype, progress=progress)
+        model,
+        records[rows],
+        store,
+        rows,
+        features=features,
+        batch_size=batch_size,
+        device=device,
+        amp_dtype=amp_dtype,
+        progress=progress,
+    )
     return table, rows.tolist() if images else records.path[rows].tolist()
 
 
@@ -300,7 +324,8 @@ def _protocol_names(dataset: Dataset, protocol: str | Sequence[str] | None) -> l
         raise ValueError(
             f'{dataset.name} has no test pictures that one modality could search for among the other'
             if protocol is None
-            else f'no protocol to evaluate; available for {dataset.name}: {", ".join(protocols_of(dataset))}')
+            else f'no protocol to evaluate; available for {dataset.name}: {", ".join(protocols_of(dataset))}'
+        )
     return list(dict.fromkeys(names))
 
 
@@ -380,7 +405,8 @@ def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
         if image.mode not in ('RGB', 'L'):
             raise ValueError(
                 f'picture {i} has mode {image.mode}; PIL pictures must be RGB or L (8 bits): convert it, or give its '
-                'path instead, which is read with all that its format needs')
+                'path instead, which is read with all that its format needs'
+            )
     squashed = [image.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
     return np.stack([np.asarray(image) for image in squashed])
 
@@ -389,7 +415,8 @@ def _check_request(model: nn.Module, features: str, batch_size: int) -> None:
     if not hasattr(model, 'forward_branches'):
         raise ValueError(
             f'{type(model).__name__} is none of the models of vireid_timm, which take visible and infrared pictures; '
-            "create one with timm.create_model('vireid_...')")
+            "create one with timm.create_model('vireid_...')"
+        )
     if features not in FEATURES:
         raise ValueError(f'unknown features {features!r}; expected one of {", ".join(FEATURES)}')
     if batch_size < 1:
@@ -397,16 +424,16 @@ def _check_request(model: nn.Module, features: str, batch_size: int) -> None:
 
 
 def _extract(
-        model: nn.Module,
-        records: Records,
-        store: PictureStore,
-        store_rows: np.ndarray,
-        *,
-        features: str,
-        batch_size: int,
-        device: torch.device | str | None,
-        amp_dtype: torch.dtype | None,
-        progress: bool,
+    model: nn.Module,
+    records: Records,
+    store: PictureStore,
+    store_rows: np.ndarray,
+    *,
+    features: str,
+    batch_size: int,
+    device: torch.device | str | None,
+    amp_dtype: torch.dtype | None,
+    progress: bool,
 ) -> torch.Tensor:
     """L2-normalised features of the records, [N, D]; record i is row `store_rows[i]` of the store."""
     table = torch.empty(len(records), model.num_features)
@@ -415,7 +442,7 @@ def _extract(
     with bar, _inference(model, device) as like:
         for modality in MODALITIES:
             rows = np.flatnonzero(records.modality == modality)
-            batches = [rows[start:start + batch_size] for start in range(0, len(rows), batch_size)]
+            batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
             # Two threads read ahead while the network computes.
             loaded = in_order(store.__getitem__, [store_rows[batch] for batch in batches], workers=2)
             with closing(loaded):
@@ -461,7 +488,8 @@ def _check_features(features: torch.Tensor, paths: Sequence[str]) -> None:
         first = paths[int((~finite).int().argmax())]
         raise ValueError(
             f'{first}: the features of this picture are not finite ({int((~finite).sum())} such pictures among '
-            f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them')
+            f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them'
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -482,7 +510,8 @@ def _heading(report: Report) -> list[str]:
         height, width = report.size
         lines.append(
             f'{report.model}, weights {report.weights}, features {report.features}, pictures {height}x{width}, '
-            f'{report.precision}')
+            f'{report.precision}'
+        )
     if report.skipped_pictures:
         lines.append(f'{report.skipped_pictures} broken pictures left out')
     lines.append(', '.join(f'{name} {version}' for name, version in report.versions.items()))

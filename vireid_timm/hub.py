@@ -1,6 +1,8 @@
 """Models as Hub-ready folders: `config.json`, `model.safetensors` and a model card."""
+
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 
-from .files import whole_folder
+from .files import whole_file, whole_folder
 from .models import DualStreamResNet
 from .runs import BEST, LAST, load_checkpoint
 
@@ -23,13 +26,13 @@ to check, and it errs more often on people, clothes and cameras unlike those it 
 
 
 def save_model_folder(
-        model: nn.Module,
-        folder: str | Path,
-        *,
-        facts: dict[str, Any] | None = None,
-        model_args: dict[str, Any] | None = None,
-        table: str = '',
-        input_size: tuple[int, int, int] | None = None,
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    facts: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+    table: str = '',
+    input_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads as it is.
 
@@ -42,20 +45,41 @@ def save_model_folder(
         table: The measured results as text, for the card.
         input_size: Channels, height and width that the model was trained with, if not its default.
     """
-    data_config = {'input_size': input_size} if input_size else None
     # safetensors refuses channels-last weights; the caller's network stays as it is.
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     with whole_folder(folder) as temporary:
-        save_for_hf(
-            model,
-            temporary,
-            model_config={'vireid': facts or {}},
-            model_args=model_args or {},
-            safe_serialization=True,
-            data_config=data_config,
-        )
+        config = _export_config(model, facts, model_args, input_size)
+        save_for_hf(model, temporary, safe_serialization=True, **config)
+        # safetensors gives its files to their owner alone.
+        shutil.copymode(temporary / 'config.json', temporary / 'model.safetensors')
         architecture = model.pretrained_cfg['architecture']
         (temporary / 'README.md').write_text(_card(architecture, facts or {}, table), encoding='utf-8')
+
+
+def save_model_config(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    model_args: dict[str, Any] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> None:
+    """Write the `config.json` that builds the network anew, without weights; arguments as for `save_model_folder`."""
+    with whole_file(path) as temporary:
+        save_config_for_hf(model, temporary, **_export_config(model, None, model_args, input_size))
+
+
+def _export_config(
+    model: nn.Module,
+    facts: dict[str, Any] | None,
+    model_args: dict[str, Any] | None,
+    input_size: tuple[int, int, int] | None,
+) -> dict[str, Any]:
+    return {
+        # The weights are no longer those of the tag that the network was created with.
+        'model_config': {'vireid': facts or {}, 'pretrained_cfg': {'tag': (facts or {}).get('dataset', 'trained')}},
+        'model_args': model_args or {},
+        'data_config': {'input_size': input_size} if input_size else None,
+    }
 
 
 def _card(architecture: str, facts: dict[str, Any], table: str) -> str:
@@ -100,7 +124,8 @@ def save_embedded_weights(model: nn.Module, path: str | Path) -> None:
     """Write the network's weights without classifiers in half precision, as they are shipped in the package."""
     state = {
         key: value.half() if value.is_floating_point() else value
-        for key, value in model.state_dict().items() if not key.endswith('_head.fc.weight')
+        for key, value in model.state_dict().items()
+        if not key.endswith('_head.fc.weight')
     }
     safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
 
@@ -121,10 +146,9 @@ def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
         if str(source).startswith(('local-dir:', 'hf-hub:')) or not path.exists():
             return _created(str(source), pretrained)
         folder = path if path.is_dir() else path.parent
-        if path.name == LAST or not any((where / 'config.json').is_file() for where in (folder, folder / BEST)):
+        if path.name == LAST or not (folder / BEST).is_dir() and not any(folder.glob('*.safetensors')):
             return _from_checkpoint(path)
-        folder = folder if (folder / 'config.json').is_file() else folder / BEST
-        return _created(f'local-dir:{folder}', pretrained)
+        return _created(f'local-dir:{folder / BEST if (folder / BEST).is_dir() else folder}', pretrained)
     except (RuntimeError, OSError, KeyError, AssertionError, SafetensorError) as error:
         raise ValueError(f'cannot load a model from {source}: {error}') from error
 
@@ -142,8 +166,7 @@ def _created(name: str, pretrained: bool) -> nn.Module:
 def _from_checkpoint(path: Path) -> nn.Module:
     """The weights of a training checkpoint, averaged ones where the run kept them."""
     checkpoint = load_checkpoint(path)
-    model = timm.create_model(
-        checkpoint['arch'].partition('.')[0], num_classes=len(checkpoint['class_map']), **checkpoint['model_args'])
+    model = timm.create_model(f'local-dir:{path if path.is_dir() else path.parent}', pretrained=False)
     model.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
     model.reset_classifier(0)
     return model

@@ -4,6 +4,7 @@ GeM is a power mean, and power means compose: with nearest upsampling `up`, the 
 (w * up(f)) ** p equals the mean over the coarse grid of f ** p times the mean of w ** p in each coarse cell. So the
 fused map of the paper (eq. 2: 768 channels at a quarter of the picture's resolution) never has to be built.
 """
+
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -116,9 +117,9 @@ class DualStem(nn.Module):
         self.in_chans = in_chans
 
     def forward(
-            self,
-            visible: Optional[torch.Tensor] = None,
-            infrared: Optional[torch.Tensor] = None,
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         maps = []
         if visible is not None:
@@ -134,13 +135,13 @@ class DualStem(nn.Module):
         if visible is not None and infrared is not None and visible.shape[2:] != infrared.shape[2:]:
             raise ValueError(
                 f'visible and infrared pictures need the same height and width, got {list(visible.shape)} and '
-                f'{list(infrared.shape)}')
+                f'{list(infrared.shape)}'
+            )
         return torch.cat(maps)
 
     def _check(self, pictures: torch.Tensor, modality: str) -> None:
         if pictures.dim() != 4 or pictures.shape[1] != self.in_chans:
-            raise ValueError(
-                f'{modality} pictures need shape [B, {self.in_chans}, H, W], got {list(pictures.shape)}')
+            raise ValueError(f'{modality} pictures need shape [B, {self.in_chans}, H, W], got {list(pictures.shape)}')
 
 
 class SpatialWeights(nn.Module):
@@ -152,13 +153,13 @@ class SpatialWeights(nn.Module):
     """
 
     def __init__(
-            self,
-            kind: str,
-            num_levels: int,
-            channels: int,
-            grid: tuple[int, int],
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+        self,
+        kind: str,
+        num_levels: int,
+        channels: int,
+        grid: tuple[int, int],
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -191,7 +192,7 @@ def _upsample(x: torch.Tensor, step: int, size: list[int]) -> torch.Tensor:
     """Nearest upsampling by `step`, cropped to `size`: every fine position belongs to exactly one coarse cell."""
     if step == 1:
         return x
-    return F.interpolate(x, scale_factor=float(step), mode='nearest')[:, :, :size[0], :size[1]]
+    return F.interpolate(x, scale_factor=float(step), mode='nearest')[:, :, : size[0], : size[1]]
 
 
 def _cell_sum(x: torch.Tensor, step: int) -> torch.Tensor:
@@ -217,17 +218,17 @@ class FusionBranch(nn.Module):
     """
 
     def __init__(
-            self,
-            in_channels: Sequence[int],
-            steps: Sequence[int],
-            out_step: int,
-            channels: int,
-            power: float,
-            spatial_weights: str,
-            grid: tuple[int, int],
-            plain: bool = False,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+        self,
+        in_channels: Sequence[int],
+        steps: Sequence[int],
+        out_step: int,
+        channels: int,
+        power: float,
+        spatial_weights: str,
+        grid: tuple[int, int],
+        plain: bool = False,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -248,9 +249,9 @@ class FusionBranch(nn.Module):
         for i, (x, step) in enumerate(zip(reduced, self.steps)):
             x = full_precision(x).pow(self.power)
             if self.plain:
-                powers.append(_cell_sum(_upsample(x, step, size) * weights[:, i:i + 1], self.out_step))
+                powers.append(_cell_sum(_upsample(x, step, size) * weights[:, i : i + 1], self.out_step))
             else:
-                powers.append(_cell_sum(x * _cell_sum(weights[:, i:i + 1], step), self.out_step // step))
+                powers.append(_cell_sum(x * _cell_sum(weights[:, i : i + 1], step), self.out_step // step))
         sums = torch.cat(powers, dim=1)
         return sums * (sums.shape[2] * sums.shape[3] / (size[0] * size[1]))
 
@@ -263,7 +264,7 @@ class FusionBranch(nn.Module):
         weights = self.weights(reduced, self.steps, size).pow(self.power)
         sums = []
         for i, (x, step) in enumerate(zip(reduced, self.steps)):
-            cells = _cell_sum(weights[:, i:i + 1], step).expand(x.shape[0], -1, -1, -1)
+            cells = _cell_sum(weights[:, i : i + 1], step).expand(x.shape[0], -1, -1, -1)
             sums.append(_WeightedPowerSum.apply(x, cells, self.power))
         return torch.cat(sums, dim=1) / (size[0] * size[1])
 
@@ -274,14 +275,15 @@ class FusionBranch(nn.Module):
         return reduced
 
 
+@register_notrace_module  # its check of the input's dimensions cannot be traced
 class BatchNormNeck(nn.BatchNorm1d):
     """BN-neck (arXiv:1903.07071): a batch normalisation that has no bias at all, rather than a frozen one."""
 
     def __init__(
-            self,
-            num_features: int,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+        self,
+        num_features: int,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__(num_features, device=device, dtype=dtype)
         self.register_parameter('bias', None)
@@ -292,12 +294,12 @@ class BranchHead(nn.Module):
     """BN-neck -> bias-free classifier of one branch. The classifier is an identity when `num_classes` is 0."""
 
     def __init__(
-            self,
-            num_features: int,
-            num_classes: int,
-            drop_rate: float = 0.0,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+        self,
+        num_features: int,
+        num_classes: int,
+        drop_rate: float = 0.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.num_features = num_features

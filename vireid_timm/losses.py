@@ -3,6 +3,7 @@
 Every loss takes any float type, computes in float32 (float64 stays float64) whatever the autocast, and returns a scalar
 of that computing type. None of them waits for the device.
 """
+
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -24,10 +25,10 @@ def _full_precision(values: torch.Tensor) -> torch.Tensor:
 
 
 def identity_losses(
-        logits: Mapping[str, torch.Tensor],
-        labels: torch.Tensor,
-        label_smoothing: float = 0.0,
-        branches: Iterable[str] | None = None,
+    logits: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    branches: Iterable[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Identity cross entropy of each branch (eq. 7 and 8), mean over the batch.
 
@@ -69,7 +70,8 @@ def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor
     """
     if logits_p.shape != logits_q.shape or logits_p.ndim != 2:
         raise ValueError(
-            f'two predictions of the same [N, C] shape expected, got {list(logits_p.shape)} and {list(logits_q.shape)}')
+            f'two predictions of the same [N, C] shape expected, got {list(logits_p.shape)} and {list(logits_q.shape)}'
+        )
     log_p = F.log_softmax(_full_precision(logits_p), dim=1)
     log_q = F.log_softmax(_full_precision(logits_q), dim=1)
     # KL(p‖q) + KL(q‖p) in one sum, of which no term is negative: nothing cancels between the two directions.
@@ -97,7 +99,8 @@ class MutualLearningLoss(nn.Module):
         super().__init__()
         if mode not in MUTUAL_LEARNING_MODES:
             raise ValueError(
-                f'unknown mutual-learning mode {mode!r}; expected one of {", ".join(MUTUAL_LEARNING_MODES)}')
+                f'unknown mutual-learning mode {mode!r}; expected one of {", ".join(MUTUAL_LEARNING_MODES)}'
+            )
         self.mode = mode
         self.global_weight = global_weight
         self.fusion_weight = fusion_weight
@@ -148,6 +151,7 @@ class WeightedRegularizedTriplet(nn.Module):
     An anchor without negatives has nothing to compare with and contributes 0. That happens only where the whole batch
     shows one identity, and the loss is then 0 with zero gradients.
     """
+
     # Differs from AGW: each softmax is shifted by the maximum of its own entries. AGW shifts the negatives' by a
     # maximum that is always 0, so its 1e-6 in the denominator takes over from distances of about 16 on and the weights
     # no longer sum to 1 (at 20 they sum to 0.11: negatives look near when they are far).
@@ -170,7 +174,8 @@ class WeightedRegularizedTriplet(nn.Module):
         if features.ndim != 2 or identities.shape != features.shape[:1] or len(features) == 0:
             raise ValueError(
                 'features [N, D] and identities [N] of at least one picture expected, '
-                f'got {list(features.shape)} and {list(identities.shape)}')
+                f'got {list(features.shape)} and {list(identities.shape)}'
+            )
         features = _full_precision(features)  # and no product of matrices below, which autocast would round
         distance = torch.cdist(features, features, compute_mode='donot_use_mm_for_euclid_dist')  # [N, N]
         positive = identities[:, None] == identities[None, :]

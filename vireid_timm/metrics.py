@@ -4,6 +4,7 @@ CMC and AP as in the SYSU-MM01 protocol (Wu et al., "RGB-Infrared Cross-Modality
 INP as in AGW (arXiv:2001.04193, section 3.2). A rank is a count: that of a picture of the right person is the number of
 pictures at least as similar, so that nothing but values is ever sorted.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +46,13 @@ class RankMetrics:
 
 
 def rank_metrics(
-        similarity: FloatMatrix,
-        query_identities: np.ndarray | torch.Tensor,
-        gallery_identities: np.ndarray | torch.Tensor,
-        *,
-        ignore: np.ndarray | torch.Tensor | None = None,
-        per_identity_cmc: bool = False,
-        max_rank: int = 20,
+    similarity: FloatMatrix,
+    query_identities: np.ndarray | torch.Tensor,
+    gallery_identities: np.ndarray | torch.Tensor,
+    *,
+    ignore: np.ndarray | torch.Tensor | None = None,
+    per_identity_cmc: bool = False,
+    max_rank: int = 20,
 ) -> RankMetrics:
     """Rank a gallery for every query and measure how early the right person comes.
 
@@ -93,17 +94,18 @@ def rank_metrics(
     if not valid.any():
         raise ValueError(
             f'none of the {len(query)} queries has a picture of the same identity among the {len(gallery)} gallery '
-            'pictures that it may see, so there is nothing to measure; check the identities and what is ignored')
+            'pictures that it may see, so there is nothing to measure; check the identities and what is ignored'
+        )
     cmc = (rank[valid][:, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
     return RankMetrics(cmc, float(ap[valid].mean()), float(inp[valid].mean()), int(valid.sum()), valid, rank, ap, inp)
 
 
 def bootstrap_interval(
-        values: np.ndarray,
-        *,
-        level: float = 0.95,
-        samples: int = 1000,
-        seed: int = 0,
+    values: np.ndarray,
+    *,
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron, "Bootstrap Methods", 1979).
 
@@ -123,7 +125,8 @@ def bootstrap_interval(
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(
             f'values must be one finite number per query, at least one, got shape {list(values.shape)}; '
-            'leave out queries that are not valid')
+            'leave out queries that are not valid'
+        )
     if not 0 < level < 1 or samples < 1:
         raise ValueError(f'level must lie between 0 and 1 and samples be at least 1, got {level} and {samples}')
     generator = np.random.default_rng(seed)
@@ -134,11 +137,11 @@ def bootstrap_interval(
 
 
 def _rank_chunk(
-        similarity: np.ndarray,
-        query: np.ndarray,
-        gallery: np.ndarray,
-        ignore: np.ndarray | None,
-        per_identity_cmc: bool,
+    similarity: np.ndarray,
+    query: np.ndarray,
+    gallery: np.ndarray,
+    ignore: np.ndarray | None,
+    per_identity_cmc: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First rank, AP and INP of some queries (0, NaN, NaN where there is no match), each [Q]."""
     match = query[:, None] == gallery
@@ -160,7 +163,7 @@ def _rank_chunk(
         rank[valid] = 1 + _identities_ahead(others, gallery, matches[first])
     others.sort(axis=1)
     ahead = [
-        others.shape[1] - row.searchsorted(matches[start:start + length])
+        others.shape[1] - row.searchsorted(matches[start : start + length])
         for row, start, length in zip(others, first, count, strict=True)
     ]
     place = np.arange(len(rows)) - first[rows] + 1  # j, counting each query's matches from 1
@@ -192,8 +195,8 @@ def _float_array(values: FloatMatrix) -> np.ndarray:
 
 
 def _identity_codes(
-        query_identities: np.ndarray | torch.Tensor,
-        gallery_identities: np.ndarray | torch.Tensor,
+    query_identities: np.ndarray | torch.Tensor,
+    gallery_identities: np.ndarray | torch.Tensor,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same identities as integers from 0, which compare faster than names do, [Q] and [G]."""
     # By way of lists, an array of Python objects becomes one of names or numbers.
@@ -201,11 +204,13 @@ def _identity_codes(
     if query.ndim != 1 or gallery.ndim != 1:
         raise ValueError(
             'identities must be one-dimensional, one per picture, got shapes '
-            f'{list(query.shape)} for the queries and {list(gallery.shape)} for the gallery')
+            f'{list(query.shape)} for the queries and {list(gallery.shape)} for the gallery'
+        )
     if (query.dtype.kind in 'US') != (gallery.dtype.kind in 'US') and len(query) and len(gallery):
         raise ValueError(
             f'query identities are {query.dtype} but gallery identities are {gallery.dtype}, so none could ever match; '
-            'give both as names or both as numbers')
+            'give both as names or both as numbers'
+        )
     _, codes = np.unique(np.concatenate([query, gallery]), return_inverse=True)
     return codes[: len(query)], codes[len(query) :]
 
@@ -213,14 +218,15 @@ def _identity_codes(
 def _check_shapes(similarity: FloatMatrix, ignore: np.ndarray | None, shape: tuple[int, int]) -> None:
     if tuple(similarity.shape) != shape:
         raise ValueError(
-            f'similarity must be [queries, gallery] = {list(shape)} to fit the identities, '
-            f'got {list(similarity.shape)}')
+            f'similarity must be [queries, gallery] = {list(shape)} to fit the identities, got {list(similarity.shape)}'
+        )
     floating = similarity.is_floating_point() if isinstance(similarity, torch.Tensor) else similarity.dtype.kind == 'f'
     if not floating:
         raise ValueError(f'similarity must be of a floating-point type, got {similarity.dtype}')
     if ignore is not None and (ignore.shape != shape or ignore.dtype != np.bool_):
         raise ValueError(
-            f'ignore must be bool of shape {list(shape)} like similarity, got {ignore.dtype} {list(ignore.shape)}')
+            f'ignore must be bool of shape {list(shape)} like similarity, got {ignore.dtype} {list(ignore.shape)}'
+        )
 
 
 def _check_finite(similarity: np.ndarray, start: int) -> None:
@@ -228,4 +234,5 @@ def _check_finite(similarity: np.ndarray, start: int) -> None:
         row, column = np.argwhere(~np.isfinite(similarity))[0]
         raise ValueError(
             f'similarity of query {start + row} and gallery picture {column} is {similarity[row, column]}; every '
-            'similarity must be finite (say what a query must not see with `ignore`, not with an infinite value)')
+            'similarity must be finite (say what a query must not see with `ignore`, not with an infinite value)'
+        )

@@ -8,6 +8,7 @@ The fused map, power-averaged to layer4's grid, beside layer4's own map gives on
 V_joint (`layers.py` says why that is exact). `forward_features` returns that map, and timm's conventions hold for it
 without a special case.
 """
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = ['BranchOutput', 'DualStreamResNet']
 
 _logger = logging.getLogger(__name__)
 
+
 class BranchOutput(NamedTuple):
     """What training needs of a forward pass.
 
@@ -34,6 +36,7 @@ class BranchOutput(NamedTuple):
         features: V_joint before the BN-neck, float32 also under autocast, [B, num_features].
         logits: Branch name (`global`, `fusion`, `joint`) -> [B, num_classes]; empty when `num_classes=0`.
     """
+
     features: torch.Tensor
     logits: dict[str, torch.Tensor]
 
@@ -74,23 +77,23 @@ class DualStreamResNet(nn.Module):
     """
 
     def __init__(
-            self,
-            block: Union[type[BasicBlock], type[Bottleneck]],
-            layers: Sequence[int],
-            num_classes: int = 0,
-            in_chans: int = 3,
-            global_pool: str = 'gem',
-            drop_rate: float = 0.0,
-            fuse_layers: Sequence[int] = (1, 2, 3),
-            fuse_width: int = 256,
-            gem_power: float = 3.0,
-            spatial_weights: str = 'asff',
-            last_stride: int = 1,
-            plain_fusion: bool = False,
-            img_size: tuple[int, int] = (288, 144),
-            resnet_args: Optional[dict[str, Any]] = None,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+        self,
+        block: Union[type[BasicBlock], type[Bottleneck]],
+        layers: Sequence[int],
+        num_classes: int = 0,
+        in_chans: int = 3,
+        global_pool: str = 'gem',
+        drop_rate: float = 0.0,
+        fuse_layers: Sequence[int] = (1, 2, 3),
+        fuse_width: int = 256,
+        gem_power: float = 3.0,
+        spatial_weights: str = 'asff',
+        last_stride: int = 1,
+        plain_fusion: bool = False,
+        img_size: tuple[int, int] = (288, 144),
+        resnet_args: Optional[dict[str, Any]] = None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -112,7 +115,8 @@ class DualStreamResNet(nn.Module):
         steps = (1, 2, 4, 4 * last_stride)
         self.feature_info = [
             dict(info, reduction=4 * step, module=f'layer{i + 1}')
-            for i, (info, step) in enumerate(zip(trunk.feature_info[1:], steps))]
+            for i, (info, step) in enumerate(zip(trunk.feature_info[1:], steps))
+        ]
 
         self.global_pool = GeneralizedMeanPool(gem_power, global_pool)
         self.fuse_layers = fuse_layers
@@ -180,14 +184,14 @@ class DualStreamResNet(nn.Module):
 
     @torch.jit.ignore
     def forward_intermediates(
-            self,
-            visible: Optional[torch.Tensor] = None,
-            infrared: Optional[torch.Tensor] = None,
-            indices: Optional[Union[int, list[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+        indices: Optional[Union[int, list[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> Union[list[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]:
         """timm's `forward_intermediates` over layer1-4 (indices 0-3), for either or both modalities.
 
@@ -200,7 +204,7 @@ class DualStreamResNet(nn.Module):
         take, last = feature_take_indices(4, indices)
         x = self.stem(visible, infrared)
         levels = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last + 1 if stop_early else 4]:
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[: last + 1 if stop_early else 4]:
             x = self._forward_layer(layer, x)
             levels.append(x)
         intermediates = [levels[i] for i in take]
@@ -209,10 +213,10 @@ class DualStreamResNet(nn.Module):
         return self._joint_map(levels) if len(levels) == 4 else levels[-1], intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, list[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, list[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> list[int]:
         """Remove the layers after the last of `indices`; the head goes with them, or alone with `prune_head`."""
         take, last = feature_take_indices(4, indices)
@@ -231,9 +235,9 @@ class DualStreamResNet(nn.Module):
         return layer(x)
 
     def _forward_levels(
-            self,
-            visible: Optional[torch.Tensor],
-            infrared: Optional[torch.Tensor],
+        self,
+        visible: Optional[torch.Tensor],
+        infrared: Optional[torch.Tensor],
     ) -> list[torch.Tensor]:
         x0 = self.stem(visible, infrared)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -257,9 +261,9 @@ class DualStreamResNet(nn.Module):
         return x
 
     def forward_features(
-            self,
-            visible: Optional[torch.Tensor] = None,
-            infrared: Optional[torch.Tensor] = None,
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """The joint map, whose GeM is V_joint: layer4's channels, then the fused ones, [B, num_features, h, w]."""
         return self._joint_map(self._forward_levels(visible, infrared))
@@ -274,9 +278,9 @@ class DualStreamResNet(nn.Module):
         return self.global_head(x, pre_logits)
 
     def forward(
-            self,
-            visible: Optional[torch.Tensor] = None,
-            infrared: Optional[torch.Tensor] = None,
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Joint logits [B, num_classes], or the features after BN [B, num_features] when `num_classes=0`.
 
@@ -291,9 +295,9 @@ class DualStreamResNet(nn.Module):
 
     @torch.jit.ignore
     def forward_branches(
-            self,
-            visible: Optional[torch.Tensor] = None,
-            infrared: Optional[torch.Tensor] = None,
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
     ) -> BranchOutput:
         """What the losses need: V_joint before BN and every branch's logits (eq. 3, 4), visible rows first."""
         if self.global_pool.pool_type == '':
@@ -311,11 +315,11 @@ class DualStreamResNet(nn.Module):
 
 
 def _check_arguments(
-        fuse_layers: tuple[int, ...],
-        spatial_weights: str,
-        last_stride: int,
-        num_classes: int,
-        global_pool: str,
+    fuse_layers: tuple[int, ...],
+    spatial_weights: str,
+    last_stride: int,
+    num_classes: int,
+    global_pool: str,
 ) -> None:
     if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
         raise ValueError(f'fuse_layers must be increasing layer numbers of 1 to 4, got {fuse_layers}')
@@ -358,7 +362,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     if missing:
         raise RuntimeError(f'ImageNet weights lack tensors of stem and trunk: {", ".join(missing)}')
     _logger.warning(
-        'ImageNet weights in both stems and the trunk. This is a start for fine-tuning, not a re-identification model.')
+        'ImageNet weights in both stems and the trunk. This is a start for fine-tuning, not a re-identification model.'
+    )
     return {**own, **mapped}
 
 
@@ -368,9 +373,14 @@ def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = 
     size = (128, 64) if deep_stem else (288, 144)
     return {
         **({'hf_hub_id': hf_hub_id} if hf_hub_id else {}),
-        'num_classes': 0, 'input_size': (3, *size), 'pool_size': (size[0] // 16, size[1] // 16),
-        'crop_pct': 1.0, 'crop_mode': 'squash', 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'num_classes': 0,
+        'input_size': (3, *size),
+        'pool_size': (size[0] // 16, size[1] // 16),
+        'crop_pct': 1.0,
+        'crop_mode': 'squash',
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
         'first_conv': (f'stem.visible.{conv}', f'stem.infrared.{conv}'),
         'classifier': tuple(f'{head}.fc' for head in heads),
         'license': 'apache-2.0',
@@ -381,16 +391,18 @@ def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = 
 
 _WEIGHTS = Path(__file__).with_name('weights')
 
-default_cfgs = generate_default_cfgs({
-    'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
-    'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
-    'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
-    'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
-    'vireid_dml_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', license='bsd-3-clause'),
-    'vireid_dml_r101.tv_in1k': _cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
-    'vireid_base_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
-    'vireid_base_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
+        'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
+        'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.tv_in1k': _cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
+        'vireid_base_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
+        'vireid_base_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
+    }
+)
 
 
 def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:

@@ -4,6 +4,7 @@ A store keeps every picture of a record table as bytes of one size, so that an e
 decode. On disk it is keyed by what it was made from (path, byte size and modification time of every file, the address
 of every rendered picture, the picture size): a changed file gives another key, so that stale bytes are never read.
 """
+
 import errno
 import hashlib
 import importlib.resources
@@ -156,12 +157,12 @@ class PictureStore:
     """
 
     def __init__(
-            self,
-            paths: Sequence[str],
-            size: tuple[int, int],
-            pixels: np.ndarray | Path | None,
-            broken: dict[int, str],
-            workers: int = 0,
+        self,
+        paths: Sequence[str],
+        size: tuple[int, int],
+        pixels: np.ndarray | Path | None,
+        broken: dict[int, str],
+        workers: int = 0,
     ) -> None:
         """Wrap pictures that are decoded already, or that are decoded on access.
 
@@ -219,14 +220,14 @@ class PictureStore:
 
 
 def picture_store(
-        records: Records,
-        size: tuple[int, int],
-        *,
-        cache: str = 'disk',
-        cache_dir: str | os.PathLike | None = None,
-        skip_broken: bool = False,
-        workers: int | None = None,
-        progress: bool = True,
+    records: Records,
+    size: tuple[int, int],
+    *,
+    cache: str = 'disk',
+    cache_dir: str | os.PathLike | None = None,
+    skip_broken: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> PictureStore:
     """Make the pictures of a table available as bytes, decoding each of them only once.
 
@@ -274,11 +275,11 @@ def default_workers() -> int:
 
 
 def in_order(
-        function: Callable,
-        items: Sequence,
-        *,
-        workers: int,
-        processes: bool = False,
+    function: Callable,
+    items: Sequence,
+    *,
+    workers: int,
+    processes: bool = False,
 ) -> Iterator:
     """Apply a function to every item in parallel and yield the results in order, only a few of them ahead of time.
 
@@ -325,19 +326,18 @@ def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, 
 
 
 def _decode_all(
-        paths: list[str],
-        size: tuple[int, int],
-        write: Callable[[np.ndarray], object],
-        *,
-        skip_broken: bool,
-        workers: int,
-        progress: bool,
+    paths: list[str],
+    size: tuple[int, int],
+    write: Callable[[np.ndarray], object],
+    *,
+    skip_broken: bool,
+    workers: int,
+    progress: bool,
 ) -> dict[int, str]:
     """Decode every picture, hand them to `write` in order, and return row -> why for the broken ones."""
-    chunks = [paths[start:start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     rendered = sum(path.startswith(ADDRESS_PREFIX) for path in paths)
-    results = in_order(
-        partial(_decode_chunk, size=size), chunks, workers=workers, processes=rendered >= PROCESSES_FROM)
+    results = in_order(partial(_decode_chunk, size=size), chunks, workers=workers, processes=rendered >= PROCESSES_FROM)
     broken = {}
     bar = tqdm(total=len(paths), desc='reading pictures', unit='pic', disable=None if progress else True)
     with bar, closing(results):
@@ -351,26 +351,26 @@ def _decode_all(
 
 
 def _decode_to_ram(
-        count: int,
-        size: tuple[int, int],
-        decode: Callable[..., dict[int, str]],
+    count: int,
+    size: tuple[int, int],
+    decode: Callable[..., dict[int, str]],
 ) -> tuple[np.ndarray, dict[int, str]]:
     pixels = np.empty((count, *size, 3), np.uint8)
     position = 0
 
     def write(chunk: np.ndarray) -> None:
         nonlocal position
-        pixels[position:position + len(chunk)] = chunk
+        pixels[position : position + len(chunk)] = chunk
         position += len(chunk)
 
     return pixels, decode(write)
 
 
 def _decode_to_disk(
-        paths: list[str],
-        size: tuple[int, int],
-        decode: Callable[..., dict[int, str]],
-        cache_dir: Path,
+    paths: list[str],
+    size: tuple[int, int],
+    decode: Callable[..., dict[int, str]],
+    cache_dir: Path,
 ) -> tuple[Path, dict[int, str]]:
     """Find or write the store's folder; it appears under its final name only when it is complete."""
     folder = cache_dir.expanduser() / f'pictures-{_content_key(paths, size)}'
@@ -384,7 +384,8 @@ def _decode_to_disk(
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
         _logger.info(
-            f'Storing {len(paths):,} pictures of {size[0]}x{size[1]} once: {num_bytes / 1e9:.2f} GB in {folder}')
+            f'Storing {len(paths):,} pictures of {size[0]}x{size[1]} once: {num_bytes / 1e9:.2f} GB in {folder}'
+        )
         if num_bytes > shutil.disk_usage(folder.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()

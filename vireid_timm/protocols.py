@@ -4,6 +4,7 @@ SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", IC
 (arXiv:2001.04193). RegDB: Nguyen et al., "Person Recognition System Based on a Combination of Body Images from Visible
 Light and Thermal Cameras", Sensors 2017, with the ten splits that its users share. LLCM: arXiv:2303.14481.
 """
+
 import random
 from dataclasses import dataclass
 
@@ -196,7 +197,8 @@ def _check_sides(dataset: Dataset, protocol: Protocol, query: np.ndarray, galler
         raise ValueError(
             f'{of}: none of the identities of the {len(query)} {protocol.query_modality} query pictures occurs among '
             f'the {len(gallery)} {modality} gallery pictures, so nothing can be found; check that a person has the '
-            'same name in both')
+            'same name in both'
+        )
 
 
 def _draw(records: Records, rows: np.ndarray, shots: int, rng: random.Random) -> np.ndarray:
@@ -214,11 +216,11 @@ def _draw(records: Records, rows: np.ndarray, shots: int, rng: random.Random) ->
 
 
 def _ignored(
-        rule: str,
-        identities: np.ndarray,
-        cameras: np.ndarray,
-        query: np.ndarray,
-        gallery: np.ndarray,
+    rule: str,
+    identities: np.ndarray,
+    cameras: np.ndarray,
+    query: np.ndarray,
+    gallery: np.ndarray,
 ) -> np.ndarray | None:
     """What each query must not see, [Q, G] bool, or None."""
     if rule == IGNORE_SAME_LOCATION:

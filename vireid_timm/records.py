@@ -1,4 +1,5 @@
 """The one table that everything downstream sees: which picture shows whom, where, and in which spectrum."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ class Records:
         modality: `visible` or `infrared`, [N] str.
         split: `train`, `query`, `gallery`, or `test` (query and gallery both), [N] str.
     """
+
     path: np.ndarray
     identity: np.ndarray
     camera: np.ndarray
@@ -86,6 +88,7 @@ class Dataset:
         test: Every picture that any protocol may need, once.
         options: The reader's options as resolved (RegDB's trial, SynthVI's seed, ...), for reports.
     """
+
     name: str
     root: str
     train: Records

@@ -1,4 +1,5 @@
 """Searching a gallery, and the picture that shows what was found."""
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,10 +29,10 @@ def nearest(query_features: torch.Tensor, gallery_features: torch.Tensor, count:
 
 
 def rank_list_picture(
-        queries: Sequence[str],
-        found: Sequence[Sequence[str]],
-        hits: Sequence[Sequence[bool]],
-        size: tuple[int, int] = (128, 64),
+    queries: Sequence[str],
+    found: Sequence[Sequence[str]],
+    hits: Sequence[Sequence[bool]],
+    size: tuple[int, int] = (128, 64),
 ) -> Image.Image:
     """One row per query: the query, then what was found, best first; hits framed green, misses red (paper, fig. 6).
 

@@ -1,4 +1,5 @@
 """What a training run leaves behind: its folder, checkpoints, summary and curves."""
+
 import csv
 import logging
 from pathlib import Path
@@ -15,6 +16,7 @@ LAST = 'last.pth'
 BEST = 'best'
 SUMMARY = 'summary.csv'
 CONFIG = 'args.yaml'
+MODEL_CONFIG = 'config.json'
 CLASS_MAP = 'class_map.json'
 
 

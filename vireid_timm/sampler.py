@@ -1,4 +1,5 @@
 """Batches of P identities × (K visible + K infrared pictures), as in the paper (section 4.2) and AGW."""
+
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -29,18 +30,19 @@ class IdentityModalitySampler(Sampler[list[int]]):
         batches_per_epoch: Length of a whole epoch, wherever iteration starts.
         skipped: Names of the identities with only one modality, sorted.
     """
+
     # Differs from AGW: pictures are dealt without replacement. AGW draws each with replacement, by which half of all
     # draws of 4 out of RegDB's 10 pictures hold a duplicate and an epoch leaves out more pictures than it must.
     # Differs from AGW: len() is the number of batches that iteration yields. AGW yields one more than its len().
 
     def __init__(
-            self,
-            identities: Sequence[int] | Sequence[str] | np.ndarray,
-            modalities: Sequence[str] | np.ndarray,
-            *,
-            identities_per_batch: int | None = _DEFAULT_IDENTITIES_PER_BATCH,
-            pictures_per_modality: int = 4,
-            seed: int = 0,
+        self,
+        identities: Sequence[int] | Sequence[str] | np.ndarray,
+        modalities: Sequence[str] | np.ndarray,
+        *,
+        identities_per_batch: int | None = _DEFAULT_IDENTITIES_PER_BATCH,
+        pictures_per_modality: int = 4,
+        seed: int = 0,
     ) -> None:
         """Group the rows and settle P; nothing is drawn yet.
 
@@ -58,14 +60,16 @@ class IdentityModalitySampler(Sampler[list[int]]):
         identities, modalities = np.asarray(identities), np.asarray(modalities)
         if identities.shape != modalities.shape or identities.ndim != 1:
             raise ValueError(
-                f'one identity and one modality per picture expected, got {identities.shape} and {modalities.shape}')
+                f'one identity and one modality per picture expected, got {identities.shape} and {modalities.shape}'
+            )
         unknown = sorted(set(modalities.tolist()) - set(MODALITIES))
         if unknown:
             raise ValueError(f'unknown modality {unknown[0]!r}; expected one of {", ".join(MODALITIES)}')
         if pictures_per_modality < 1 or (identities_per_batch is not None and identities_per_batch < 1):
             raise ValueError(
                 'at least one identity per batch and one picture per modality expected, '
-                f'got {identities_per_batch} and {pictures_per_modality}')
+                f'got {identities_per_batch} and {pictures_per_modality}'
+            )
         self.pictures_per_modality = pictures_per_modality
         self.seed = seed
         self._rows = {modality: _rows_of(identities, modalities == modality) for modality in MODALITIES}
@@ -83,12 +87,16 @@ class IdentityModalitySampler(Sampler[list[int]]):
         if self.skipped:
             _logger.warning(
                 '%d of %d identities are present in only one modality and skipped for batches: %s%s',
-                len(self.skipped), len(self.skipped) + available,
-                ', '.join(self.skipped[:10]), ', ...' if len(self.skipped) > 10 else '')
+                len(self.skipped),
+                len(self.skipped) + available,
+                ', '.join(self.skipped[:10]),
+                ', ...' if len(self.skipped) > 10 else '',
+            )
         if available == 0 or (wanted is not None and wanted > available):
             raise ValueError(
                 f'a batch needs {wanted or 1} identities with pictures of both modalities, but there are {available}; '
-                'ask for fewer identities per batch or add data')
+                'ask for fewer identities per batch or add data'
+            )
         if wanted is None:
             wanted = min(_DEFAULT_IDENTITIES_PER_BATCH, available)
             _logger.info('%d identities per batch (%d available)', wanted, available)
@@ -111,7 +119,8 @@ class IdentityModalitySampler(Sampler[list[int]]):
         """
         if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
             raise ValueError(
-                f'an epoch from 0 and a start in 0..{self.batches_per_epoch} expected, got {epoch} and {start_batch}')
+                f'an epoch from 0 and a start in 0..{self.batches_per_epoch} expected, got {epoch} and {start_batch}'
+            )
         self.epoch = epoch
         self.start_batch = start_batch
 
@@ -122,8 +131,7 @@ class IdentityModalitySampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self.seed, self.epoch))
         decks = {
-            modality: {name: _Deck(rows) for name, rows in self._rows[modality].items()}
-            for modality in MODALITIES
+            modality: {name: _Deck(rows) for name, rows in self._rows[modality].items()} for modality in MODALITIES
         }
         for batch in range(self.batches_per_epoch):
             chosen = random.choice(len(self._identities), self.identities_per_batch, replace=False)

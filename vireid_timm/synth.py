@@ -4,6 +4,7 @@ What is written is read by the data set reader of that name, with the owners' fi
 at full size with the real data set's identities and picture counts: for trying a pipeline at its true scale before, or
 without, having the licensed pictures.
 """
+
 import functools
 import json
 import logging
@@ -41,6 +42,7 @@ Cells = dict[tuple[int, int], int]  # (identity, camera) -> number of pictures
 
 class PlannedPicture(NamedTuple):
     """One picture to be rendered, and where it goes inside the root folder."""
+
     path: str
     modality: str
     identity: int
@@ -58,6 +60,7 @@ class LayoutPlan:
         identities: How many identities there are to learn from.
         test_identities: How many more there are to test on.
     """
+
     pictures: list[PlannedPicture]
     lists: dict[str, str]
     identities: int
@@ -65,17 +68,17 @@ class LayoutPlan:
 
 
 def write_layout(
-        root: str | os.PathLike,
-        layout: str,
-        *,
-        identities: int | None = None,
-        test_identities: int | None = None,
-        seed: int = 0,
-        spectrum: str | None = None,
-        size: tuple[int, int] = (128, 64),
-        full_size: bool = False,
-        workers: int | None = None,
-        progress: bool = True,
+    root: str | os.PathLike,
+    layout: str,
+    *,
+    identities: int | None = None,
+    test_identities: int | None = None,
+    seed: int = 0,
+    spectrum: str | None = None,
+    size: tuple[int, int] = (128, 64),
+    full_size: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> LayoutPlan:
     """Render SynthVI into a folder, which appears when it is complete; the same arguments give the same files.
 
@@ -104,8 +107,13 @@ def write_layout(
         raise ValueError(f'unknown spectrum {spectrum!r}; expected one of {", ".join(SPECTRA)}')
     target = Path(root).expanduser().absolute()
     about = {
-        'layout': layout, 'identities': plan.identities, 'test_identities': plan.test_identities,
-        'full_size': full_size, 'seed': seed, 'spectrum': spectrum, 'size': list(size),
+        'layout': layout,
+        'identities': plan.identities,
+        'test_identities': plan.test_identities,
+        'full_size': full_size,
+        'seed': seed,
+        'spectrum': spectrum,
+        'size': list(size),
         'pictures': len(plan.pictures),
     }
     if _is_written(target, about):
@@ -117,7 +125,8 @@ def write_layout(
     except FileExistsError:
         raise ValueError(
             f'{partial} was left by a run that was interrupted, or is being written; '
-            f'remove it if no other run is at work, then try again') from None
+            f'remove it if no other run is at work, then try again'
+        ) from None
     try:
         _write_plan(plan, partial, seed, spectrum, tuple(size), workers, progress)
         (partial / ABOUT_FILE).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
@@ -127,19 +136,20 @@ def write_layout(
     except ChildProcessError:  # an OSError that is not about the disk
         raise
     except OSError as error:
-        raise OSError(error.errno, f'cannot write {len(plan.pictures):,} pictures to {target} ({error.strerror})'
-                      ) from error
+        raise OSError(
+            error.errno, f'cannot write {len(plan.pictures):,} pictures to {target} ({error.strerror})'
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return plan
 
 
 def plan_layout(
-        layout: str,
-        *,
-        identities: int | None = None,
-        test_identities: int | None = None,
-        full_size: bool = False,
+    layout: str,
+    *,
+    identities: int | None = None,
+    test_identities: int | None = None,
+    full_size: bool = False,
 ) -> LayoutPlan:
     """What `write_layout` would write, without rendering anything.
 
@@ -154,12 +164,15 @@ def plan_layout(
         raise ValueError(f'unknown layout {layout!r}; expected one of {", ".join(LAYOUT_NAMES)}')
     if full_size:
         if layout == 'folder':
-            raise ValueError('full_size (--full-size) mirrors a real data set, and there is none with layout folder; '
-                             'choose sysu_mm01, regdb or llcm, or a number of identities')
+            raise ValueError(
+                'full_size (--full-size) mirrors a real data set, and there is none with layout folder; '
+                'choose sysu_mm01, regdb or llcm, or a number of identities'
+            )
         if identities is not None or test_identities is not None:
             raise ValueError('full_size (--full-size) sets the number of identities itself; leave either out')
-        return {'sysu_mm01': _plan_full_sysu_mm01, 'regdb': lambda: _plan_regdb(206, 206),
-                'llcm': _plan_full_llcm}[layout]()
+        return {'sysu_mm01': _plan_full_sysu_mm01, 'regdb': lambda: _plan_regdb(206, 206), 'llcm': _plan_full_llcm}[
+            layout
+        ]()
     if identities is None or identities < 1:
         raise ValueError(f'the number of identities must be at least 1, got {identities}')
     if test_identities is None:
@@ -183,31 +196,36 @@ def _is_written(target: Path, about: dict[str, object]) -> bool:
     except FileNotFoundError:
         raise ValueError(f'{target} is not empty and was not written by this command; choose another folder') from None
     if held != about:
-        differing = [f'{key} {held.get(key)!r} instead of {value!r}' for key, value in about.items()
-                     if held.get(key) != value]
-        raise ValueError(f'{target} holds other SynthVI pictures ({", ".join(differing)}); '
-                         f'remove it or choose another folder')
+        differing = [
+            f'{key} {held.get(key)!r} instead of {value!r}' for key, value in about.items() if held.get(key) != value
+        ]
+        raise ValueError(
+            f'{target} holds other SynthVI pictures ({", ".join(differing)}); remove it or choose another folder'
+        )
     return True
 
 
 def _write_plan(
-        plan: LayoutPlan,
-        folder: Path,
-        seed: int,
-        spectrum: str,
-        size: tuple[int, int],
-        workers: int | None,
-        progress: bool,
+    plan: LayoutPlan,
+    folder: Path,
+    seed: int,
+    spectrum: str,
+    size: tuple[int, int],
+    workers: int | None,
+    progress: bool,
 ) -> None:
     for inner in sorted({os.path.dirname(name) for name in (*plan.lists, *(p.path for p in plan.pictures))}):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for name, text in plan.lists.items():
         (folder / name).write_text(text, encoding='utf-8')
-    chunks = [plan.pictures[start:start + CHUNK] for start in range(0, len(plan.pictures), CHUNK)]
+    chunks = [plan.pictures[start : start + CHUNK] for start in range(0, len(plan.pictures), CHUNK)]
     write = functools.partial(_write_chunk, folder=str(folder), seed=seed, spectrum=spectrum, size=size)
     written = in_order(
-        write, chunks, workers=default_workers() if workers is None else workers,
-        processes=len(plan.pictures) >= PROCESSES_FROM)
+        write,
+        chunks,
+        workers=default_workers() if workers is None else workers,
+        processes=len(plan.pictures) >= PROCESSES_FROM,
+    )
     bar = tqdm(total=len(plan.pictures), desc='rendering pictures', unit='pic', disable=None if progress else True)
     with bar, closing(written):
         for count in written:
@@ -215,15 +233,16 @@ def _write_plan(
 
 
 def _write_chunk(
-        pictures: list[PlannedPicture],
-        folder: str,
-        seed: int,
-        spectrum: str,
-        size: tuple[int, int],
+    pictures: list[PlannedPicture],
+    folder: str,
+    seed: int,
+    spectrum: str,
+    size: tuple[int, int],
 ) -> int:
     for plan in pictures:
         pixels = render(
-            plan.modality, plan.identity, plan.camera, plan.picture, seed=seed, spectrum=spectrum, size=size)
+            plan.modality, plan.identity, plan.camera, plan.picture, seed=seed, spectrum=spectrum, size=size
+        )
         # One channel for infrared, as the real files have.
         image = Image.fromarray(pixels if plan.modality == VISIBLE else pixels[..., 0])
         image.save(os.path.join(folder, plan.path), quality=JPEG_QUALITY)
@@ -232,8 +251,7 @@ def _write_chunk(
 
 def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:
     """Own folders; of the test identities, every second picture is a query, the others are the gallery."""
-    cameras = {
-        modality: [number for number, kind in SYSU_CAMERAS if kind == modality] for modality in MODALITIES}
+    cameras = {modality: [number for number, kind in SYSU_CAMERAS if kind == modality] for modality in MODALITIES}
     pictures = []
     for identity in range(identities + test_identities):
         for modality in MODALITIES:
@@ -269,22 +287,22 @@ def _plan_full_sysu_mm01() -> LayoutPlan:
     cells: Cells = {}
     # Camera, how many pictures in all, of whom, at least and at most how many of each.
     for camera, total, seen, least, most in (
-            (1, 1374, indoor, 13, 42),
-            (2, 1565, indoor, 18, 40),
-            (3, 1088, indoor[2:], 20, 26),
-            (3, 795, outdoor[1:], 20, 26),
-            (4, 1918, indoor[:2] + indoor[3:] + outdoor[:1] + outdoor[2:], 20, 27),
-            (5, 1918, indoor + outdoor[:2] + outdoor[3:], 20, 24),
-            (6, 1920, test, 20, 20),
-            (1, 4721, early[:194], 13, 42),
-            (2, 5753, early[:195], 18, 40),
-            (3, 5929, early[3:] + late, 20, 26),
-            (4, 4821, early[:187] + late, 10, 27),
-            (5, 4989, early[2:] + late, 10, 27),
-            (6, 4000, early, 20, 20),
-            (3, 1980, val, 20, 20),
-            (4, 987, val, 6, 20),
-            (5, 987, val, 6, 20),
+        (1, 1374, indoor, 13, 42),
+        (2, 1565, indoor, 18, 40),
+        (3, 1088, indoor[2:], 20, 26),
+        (3, 795, outdoor[1:], 20, 26),
+        (4, 1918, indoor[:2] + indoor[3:] + outdoor[:1] + outdoor[2:], 20, 27),
+        (5, 1918, indoor + outdoor[:2] + outdoor[3:], 20, 24),
+        (6, 1920, test, 20, 20),
+        (1, 4721, early[:194], 13, 42),
+        (2, 5753, early[:195], 18, 40),
+        (3, 5929, early[3:] + late, 20, 26),
+        (4, 4821, early[:187] + late, 10, 27),
+        (5, 4989, early[2:] + late, 10, 27),
+        (6, 4000, early, 20, 20),
+        (3, 1980, val, 20, 20),
+        (4, 987, val, 6, 20),
+        (5, 987, val, 6, 20),
     ):
         cells |= _spread(rng, total, [(identity, camera) for identity in seen], least, most)
     return _sysu_plan(cells, early + late, val, test)
@@ -294,8 +312,11 @@ def _sysu_plan(cells: Cells, train: Sequence[int], val: Sequence[int], test: Seq
     modality_of = dict(SYSU_CAMERAS)
     pictures = [
         PlannedPicture(
-            f'cam{camera}/{identity:04d}/{picture + 1:04d}.jpg', modality_of[camera], identity, camera, picture)
-        for (identity, camera), count in sorted(cells.items()) for picture in range(count)]
+            f'cam{camera}/{identity:04d}/{picture + 1:04d}.jpg', modality_of[camera], identity, camera, picture
+        )
+        for (identity, camera), count in sorted(cells.items())
+        for picture in range(count)
+    ]
     listed = {'train': train, 'val': val, 'test': test, 'available': [*train, *val, *test]}
     lists = {f'exp/{name}_id.txt': _number_line(numbers) for name, numbers in listed.items()}
     return LayoutPlan(pictures, lists, len(train) + len(val), len(test))

@@ -1,4 +1,5 @@
 """The training task: the network's branches and the paper's losses behind timm's task interface."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,16 +27,16 @@ class ViReIDTask(TrainingTask):
     """Identity loss per branch + mutual learning + weighted regularised triplet (eq. 13 of the paper)."""
 
     def __init__(
-            self,
-            model: DualStreamResNet,
-            id_branches: Sequence[str] | None = None,
-            mutual: str = 'joint-to-both',
-            global_weight: float = 0.6,
-            fusion_weight: float = 1.8,
-            triplet_weight: float = 1.0,
-            smoothing: float = 0.0,
-            device: torch.device | None = None,
-            verbose: bool = True,
+        self,
+        model: DualStreamResNet,
+        id_branches: Sequence[str] | None = None,
+        mutual: str = 'joint-to-both',
+        global_weight: float = 0.6,
+        fusion_weight: float = 1.8,
+        triplet_weight: float = 1.0,
+        smoothing: float = 0.0,
+        device: torch.device | None = None,
+        verbose: bool = True,
     ) -> None:
         """Set up the losses.
 
@@ -70,7 +71,8 @@ class ViReIDTask(TrainingTask):
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ViReIDTask':
         self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:

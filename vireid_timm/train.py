@@ -1,4 +1,5 @@
 """The training loop: a thin one over timm's task, optimisers, schedulers, scaler and averaging."""
+
 import datetime
 import json
 import logging
@@ -25,13 +26,15 @@ from .config import TrainConfig, load_yaml
 from .device import autocast_dtype, resolve_device
 from .evaluate import Report, evaluate
 from .files import save_json
-from .hub import save_model_folder
+from .hub import save_model_config, save_model_folder
 from .models import DualStreamResNet
 from .records import Dataset
 from .runs import (
     BEST,
     CLASS_MAP,
     CONFIG,
+    LAST,
+    MODEL_CONFIG,
     load_checkpoint,
     plot_curves,
     save_checkpoint,
@@ -57,6 +60,7 @@ class TrainResult:
         best_mAP: Its mAP on the validation identities, mean over both directions; None without validation.
         summary: One row per epoch, as in `summary.csv`.
     """
+
     folder: Path
     best: Path
     best_epoch: int
@@ -102,6 +106,7 @@ def resumed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass
 class _Progress:
     """What a resumed run has to know beside weights and optimiser. Batches and augmentation follow from the epoch."""
+
     epoch: int = 0
     best_epoch: int = -1
     best_mAP: float | None = None
@@ -111,6 +116,7 @@ class _Progress:
 @dataclass
 class _Run:
     """A run that has been set up."""
+
     config: TrainConfig
     folder: Path
     data: TrainData
@@ -142,15 +148,31 @@ def _set_up(config: TrainConfig, device: torch.device) -> _Run:
     data = load_data(config, size)
     model = _create_model(config, model_args, len(data.class_map)).to(device)
     optimizer = create_optimizer_v2(
-        parameter_groups(model, _backbone_lr_scale(config)), opt=config.opt, lr=config.lr, momentum=config.momentum,
-        weight_decay=config.weight_decay, **config.opt_kwargs)
+        parameter_groups(model, _backbone_lr_scale(config)),
+        opt=config.opt,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        **config.opt_kwargs,
+    )
     scheduler, num_epochs = create_scheduler(config, optimizer, data.sampler.batches_per_epoch)
     dtype = autocast_dtype(device, config.amp, config.amp_dtype)
     scaler = NativeScaler(device.type) if dtype == torch.float16 else None
     task = _create_task(config, model, device)
     run = _Run(
-        config, _run_folder(config, data.dataset), data, size, task, create_augments(config, model), optimizer,
-        scheduler, num_epochs, device, dtype, scaler)
+        config,
+        _run_folder(config, data.dataset),
+        data,
+        size,
+        task,
+        create_augments(config, model),
+        optimizer,
+        scheduler,
+        num_epochs,
+        device,
+        dtype,
+        scaler,
+    )
     if config.resume:
         _resume(run)
     return run
@@ -162,6 +184,7 @@ def _train(config: TrainConfig, device: torch.device) -> TrainResult:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(folder, {**asdict(config), 'resume': ''})
     save_json(folder / CLASS_MAP, run.data.class_map)
+    save_model_config(run.eval_model, folder / MODEL_CONFIG, model_args=_model_args(config), input_size=run.size)
     _log_start(run)
     for epoch in range(progress.epoch, run.num_epochs):
         row = {'epoch': epoch, **train_one_epoch(run, epoch)}
@@ -226,7 +249,8 @@ def train_one_epoch(run: _Run, epoch: int) -> dict[str, float]:
     lr = max(group['lr'] for group in optimizer.param_groups)
     _logger.info(
         f'epoch {epoch}: {" ".join(f"{name} {value:.4g}" for name, value in means.items())} '
-        f'lr {lr:.3g}, {speed:.0f} images/s')
+        f'lr {lr:.3g}, {speed:.0f} images/s'
+    )
     return {**{f'train_{name}': value for name, value in means.items()}, 'train_pictures_per_second': speed, 'lr': lr}
 
 
@@ -235,8 +259,13 @@ def _backward(run: _Run, loss: torch.Tensor, update: bool) -> None:
     parameters = run.task.get_clip_parameters() if config.clip_grad is not None else None
     if run.scaler is not None:
         run.scaler(
-            loss, run.optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=parameters,
-            need_update=update)
+            loss,
+            run.optimizer,
+            clip_grad=config.clip_grad,
+            clip_mode=config.clip_mode,
+            parameters=parameters,
+            need_update=update,
+        )
         return
     loss.backward()
     if update:
@@ -267,8 +296,9 @@ class _Meter:
         """Means so far; waits for the device."""
         if self.first_bad is not None and self.first_bad.item() >= 0:
             raise FloatingPointError(
-                f'the loss became NaN or infinite in epoch {epoch} at step {self.first_bad.item()}; the last '
-                'checkpoint is from before. Try a lower --lr, --clip-grad 10, or --no-amp')
+                f'the loss became NaN or infinite in epoch {epoch} at step {self.first_bad.item()}; '
+                'what was saved is from before. Try a lower --lr, --clip-grad 10, or --no-amp'
+            )
         return {name: (total / self.count).item() for name, total in self.sums.items()}
 
 
@@ -295,13 +325,15 @@ def _probe_model(config: TrainConfig, model_args: dict[str, Any]) -> dict[str, A
                 raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(
-            f'cannot create the model {config.model!r}: {error} (models of this library: {names})') from error
+            f'cannot create the model {config.model!r}: {error} (models of this library: {names})'
+        ) from error
     return model.pretrained_cfg
 
 
 def _create_model(config: TrainConfig, model_args: dict[str, Any], num_classes: int) -> nn.Module:
+    pretrained = config.pretrained and not config.resume  # the checkpoint has all weights
     try:
-        model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **model_args)
+        model = timm.create_model(config.model, pretrained=pretrained, num_classes=num_classes, **model_args)
     except (RuntimeError, OSError) as error:
         raise ValueError(f'cannot load the weights of {config.model!r}: {error}') from error
     model.set_grad_checkpointing(config.grad_checkpointing)
@@ -310,8 +342,15 @@ def _create_model(config: TrainConfig, model_args: dict[str, Any], num_classes: 
 
 def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) -> ViReIDTask:
     task = ViReIDTask(
-        model, config.id_branches, config.mutual, config.global_weight, config.fusion_weight, config.triplet_weight,
-        config.smoothing, device=device)
+        model,
+        config.id_branches,
+        config.mutual,
+        config.global_weight,
+        config.fusion_weight,
+        config.triplet_weight,
+        config.smoothing,
+        device=device,
+    )
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     if config.torchcompile:
@@ -345,9 +384,9 @@ def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[st
 
 
 def create_scheduler(
-        config: TrainConfig,
-        optimizer: torch.optim.Optimizer,
-        num_batches: int,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    num_batches: int,
 ) -> tuple[Scheduler | None, int]:
     """timm's scheduler of that name and the epochs that it takes; None for `none`."""
     return create_scheduler_v2(
@@ -357,7 +396,6 @@ def create_scheduler(
         decay_epochs=config.decay_epochs,
         decay_milestones=config.decay_milestones,
         cooldown_epochs=config.cooldown_epochs,
-        patience_epochs=config.patience_epochs,
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,
         warmup_lr=0.1 * config.lr if config.warmup_lr is None else config.warmup_lr,
@@ -373,7 +411,7 @@ def _run_folder(config: TrainConfig, dataset: Dataset) -> Path:
     model = config.model.rstrip('/').split('/')[-1].replace(':', '-')
     name = config.experiment or f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}-{dataset.name}'
     folder = Path(config.output) / name
-    if (folder / CONFIG).exists():
+    if (folder / LAST).exists():
         raise ValueError(f'{folder} holds a run already; continue it with --resume {folder}, or choose another name')
     return folder
 
@@ -385,18 +423,27 @@ def _log_start(run: _Run) -> None:
     precision = str(run.dtype or torch.float32).removeprefix('torch.')
     _logger.info(
         f'{config.model}, {parameters / 1e6:.2f} M parameters, pictures {run.size[1]}x{run.size[2]}, '
-        f'on {run.device} in {precision}')
+        f'on {run.device} in {precision}'
+    )
     _logger.info(
         f'{len(data.records):,} pictures of {len(data.class_map):,} identities to train on, {held_out} held out for '
         f'validation; {len(data.sampler)} batches of {data.sampler.identities_per_batch} identities x '
-        f'({config.pictures_per_modality} visible + {config.pictures_per_modality} infrared) per epoch')
+        f'({config.pictures_per_modality} visible + {config.pictures_per_modality} infrared) per epoch'
+    )
     _logger.info(f'Everything goes to {run.folder}')
 
 
 def _validate(run: _Run) -> Report:
     return evaluate(
-        run.eval_model, run.data.validation, device=run.device, size=run.size[1:], amp_dtype=run.dtype,
-        cache=run.config.cache, skip_broken=run.config.skip_broken, workers=run.config.workers)
+        run.eval_model,
+        run.data.validation,
+        device=run.device,
+        size=run.size[1:],
+        amp_dtype=run.dtype,
+        cache=run.config.cache,
+        skip_broken=run.config.skip_broken,
+        workers=run.config.workers,
+    )
 
 
 def _validation_row(report: Report) -> dict[str, float]:
@@ -440,7 +487,6 @@ def _save_best(run: _Run, row: dict[str, Any], report: Report | None) -> None:
 def _checkpoint(run: _Run) -> dict[str, Any]:
     return {
         'arch': run.config.model,
-        'model_args': _model_args(run.config),
         'class_map': run.data.class_map,
         'epoch': run.progress.epoch,
         'progress': asdict(run.progress),
