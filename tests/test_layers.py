@@ -28,6 +28,20 @@ PICTURE_SIZES = [(64, 32), (101, 57), (33, 17), (16, 48), (7, 70)]
 KINDS = ['asff', 'static']
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Maps this small gain nothing from threads, which wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def random_map(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Values >= 0, some of them zero, as behind a ReLU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).relu().to(dtype)

@@ -27,6 +27,15 @@ SUBSETS = [layers for count in range(4) for layers in combinations((1, 2, 3), co
 START = 'start for fine-tuning'
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Maps this small gain nothing from threads, which wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

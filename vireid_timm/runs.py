@@ -2,6 +2,8 @@
 
 import csv
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ SUMMARY = 'summary.csv'
 CONFIG = 'args.yaml'
 MODEL_CONFIG = 'config.json'
 CLASS_MAP = 'class_map.json'
+LOG = 'train.log'
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -43,6 +46,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {'state_dict', 'epoch', 'arch'} <= set(state):
         raise ValueError(f'{path} is not a training checkpoint of this library')
     return state
+
+
+@contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Keep what this package logs, from INFO on, in the run's `train.log` as long as the block runs."""
+    package = logging.getLogger(__package__)
+    handler = logging.FileHandler(folder / LOG, encoding='utf-8')
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    level = package.level
+    package.addHandler(handler)
+    if package.getEffectiveLevel() > logging.INFO:
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()
 
 
 def save_config(folder: Path, settings: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from .runs import (
     LAST,
     MODEL_CONFIG,
     load_checkpoint,
+    log_file,
     plot_curves,
     save_checkpoint,
     save_config,
@@ -88,7 +89,10 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
     # Initial weights and dropout draw from torch's global generators: they are lent here and given back.
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(config.seed)
-        return _train(config, device)
+        run = _set_up(config, device)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with log_file(run.folder):
+            return _fit(run)
 
 
 def resumed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,10 +182,8 @@ def _set_up(config: TrainConfig, device: torch.device) -> _Run:
     return run
 
 
-def _train(config: TrainConfig, device: torch.device) -> TrainResult:
-    run = _set_up(config, device)
-    folder, progress = run.folder, run.progress
-    folder.mkdir(parents=True, exist_ok=True)
+def _fit(run: _Run) -> TrainResult:
+    config, folder, progress = run.config, run.folder, run.progress
     save_config(folder, {**asdict(config), 'resume': ''})
     save_json(folder / CLASS_MAP, run.data.class_map)
     save_model_config(run.eval_model, folder / MODEL_CONFIG, model_args=_model_args(config), input_size=run.size)
