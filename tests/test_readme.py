@@ -39,6 +39,10 @@ class Block:
         return f'{self.page}:{self.line}'
 
 
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def _blocks(text: str, page: str) -> list[Block]:
     blocks = []
     fence, exempt, start, language = '', False, 0, ''
@@ -134,7 +138,7 @@ def _run_page(page: Path) -> dict[str, int]:
     """Go through a page in order, in the current folder; returns how many pieces of each kind were run."""
     ran = {'python': 0, 'vireid': 0}
     namespace = {'__name__': '__main__'}
-    for block in _blocks(page.read_text(encoding='utf-8'), page.name):
+    for block in _blocks(page.read_text(encoding='utf-8'), _name(page)):
         if block.language == 'python':
             code = compile('\n' * (block.line - 1) + block.text, str(page), 'exec')
             if block.runs:
@@ -153,7 +157,7 @@ def _run_page(page: Path) -> dict[str, int]:
     return ran
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', PAGES, ids=_name)
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = _run_page(page)
@@ -161,12 +165,12 @@ def test_page(page, tmp_path, monkeypatch):
         assert min(ran.values()) > 0, f'the README must have Python and vireid commands that are run, got {ran}'
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', PAGES, ids=_name)
 def test_local_links_lead_somewhere(page):
     prose = re.sub(r'```.*?```|`[^`\n]*`', '', page.read_text(encoding='utf-8'), flags=re.DOTALL)
     targets = re.findall(r'\]\(([^)\s#]+)', prose) + re.findall(r'src="([^"]+)"', prose)
     missing = [target for target in targets if '://' not in target and not (page.parent / target).exists()]
-    assert not missing, f'{page.name} points at {missing}'
+    assert not missing, f'{_name(page)} points at {missing}'
 
 
 def test_blocks_are_found_with_their_lines_and_marks():
