@@ -99,7 +99,7 @@ def network(request):
 def forward_calls(module: nn.Module) -> list[nn.Module]:
     """A list that grows with every forward pass of the module."""
     calls: list[nn.Module] = []
-    module.register_forward_hook(lambda called, inputs, output: calls.append(called))
+    module.register_forward_pre_hook(lambda called, inputs: calls.append(called))
     return calls
 
 
@@ -417,11 +417,18 @@ def test_new_classifiers_leave_the_rest_alone():
 def test_a_refused_reset_changes_nothing():
     model = small(num_classes=5)
     expected = model(pictures())
-    for arguments, message in (((7, 'max'), "unknown pooling 'max'"), ((7, ''), 'a classifier needs a pooling')):
-        with pytest.raises(ValueError, match=message):
-            model.reset_classifier(*arguments)
-        assert model.num_classes == 5
-        assert torch.equal(model(pictures()), expected)
+    with pytest.raises(ValueError, match="unknown pooling 'max'"):
+        model.reset_classifier(7, 'max')
+    assert model.num_classes == 5
+    assert torch.equal(model(pictures()), expected)
+
+
+def test_a_classifier_beside_no_pooling_waits_for_one_as_in_timms_own_models():
+    model = small(num_classes=0, global_pool='')
+    model.reset_classifier(2)
+    assert model.get_classifier().weight.shape[0] == 2 and model(pictures()).ndim == 4
+    model.reset_classifier(2, 'gem')
+    assert model(pictures()).shape[1] == 2
 
 
 @pytest.mark.parametrize(

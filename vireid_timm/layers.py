@@ -34,7 +34,7 @@ def root(mean_power: torch.Tensor, power: float, eps: float = POWER_EPS) -> torc
 
 def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Batched matrix product in its operands' precision, whatever the autocast (the meta device knows none)."""
-    if a.is_meta:
+    if a.device.type == 'meta':
         return torch.bmm(a, b)
     with torch.autocast(a.device.type, enabled=False):
         return torch.bmm(a, b)

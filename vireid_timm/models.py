@@ -170,7 +170,6 @@ class DualStreamResNet(nn.Module):
         """Replace every branch's classifier; the necks stay. A pooling of None keeps the current one."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
-        _check_head(num_classes, global_pool)
         self.global_pool = GeneralizedMeanPool(self.gem_power, global_pool).train(self.training)
         self.num_classes = num_classes
         if self.fusion is not None:
@@ -327,10 +326,6 @@ def _check_arguments(
         raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
     if last_stride not in (1, 2):
         raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
-    _check_head(num_classes, global_pool)
-
-
-def _check_head(num_classes: int, global_pool: str) -> None:
     if global_pool == '' and num_classes > 0:
         raise ValueError("a classifier needs a pooling: use num_classes=0 with global_pool=''")
 
