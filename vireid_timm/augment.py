@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from vireid_timm.records import MODALITIES, VISIBLE
+from .records import MODALITIES, VISIBLE
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601, as PIL's and OpenCV's grayscale)
 

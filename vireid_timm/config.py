@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
-from vireid_timm.losses import MUTUAL_LEARNING_MODES
+from .losses import MUTUAL_LEARNING_MODES
 
 
 def _setting(default: Any, group: str, text: str, **argument: Any) -> Any:

@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .layers import full_precision
+
 # Table 4 of the paper: which pairs of branches learn from each other, and which of the two weights a pair has.
 MUTUAL_LEARNING_MODES = {
     'none': (),
@@ -18,10 +20,6 @@ MUTUAL_LEARNING_MODES = {
     'joint-to-fusion': (('joint', 'fusion', 'fusion_weight'),),
     'joint-to-both': (('joint', 'global', 'global_weight'), ('joint', 'fusion', 'fusion_weight')),
 }
-
-
-def _full_precision(values: torch.Tensor) -> torch.Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def identity_losses(
@@ -47,7 +45,7 @@ def identity_losses(
     """
     branches = list(logits) if branches is None else list(branches)
     return {
-        branch: F.cross_entropy(_full_precision(_branch(logits, branch)), labels, label_smoothing=label_smoothing)
+        branch: F.cross_entropy(full_precision(_branch(logits, branch)), labels, label_smoothing=label_smoothing)
         for branch in branches
     }
 
@@ -72,8 +70,8 @@ def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor
         raise ValueError(
             f'two predictions of the same [N, C] shape expected, got {list(logits_p.shape)} and {list(logits_q.shape)}'
         )
-    log_p = F.log_softmax(_full_precision(logits_p), dim=1)
-    log_q = F.log_softmax(_full_precision(logits_q), dim=1)
+    log_p = F.log_softmax(full_precision(logits_p), dim=1)
+    log_q = F.log_softmax(full_precision(logits_q), dim=1)
     # KL(p‖q) + KL(q‖p) in one sum, of which no term is negative: nothing cancels between the two directions.
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean()
 
@@ -176,7 +174,7 @@ class WeightedRegularizedTriplet(nn.Module):
                 'features [N, D] and identities [N] of at least one picture expected, '
                 f'got {list(features.shape)} and {list(identities.shape)}'
             )
-        features = _full_precision(features)  # and no product of matrices below, which autocast would round
+        features = full_precision(features)  # and no product of matrices below, which autocast would round
         distance = torch.cdist(features, features, compute_mode='donot_use_mm_for_euclid_dist')  # [N, N]
         positive = identities[:, None] == identities[None, :]
         has_negative = ~positive.all(dim=1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from vireid_timm.records import INFRARED, MODALITIES, VISIBLE
+from .records import INFRARED, MODALITIES, VISIBLE
 
 _logger = logging.getLogger(__name__)
 

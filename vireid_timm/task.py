@@ -8,8 +8,8 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from vireid_timm.losses import MutualLearningLoss, WeightedRegularizedTriplet, identity_losses
-from vireid_timm.models import BranchOutput, DualStreamResNet
+from .losses import MutualLearningLoss, WeightedRegularizedTriplet, identity_losses
+from .models import BranchOutput, DualStreamResNet
 
 
 class BranchForward(nn.Module):
