@@ -2,6 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 _scratch = tempfile.TemporaryDirectory(prefix='vireid-tests-')
 os.environ.update(
@@ -14,3 +17,14 @@ os.environ.update(
 
 def pytest_unconfigure() -> None:
     _scratch.cleanup()
+
+
+@pytest.fixture(scope='module')
+def one_thread() -> Iterator[None]:
+    """Small maps gain nothing from threads, which wait for each other where the machine is busy."""
+    import torch  # not before the settings above
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -44,6 +44,11 @@ def _synth(folder: Path, layout: str = 'folder') -> Path:
     return folder
 
 
+def _train_command(root: Path, output: Path) -> list[str]:
+    small = ['--model', 'vireid_base_r10t', '--input-size', '3', '64', '32', *TINY]
+    return ['train', '--data-dir', str(root), '--output', str(output), '--experiment', 'run', *small]
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _synth(tmp_path_factory.mktemp('data') / 'pictures')
@@ -195,22 +200,7 @@ def test_a_broken_picture_stops_a_run_unless_it_is_skipped(tmp_path: Path, capsy
     root = _synth(tmp_path / 'data')
     broken = sorted((root / 'train/visible').glob('*/*'))[0]
     broken.write_bytes(broken.read_bytes()[:40])
-    command = [
-        'train',
-        '--data-dir',
-        str(root),
-        '--model',
-        'vireid_base_r10t',
-        '--input-size',
-        '3',
-        '64',
-        '32',
-        '--output',
-        str(tmp_path),
-        '--experiment',
-        'run',
-        *TINY,
-    ]
+    command = _train_command(root, tmp_path)
     assert main(command) == 1
     assert broken.name in capsys.readouterr().err and not (tmp_path / 'run').exists()
     assert main([*command, '--skip-broken']) == 0
@@ -223,25 +213,7 @@ def test_infrared_pictures_of_one_channel_and_sixteen_bits_train(tmp_path: Path)
         grey = Image.open(path).convert('L').point(lambda value: value * 200, 'I').convert('I;16')
         path.unlink()
         grey.save(path.with_suffix('.png'))
-    assert (
-        main(
-            [
-                'train',
-                '--data-dir',
-                str(root),
-                '--model',
-                'vireid_base_r10t',
-                '--input-size',
-                '3',
-                '64',
-                '32',
-                '--output',
-                str(tmp_path),
-                *TINY,
-            ]
-        )
-        == 0
-    )
+    assert main(_train_command(root, tmp_path)) == 0
 
 
 def test_the_module_is_the_command() -> None:

@@ -27,14 +27,7 @@ SUBSETS = [layers for count in (1, 2, 3) for layers in combinations((1, 2, 3), c
 PICTURE_SIZES = [(64, 32), (101, 57), (33, 17), (16, 48), (7, 70)]
 KINDS = ['asff', 'static']
 
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Maps this small gain nothing from threads, which wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(autouse=True)

@@ -28,14 +28,7 @@ START = 'start for fine-tuning'
 # ResNet-10-T with an eighth of its channels.
 THIN = dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 32, 64))
 
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Maps this small gain nothing from threads, which wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(autouse=True)
