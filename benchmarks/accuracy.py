@@ -114,7 +114,7 @@ def learned(name: str, seed: int, dataset: vireid_timm.Dataset, output: Path) ->
 
 def _scores(report: vireid_timm.Report) -> dict[str, Any]:
     result = report[PROTOCOL]
-    return {**result.mean, 'mAP_interval': result.mAP_interval, 'num_queries': result.num_valid_queries}
+    return {**result.mean, 'mAP_interval': result.intervals['mAP'], 'num_queries': result.num_valid_queries}
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:

@@ -1,5 +1,6 @@
 """The `vireid` command as its users run it, on every layout, from pictures on disk to a report."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 
 import vireid_timm
 from vireid_timm.cli import main
+from vireid_timm.report import Report
 
 TINY = (
     '--identities-per-batch',
@@ -29,7 +31,7 @@ TINY = (
     '2',
 )
 PROTOCOLS = {
-    'folder': {'visible-to-infrared', 'infrared-to-visible'},
+    'folder': {'visible-to-infrared', 'infrared-to-visible', 'mixed'},
     'sysu_mm01': {'all-single', 'all-multi', 'indoor-single', 'indoor-multi'},
     'regdb': {'visible-to-infrared', 'infrared-to-visible'},
     'llcm': {'visible-to-infrared', 'infrared-to-visible', 'visible-to-infrared-swapped'},
@@ -145,6 +147,82 @@ def test_every_way_to_name_a_trained_model_gives_the_same_report(
         metrics.append(json.loads(report.read_text())['protocols'])
     assert all(other == metrics[0] for other in metrics)
     assert 'infrared-to-visible' in capsys.readouterr().out
+
+
+def _eval_command(data: Path, run: Path, *arguments: str) -> list[str]:
+    return ['eval', '--data-dir', str(data), '--checkpoint', str(run), '--device', 'cpu', *arguments]
+
+
+def test_evaluation_shows_and_writes_what_it_is_asked_for(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    report, results = tmp_path / 'new/report.json', tmp_path / 'new/results.csv'
+    wanted = ('--flip-test', '--crops', '5', '--reranking', 'cross-modality', '--features', 'before-bn')
+    shown = ('--breakdown', 'camera', 'identity', '--failures', '2')
+    written = ('--report', str(report), '--results-file', str(results))
+    assert main(_eval_command(data, run, *wanted, *shown, *written)) == 0
+    printed = capsys.readouterr().out
+    for words in ('flip test', '5 crops', 'cross-modality', 'before-bn', 'mixed by camera', 'mixed, the worst queries'):
+        assert words in printed
+    saved = json.loads(report.read_text())
+    assert saved['reranking'] == 'cross-modality' and saved['flip_test'] and saved['crops'] == 5
+    assert [len(result['failures']) for result in saved['protocols'].values()] == [2, 2, 2]
+    with open(results, newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['protocol'] for row in rows] == ['visible-to-infrared', 'infrared-to-visible', 'mixed']
+    assert float(rows[0]['mAP']) == pytest.approx(
+        100 * saved['protocols']['visible-to-infrared']['mean']['mAP'], abs=0.01
+    )
+
+
+def test_two_reports_are_compared(data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = [str(tmp_path / name) for name in ('plain.json', 'flipped.json')]
+    assert main(_eval_command(data, run, '--report', files[0])) == 0
+    assert main(_eval_command(data, run, '--report', files[1], '--flip-test')) == 0
+    capsys.readouterr()
+    assert main(['eval', '--compare', *files]) == 0
+    printed = capsys.readouterr().out
+    assert 'flip' in printed and 'infrared-to-visible' in printed and 'mAP' in printed
+    assert main(['eval', '--compare', files[0], str(run / 'summary.csv')]) == 1
+    assert 'summary.csv is no report' in capsys.readouterr().err
+
+
+def test_official_galleries_of_a_written_tree(tmp_path: Path) -> None:
+    root = _synth(tmp_path / 'sysu', 'sysu_mm01')
+    command = ['eval', '--model', 'vireid_dml_r10t.synthvi', '--dataset', 'sysu_mm01', '--data-dir', str(root)]
+    reports = {draw: tmp_path / f'{draw}.json' for draw in ('seeded', 'official')}
+    for draw, path in reports.items():
+        assert main([*command, '--draw', draw, '--report', str(path), '--device', 'cpu']) == 0
+    seeded, official = (Report.load(path) for path in reports.values())
+    for name, result in official.protocols.items():
+        assert (result.draw, seeded[name].draw) == ('official', 'seeded')
+        assert result.gallery_size == seeded[name].gallery_size
+        assert result.trials_fingerprint != seeded[name].trials_fingerprint
+    (root / 'exp/rand_perm_cam.mat').unlink()
+    assert main([*command, '--draw', 'official']) == 1
+
+
+def test_processes_share_an_evaluation(data: Path, run: Path, tmp_path: Path) -> None:
+    alone, shared = tmp_path / 'alone.json', tmp_path / 'shared.json'
+    assert main(_eval_command(data, run, '--batch-size', '3', '--report', str(alone))) == 0
+    torchrun = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        '2',
+        '-m',
+        'vireid_timm',
+    ]
+    command = [*torchrun, *_eval_command(data, run, '--batch-size', '3', '--report', str(shared))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('infrared-to-visible') == str(Report.load(shared)).count('infrared-to-visible')
+    first, second = Report.load(alone), Report.load(shared)
+    for name, result in first.protocols.items():
+        assert second[name].mean == pytest.approx(result.mean, abs=1e-6)
+        assert second[name].trials_fingerprint == result.trials_fingerprint
 
 
 def test_a_run_resumes_from_its_own_settings(run: Path) -> None:

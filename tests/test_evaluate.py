@@ -1,7 +1,6 @@
 """The evaluation on rendered pictures, against the same steps taken one by one."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -12,12 +11,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vireid_timm
+from vireid_timm import metrics
+from vireid_timm.confidence import bootstrap_intervals
 from vireid_timm.datasets import create_dataset
-from vireid_timm.evaluate import Report, embed, evaluate, evaluate_features, weights_fingerprint
-from vireid_timm.metrics import bootstrap_interval, rank_metrics
+from vireid_timm.evaluate import evaluate, evaluate_features
+from vireid_timm.features import weights_fingerprint
+from vireid_timm.metrics import rank_metrics
 from vireid_timm.pictures import PictureError, load_picture
-from vireid_timm.protocols import protocol_trials, protocols_of
+from vireid_timm.protocols import draw_trials, protocol_trials, protocols_of
 from vireid_timm.records import INFRARED, VISIBLE, Dataset, Records
+from vireid_timm.report import compare
+from vireid_timm.reranking import ReRanking
 
 SIZE = (64, 32)
 EMPTY = Records.from_rows([])
@@ -95,116 +99,20 @@ def sysu_like(identities=5):
     return Dataset('sysu_mm01', 'root', EMPTY, Records.from_rows(rows))
 
 
-def assert_close(features, expected):
-    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+def interval(values):
+    return tuple(bootstrap_intervals(np.asarray(values)[None])[0])
 
 
-def test_embed_records_in_their_order(model, dataset, expected_features):
-    order_given = np.random.default_rng(0).permutation(len(dataset.test))
-    shuffled = dataset.test[order_given]
-    features, order = embed(model, shuffled, size=SIZE, batch_size=4, device='cpu')
-    assert order == shuffled.path.tolist()
-    assert features.dtype == torch.float32
-    assert features.shape == (len(shuffled), model.num_features)
-    assert not features.is_inference()
-    assert_close(features, expected_features[order_given])
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
-
-
-def test_embed_paths_and_pil_pictures(model, saved):
-    paths = saved.test.path[saved.test.modality == VISIBLE][:5].tolist()
-    expected = naive_features(model, paths, [VISIBLE] * 5, (48, 24))
-    features, order = embed(model, paths, VISIBLE, size=(48, 24), batch_size=2)
-    assert order == paths
-    assert_close(features, expected)
-    features, order = embed(model, [Image.open(path) for path in paths], VISIBLE, size=(48, 24), batch_size=2)
-    assert order == [0, 1, 2, 3, 4]
-    assert_close(features, expected)
-    grey = Image.open(paths[0]).convert('L')
-    in_one, in_three = (embed(model, [picture], INFRARED)[0] for picture in (grey, grey.convert('RGB')))
-    torch.testing.assert_close(in_one, in_three)
-
-
-def test_embed_takes_the_size_of_the_model(model, dataset):
-    records = dataset.test[:2]
-    features, _ = embed(model, records)
-    assert_close(features, naive_features(model, records.path, records.modality, (128, 64)))
-
-
-def test_embed_before_and_after_bn(dataset):
-    records = dataset.test[[0]]
-    headless, classifying = make_model(0), make_model(5)
-    classifying.load_state_dict(headless.state_dict(), strict=False)
-    with torch.no_grad():
-        before = headless.forward_branches(**{records.modality[0]: network_input(headless, records.path[0], SIZE)})[0]
-        after = headless.joint_head.neck(before)
-    assert not torch.allclose(F.normalize(before), F.normalize(after), atol=0.01)
-    for model in (headless, classifying):
-        assert_close(embed(model, records, size=SIZE)[0], F.normalize(after))
-        assert_close(embed(model, records, size=SIZE, features='before-bn')[0], F.normalize(before))
-
-
-def test_embed_baseline_without_joint_branch(dataset):
-    baseline = make_model(name='vireid_base_r10t')
-    records = dataset.test[:3]
-    assert_close(embed(baseline, records, size=SIZE)[0], naive_features(baseline, records.path, records.modality))
-
-
-def test_embed_leaves_the_model_as_it_was(dataset):
-    model = make_model(3).train()
-    model.joint_head.eval()
-    modes = [module.training for module in model.modules()]
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    embed(model, dataset.test[:4], size=SIZE)
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with pytest.raises(ValueError, match='cannot be read'):
-        embed(model, ['missing.png'], VISIBLE)
-    assert [module.training for module in model.modules()] == modes
-
-
-def test_embed_in_half_precision(model, dataset):
-    records = dataset.test[:4]
-    full = embed(model, records, size=SIZE)[0]
-    half = embed(model, records, size=SIZE, amp_dtype=torch.bfloat16)[0]
-    assert half.dtype == torch.float32
-    assert not torch.equal(full, half)
-    assert ((full * half).sum(dim=1) > 0.99).all()
-
-
-def test_embed_nothing(model):
-    features, order = embed(model, [], VISIBLE)
-    assert features.shape == (0, model.num_features)
-    assert order == []
-
-
-def test_embed_skips_broken_pictures_on_request(model, saved, tmp_path):
-    (tmp_path / 'broken.png').write_bytes(b'no picture')
-    paths = [str(saved.test.path[0]), str(tmp_path / 'broken.png'), str(saved.test.path[1])]
-    with pytest.raises(PictureError, match=r'broken\.png'):
-        embed(model, paths, VISIBLE, size=SIZE)
-    features, order = embed(model, paths, VISIBLE, size=SIZE, skip_broken=True)
-    assert order == [paths[0], paths[2]]
-    assert_close(features, naive_features(model, order, [VISIBLE] * 2))
-
-
-@pytest.mark.parametrize(
-    'pictures, modality, options, message',
-    [
-        (['a.png'], None, {}, 'modality must be one of visible, infrared'),
-        (['a.png'], 'x-ray', {}, "got 'x-ray'"),
-        ('a.png', VISIBLE, {}, 'takes a list'),
-        (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed'),
-        ([Image.new('I;16', (4, 8))], INFRARED, {}, 'picture 0 has mode I;16'),
-        (EMPTY, VISIBLE, {}, 'records know their modality'),
-        (EMPTY, None, {'features': 'bn'}, 'after-bn, before-bn'),
-        (EMPTY, None, {'batch_size': 0}, 'at least 1, got 0'),
-    ],
-)
-def test_embed_rejects(model, pictures, modality, options, message):
-    with pytest.raises(ValueError, match=message):
-        embed(model, pictures, modality, **options)
+def metrics_of(dataset, trial, similarity, per_identity_cmc=False):
+    """Metrics of a trial on its own, from the similarities of all test pictures."""
+    identity = dataset.test.identity
+    return rank_metrics(
+        similarity[trial.query][:, trial.gallery],
+        identity[trial.query],
+        identity[trial.gallery],
+        ignore=trial.ignore,
+        per_identity_cmc=per_identity_cmc,
+    )
 
 
 def test_other_models_are_refused(dataset):
@@ -228,8 +136,9 @@ def test_features_that_are_not_finite_name_the_picture(dataset, saved):
 def test_evaluate_is_embed_then_rank(model, dataset, expected_features):
     features = expected_features
     report = evaluate(model, dataset, size=SIZE, batch_size=5)
-    assert list(report.protocols) == ['visible-to-infrared', 'infrared-to-visible']
-    for protocol, result in report.protocols.items():
+    assert list(report.protocols) == ['visible-to-infrared', 'infrared-to-visible', 'mixed']
+    for protocol in ('visible-to-infrared', 'infrared-to-visible'):
+        result = report[protocol]
         (trial,) = protocol_trials(dataset, protocol)
         identity = dataset.test.identity
         expected = rank_metrics(
@@ -239,8 +148,8 @@ def test_evaluate_is_embed_then_rank(model, dataset, expected_features):
         assert result.mean['mINP'] == pytest.approx(expected.mINP)
         for k in (1, 5, 10, 20):
             assert result.mean[f'rank{k}'] == pytest.approx(expected.cmc[k - 1])
-        assert result.mAP_interval == pytest.approx(bootstrap_interval(expected.ap))
-        assert result.mAP_interval[0] < result.mean['mAP'] < result.mAP_interval[1]
+        assert result.intervals['mAP'] == pytest.approx(interval(expected.ap))
+        assert result.intervals['mAP'][0] < result.mean['mAP'] < result.intervals['mAP'][1]
         assert (result.num_queries, result.num_valid_queries, result.gallery_size) == (12, 12, 12)
         assert result.direction == protocol.replace('-', ' ')
         assert result.draw is None and not result.per_identity_cmc
@@ -287,7 +196,7 @@ def test_several_trials_and_invalid_queries():
         assert result.mean['rank5'] == pytest.approx(np.mean([metrics.cmc[4] for metrics in expected]))
         assert [trial['mINP'] for trial in result.trials] == [metrics.mINP for metrics in expected]
         per_query = np.mean([metrics.ap[metrics.valid] for metrics in expected], axis=0)
-        assert result.mAP_interval == pytest.approx(bootstrap_interval(per_query))
+        assert result.intervals['mAP'] == pytest.approx(interval(per_query))
         assert (result.num_queries, result.num_valid_queries) == (27, 24)
         assert result.draw == 'seeded' and result.per_identity_cmc and len(result.trials) == 10
     assert report['all-single'].gallery_size == 16
@@ -326,7 +235,7 @@ def test_drawn_queries_are_averaged_by_picture():
         for row, precision in zip(trial.query.tolist(), metrics.ap, strict=True):
             per_picture.setdefault(row, []).append(precision)
     means = [np.mean(per_picture[row]) for row in sorted(per_picture)]
-    assert result.mAP_interval == pytest.approx(bootstrap_interval(means))
+    assert result.intervals['mAP'] == pytest.approx(interval(means))
 
 
 def test_split_column_decides_who_searches(model, saved):
@@ -358,9 +267,31 @@ def test_broken_pictures_are_left_out_and_counted(model, saved, tmp_path):
         evaluate(model, damaged, size=SIZE, cache='ram')
     report = evaluate(model, damaged, size=SIZE, cache='ram', skip_broken=True)
     kept = dataclasses.replace(saved, test=saved.test[[i for i in range(len(saved.test)) if i not in (2, 20)]])
+    expected = evaluate(model, kept, size=SIZE, cache='ram')
     assert report.skipped_pictures == 2
-    assert report == dataclasses.replace(evaluate(model, kept, size=SIZE, cache='ram'), skipped_pictures=2)
+    for protocol, result in report.protocols.items():
+        assert dataclasses.replace(result, trials_fingerprint='') == dataclasses.replace(
+            expected[protocol], trials_fingerprint=''
+        )
+        assert result.trials_fingerprint != expected[protocol].trials_fingerprint
     assert '2 broken pictures left out' in str(report)
+
+
+def test_a_broken_picture_changes_no_other_draw(model, tmp_path):
+    rows = []
+    for number in range(4):
+        for camera, modality in ((1, VISIBLE), (2, VISIBLE), (6, INFRARED)):
+            for file in range(3):
+                path = tmp_path / f'cam{camera}' / f'{number:04d}' / f'{file:04d}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new('RGB', (8, 16), (9 * number, 9 * camera, 9 * file)).save(path)
+                rows.append((str(path), f'{number:04d}', camera, modality, 'test'))
+    dataset = Dataset('sysu_mm01', str(tmp_path), EMPTY, Records.from_rows(rows))
+    drawn = draw_trials(dataset, 'all-single')[0][1]
+    with open(dataset.test.path[drawn[3]], 'wb') as file:
+        file.write(b'no picture')
+    report = evaluate(model, dataset, 'all-single', size=SIZE, cache='ram', skip_broken=True)
+    assert report['all-single'].gallery_size == len(drawn) - 1
 
 
 @pytest.mark.parametrize(
@@ -400,32 +331,112 @@ def test_unknown_names_and_empty_choices(model, dataset):
     assert list(twice.protocols) == ['infrared-to-visible']
 
 
-def test_report_is_saved_whole_and_read_back(model, dataset, tmp_path):
-    report = evaluate(model, dataset, size=SIZE)
-    report.save(tmp_path / 'new' / 'report.json')
-    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['report.json']
-    again = Report.load(tmp_path / 'new' / 'report.json')
-    assert again == report
-    assert str(again) == str(report)
-    values = json.loads((tmp_path / 'new' / 'report.json').read_text(encoding='utf-8'))
-    assert values['protocols']['visible-to-infrared']['mean']['mAP'] == report['visible-to-infrared'].mean['mAP']
-    features_only = evaluate_features(random_features(dataset), dataset)
-    features_only.save(tmp_path / 'features.json')
-    assert Report.load(tmp_path / 'features.json') == features_only
+def test_unknown_settings(model, dataset):
+    with pytest.raises(ValueError, match='unknown reranking .magic.; expected one of none, k-reciprocal'):
+        evaluate(model, dataset, reranking='magic')
+    with pytest.raises(ValueError, match='failures must be at least 0'):
+        evaluate_features(random_features(dataset), dataset, failures=-1)
+    with pytest.raises(TypeError, match='colour'):
+        evaluate(model, dataset, colour=True)
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{}', '{"protocols": {}, "size": null, "colour": 1}', 'nonsense'])
-def test_what_is_no_report_is_named(tmp_path, text):
-    (tmp_path / 'other.json').write_text(text, encoding='utf-8')
-    with pytest.raises(ValueError, match=r'other\.json is no report'):
-        Report.load(tmp_path / 'other.json')
+def test_chunks_of_queries_change_nothing(monkeypatch):
+    dataset = sysu_like()
+    expected = evaluate_features(random_features(dataset), dataset)
+    monkeypatch.setattr(metrics, 'CHUNK_ROWS', 1)
+    monkeypatch.setattr(metrics, 'CHUNK_CELLS', 200)
+    report = evaluate_features(random_features(dataset), dataset)
+    for name, result in report.protocols.items():
+        assert result.mean == pytest.approx(expected[name].mean)
+        assert result.trials_fingerprint == expected[name].trials_fingerprint
 
 
-def test_weights_fingerprint():
-    model = make_model(2)
-    first = weights_fingerprint(model)
-    assert len(first) == 12 and first == weights_fingerprint(make_model(2).train())
-    with torch.no_grad():
-        model.joint_head.neck.running_var[3] += 1e-3
-    assert weights_fingerprint(model) != first
-    assert weights_fingerprint(make_model(2).bfloat16()) != first
+def test_mixed_gallery(saved):
+    dataset = dataclasses.replace(saved, test=dataclasses.replace(saved.test, camera=np.arange(len(saved.test)) % 3))
+    features = random_features(dataset)
+    (trial,) = protocol_trials(dataset, 'mixed')
+    expected = metrics_of(dataset, trial, features @ features.T)
+    result = evaluate_features(features, dataset, 'mixed')['mixed']
+    assert result.mean['mAP'] == pytest.approx(expected.mAP)
+    assert result.direction == 'both to both'
+    assert trial.ignore.any()
+
+
+@pytest.mark.parametrize('reranking', ['k-reciprocal', 'cross-modality'])
+@pytest.mark.parametrize('protocol', ['all-single', 'indoor-multi', 'mixed'])
+def test_reranking_is_done_in_each_trial(saved, reranking, protocol):
+    dataset = saved if protocol == 'mixed' else sysu_like()
+    features = random_features(dataset)
+    result = evaluate_features(features, dataset, protocol, reranking=reranking)[protocol]
+    modality = dataset.test.modality
+    expected = []
+    for trial in protocol_trials(dataset, protocol):
+        own = [np.flatnonzero(trial.gallery == row) for row in trial.query]
+        neighbours = {'query_in_gallery': [int(found[0]) if len(found) else -1 for found in own]}
+        if reranking == 'cross-modality':
+            neighbours |= {'query_modality': modality[trial.query], 'gallery_modality': modality[trial.gallery]}
+        search = ReRanking(features[trial.query], features[trial.gallery], **neighbours)
+        similarity = torch.full((len(dataset.test),) * 2, -math.inf)
+        rows, columns = torch.from_numpy(trial.query), torch.from_numpy(trial.gallery)
+        similarity[rows[:, None], columns] = search.similarity(slice(0, len(rows)))
+        expected.append(metrics_of(dataset, trial, similarity, protocol != 'mixed'))
+    assert result.mean['mAP'] == pytest.approx(np.mean([found.mAP for found in expected]), abs=1e-5)
+    assert result.mean['rank5'] == pytest.approx(np.mean([found.cmc[4] for found in expected]), abs=1e-5)
+    plain = evaluate_features(features, dataset, protocol)[protocol]
+    assert result.trials_fingerprint == plain.trials_fingerprint
+    assert result.mean != plain.mean
+
+
+def test_reranking_is_named():
+    dataset = sysu_like()
+    report = evaluate_features(random_features(dataset), dataset, 'all-single', reranking='k-reciprocal')
+    assert report.reranking == 'k-reciprocal'
+    assert 'k-reciprocal' in str(report)
+
+
+@pytest.mark.parametrize('reranking', ['none', 'k-reciprocal'])
+def test_failures_are_the_worst_queries_and_what_they_found(reranking):
+    dataset = sysu_like()
+    features = random_features(dataset)
+    result = evaluate_features(features, dataset, 'all-multi', failures=7, reranking=reranking)['all-multi']
+    trial = protocol_trials(dataset, 'all-multi')[0]
+    similarity = features[trial.query] @ features[trial.gallery].T
+    if reranking != 'none':
+        similarity = ReRanking(features[trial.query], features[trial.gallery]).similarity(slice(None))
+    identity = dataset.test.identity
+    found = rank_metrics(
+        similarity, identity[trial.query], identity[trial.gallery], ignore=trial.ignore, per_identity_cmc=True
+    )
+    precision = sorted(found.ap[found.valid])
+    assert [failure['AP'] for failure in result.failures] == pytest.approx(precision[:7])
+    for failure in result.failures:
+        (query,) = np.flatnonzero(np.char.endswith(dataset.test.path, failure['path']))
+        row = int(np.flatnonzero(trial.query == query)[0])
+        assert (failure['identity'], failure['camera']) == (identity[query], dataset.test.camera[query])
+        assert (failure['rank'], failure['modality']) == (found.rank[row], INFRARED)
+        seen = [column for column in similarity[row].argsort(descending=True).tolist() if not trial.ignore[row, column]]
+        best = trial.gallery[seen[:5]]
+        assert [answer['identity'] for answer in failure['found']] == identity[best].tolist()
+        assert [answer['path'] for answer in failure['found']] == dataset.test.path[best].tolist()
+    everything = evaluate_features(features, dataset, 'all-multi', failures=1000)['all-multi']
+    assert len(everything.failures) == everything.num_valid_queries
+    assert not evaluate_features(features, dataset, 'all-multi')['all-multi'].failures
+
+
+def test_results_can_be_paired_where_the_pictures_are_the_same():
+    dataset = sysu_like()
+    first, second = (evaluate_features(random_features(dataset, seed=seed), dataset) for seed in (0, 1))
+    assert [result.trials_fingerprint for result in first.protocols.values()] == [
+        result.trials_fingerprint for result in second.protocols.values()
+    ]
+    assert len({result.trials_fingerprint for result in first.protocols.values()}) == 4
+    moved = dataclasses.replace(dataset, root='')
+    assert evaluate_features(random_features(dataset), moved)['all-single'].trials_fingerprint == (
+        first['all-single'].trials_fingerprint
+    ), 'paths of this table do not lie below its root'
+    fewer = dataclasses.replace(dataset, test=dataset.test[1:])
+    assert evaluate_features(random_features(fewer), fewer)['all-single'].trials_fingerprint != (
+        first['all-single'].trials_fingerprint
+    )
+    paired = compare(first, second)
+    assert set(paired.protocols['all-single'].paired) == {'rank1', 'mAP', 'mINP'}

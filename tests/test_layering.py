@@ -17,12 +17,12 @@ MODULES = sorted(path.stem for path in PACKAGE.glob('*.py'))
 
 # A module imports from the rows above its own, or from its own but never in a circle. A new module gets a place here.
 ROWS = (
-    ('records', 'metrics', 'losses', 'augment', 'layers', 'models', 'files', 'device'),
+    ('records', 'metrics', 'confidence', 'reranking', 'losses', 'augment', 'layers', 'models', 'files', 'device'),
     (
         *('pedestrian', 'sketch', 'figure', 'scenery', 'synthetic'),
         *('pictures', 'datasets', 'synth', 'protocols', 'sampler', 'task'),
     ),
-    ('config', 'batches', 'runs', 'evaluate', 'retrieval', 'hub', 'train'),
+    ('config', 'batches', 'runs', 'features', 'report', 'evaluate', 'retrieval', 'hub', 'train'),
     ('demo', 'cli'),
     ('__init__', '__main__'),
 )

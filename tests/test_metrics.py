@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vireid_timm import metrics
-from vireid_timm.metrics import bootstrap_interval, rank_metrics
+from vireid_timm.metrics import rank_metrics
 
 
 def naive_query(similarity, identity, gallery, ignore, per_identity_cmc):
@@ -80,6 +80,49 @@ def test_agrees_with_naive_loop(shape, levels, per_identity_cmc):
             assert_agrees(result, naive_metrics(similarity, queries, gallery, ignore, per_identity_cmc))
             compared += 1
     assert compared >= 1
+
+
+@pytest.mark.parametrize('per_identity_cmc', [False, True])
+@pytest.mark.parametrize('levels', [0, 10])
+def test_accelerators_do_the_same(monkeypatch, levels, per_identity_cmc):
+    case = random_case(np.random.default_rng(6), 23, 40, 5, levels, 0.2)
+    expected = rank_metrics(*case[:3], ignore=case[3], per_identity_cmc=per_identity_cmc)
+    monkeypatch.setattr(metrics, '_on_cpu', lambda values: False)
+    result = rank_metrics(*case[:3], ignore=case[3], per_identity_cmc=per_identity_cmc)
+    np.testing.assert_array_equal(result.rank, expected.rank)
+    np.testing.assert_array_equal(result.ap, expected.ap)
+    np.testing.assert_array_equal(result.inp, expected.inp)
+    for device in ['cuda'] * torch.cuda.is_available():
+        arguments = [torch.from_numpy(values).to(device) for values in (case[0], case[3])]
+        there = rank_metrics(arguments[0], *case[1:3], ignore=arguments[1], per_identity_cmc=per_identity_cmc)
+        np.testing.assert_array_equal(there.rank, expected.rank)
+        np.testing.assert_allclose(there.ap, expected.ap, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('per_identity_cmc', [False, True])
+@pytest.mark.parametrize('num_matches', [253, 254, 255, 256, 300])
+def test_many_matches(num_matches, per_identity_cmc):
+    generator = np.random.default_rng(num_matches)
+    similarity = np.round(generator.uniform(-1, 1, size=(3, num_matches + 40)), 2)
+    gallery = generator.permutation([0] * num_matches + [1] * 30 + [2] * 10)
+    result = rank_metrics(similarity, [0, 2, 1], gallery, per_identity_cmc=per_identity_cmc)
+    assert_agrees(result, naive_metrics(similarity, [0, 2, 1], gallery, per_identity_cmc=per_identity_cmc))
+
+
+def test_many_galleries_share_a_matrix():
+    generator = np.random.default_rng(8)
+    similarity, queries, gallery, ignore = random_case(generator, 25, 60, 6, 8, 0.2)
+    galleries = [np.sort(generator.choice(60, size, replace=False)) for size in (1, 7, 30, 59)]
+    galleries.append(generator.permutation(60))
+    ranker = metrics.Ranker(gallery)
+    searches = [ranker.search(columns, bool(i % 2)) for i, columns in enumerate(galleries)]
+    tensors = torch.from_numpy(similarity), torch.from_numpy(ignore)
+    found = ranker.rank(tensors[0], queries, tensors[1], searches)
+    for i, (columns, (rank, ap, inp)) in enumerate(zip(galleries, found, strict=True)):
+        rows = naive_metrics(similarity[:, columns], queries, gallery[columns], ignore[:, columns], bool(i % 2))[3]
+        assert rank.tolist() == [0 if row is None else row[0] for row in rows]
+        np.testing.assert_allclose(ap, [math.nan if row is None else row[1] for row in rows], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(inp, [math.nan if row is None else row[2] for row in rows], rtol=0, atol=1e-9)
 
 
 def test_by_hand():
@@ -157,6 +200,7 @@ def test_identities_may_be_names_or_numbers(convert):
 def test_chunks_change_nothing(monkeypatch, per_identity_cmc):
     case = random_case(np.random.default_rng(3), 23, 31, 5, 4, 0.2)
     whole = rank_metrics(*case[:3], ignore=case[3], per_identity_cmc=per_identity_cmc)
+    monkeypatch.setattr(metrics, 'CHUNK_ROWS', 1)
     for cells in (1, 31 * 4, 31 * 22):
         monkeypatch.setattr(metrics, 'CHUNK_CELLS', cells)
         chunked = rank_metrics(*case[:3], ignore=case[3], per_identity_cmc=per_identity_cmc)
@@ -194,6 +238,7 @@ def test_no_valid_query_is_an_error(identities):
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
 def test_non_finite_similarity_is_named(monkeypatch, value, dtype):
+    monkeypatch.setattr(metrics, 'CHUNK_ROWS', 2)
     monkeypatch.setattr(metrics, 'CHUNK_CELLS', 6)
     similarity = torch.zeros(4, 3, dtype=dtype)
     similarity[3, 1] = value
@@ -218,38 +263,3 @@ def test_non_finite_similarity_is_named(monkeypatch, value, dtype):
 def test_wrong_input_is_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         rank_metrics(*arguments, **options)
-
-
-def test_bootstrap_interval():
-    values = np.random.default_rng(0).random(400)
-    low, high = bootstrap_interval(values)
-    half_width = 1.96 * values.std() / math.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
-    assert high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
-    assert bootstrap_interval(values) == (low, high)
-    assert bootstrap_interval(values, seed=1) != (low, high)
-    narrow_low, narrow_high = bootstrap_interval(values, level=0.5)
-    assert low < narrow_low < values.mean() < narrow_high < high
-    assert bootstrap_interval([0.25]) == (0.25, 0.25)
-
-
-def test_bootstrap_interval_is_by_resampling():
-    values = np.asarray([0.0, 0.5, 1.0, 1.0])
-    generator = np.random.default_rng(7)
-    means = sorted(sum(values[i] for i in generator.integers(4, size=4)) / 4 for _ in range(101))
-    assert bootstrap_interval(values, level=0.8, samples=101, seed=7) == pytest.approx((means[10], means[90]))
-
-
-@pytest.mark.parametrize(
-    'values, options, message',
-    [
-        ([], {}, 'at least one'),
-        ([0.5, math.nan], {}, 'leave out queries'),
-        ([[0.5]], {}, r'got shape \[1, 1\]'),
-        ([0.5], {'level': 1.0}, 'between 0 and 1'),
-        ([0.5], {'samples': 0}, 'at least 1'),
-    ],
-)
-def test_bootstrap_interval_rejects(values, options, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap_interval(values, **options)

@@ -2,18 +2,21 @@
 
 import itertools
 import json
+import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import loadmat
 
 from vireid_timm.datasets import PUBLISHED_COUNTS, create_dataset
 from vireid_timm.pictures import read_picture
-from vireid_timm.protocols import protocol_trials, protocols_of
+from vireid_timm.protocols import draw_trials, protocol_trials, protocols_of
 from vireid_timm.records import INFRARED, VISIBLE, Dataset, Records
-from vireid_timm.synth import ABOUT_FILE, LAYOUT_NAMES, plan_layout, write_layout
+from vireid_timm.synth import ABOUT_FILE, LAYOUT_NAMES, plan_layout, write_layout, write_permutations
 from vireid_timm.synthetic import render
 
 SIZE = (32, 16)
@@ -108,6 +111,79 @@ def test_sysu_mm01_follows_the_owners(written):
     }
     assert sorted(os.listdir(root)) == ['cam1', 'cam2', 'cam3', 'cam4', 'cam5', 'cam6', 'exp', ABOUT_FILE]
     assert sorted(os.listdir(root / 'cam3' / '0009')) == ['0001.jpg', '0002.jpg', '0003.jpg', '0004.jpg']
+
+
+def owners_orders(root):
+    """(camera, identity) -> the rows of its matrix in the owners' file, as lists."""
+    cameras = loadmat(root / 'exp' / 'rand_perm_cam.mat')['rand_perm_cam']
+    assert cameras.shape == (6, 1)
+    orders = {}
+    for camera in range(1, 7):
+        identities = cameras[camera - 1, 0]
+        assert identities.shape == (len(identities), 1)
+        for identity in range(1, len(identities) + 1):
+            matrix = identities[identity - 1, 0]
+            if matrix.size:
+                orders[camera, identity] = matrix.tolist()
+    return orders
+
+
+def test_sysu_mm01_has_the_owners_permutations(written):
+    root, plan = written['sysu_mm01']
+    listing = {}
+    for picture in plan.pictures:
+        listing.setdefault((picture.camera, picture.identity), []).append(str(root / picture.path))
+    orders = owners_orders(root)
+    assert orders.keys() == listing.keys()
+    for cell, matrix in orders.items():
+        assert len(matrix) == 10
+        assert all(sorted(row) == list(range(1, len(listing[cell]) + 1)) for row in matrix)
+    assert len({str(matrix) for matrix in orders.values()}) > len(orders) / 2
+
+    dataset = create_dataset('sysu_mm01', root)
+    for protocol, cameras, shots in (
+        ('all-single', (1, 2, 4, 5), 1),
+        ('all-multi', (1, 2, 4, 5), 10),
+        ('indoor-single', (1, 2), 1),
+        ('indoor-multi', (1, 2), 10),
+    ):
+        trials = protocol_trials(dataset, protocol, draw='official')
+        for number, trial in enumerate(trials):
+            expected = [
+                sorted(listing[camera, identity])[place - 1]
+                for identity in range(6, 10)
+                for camera in cameras
+                for place in orders[camera, identity][number][:shots]
+            ]
+            assert dataset.test.path[trial.gallery].tolist() == expected
+        if shots == 1:
+            seeded = protocol_trials(dataset, protocol)
+            assert [t.gallery.tolist() for t in trials] != [t.gallery.tolist() for t in seeded]
+
+
+def test_permutations_follow_the_seed(tmp_path, written):
+    root, plan = written['sysu_mm01']
+    contents = {}
+    for seed in (3, 4):
+        (tmp_path / f'{seed}' / 'exp').mkdir(parents=True)
+        write_permutations(plan, tmp_path / f'{seed}', seed)
+        contents[seed] = (tmp_path / f'{seed}' / 'exp' / 'rand_perm_cam.mat').read_bytes()
+    assert contents[3] == (root / 'exp' / 'rand_perm_cam.mat').read_bytes()
+    assert contents[3].startswith(b'MATLAB 5.0 MAT-file, written by vireid_timm   ')  # neither time nor platform
+    assert contents[3][:128] == contents[4][:128]
+    assert owners_orders(tmp_path / '3') != owners_orders(tmp_path / '4')
+
+
+def test_without_scipy_there_are_no_permutations(tmp_path, monkeypatch, caplog, written):
+    monkeypatch.setitem(sys.modules, 'scipy.io', None)
+    with caplog.at_level(logging.INFO, logger='vireid_timm.synth'):
+        write_layout(tmp_path / 'data', 'sysu_mm01', identities=5, test_identities=4, seed=3, size=SIZE, workers=0)
+    (record,) = caplog.records
+    assert 'No exp/rand_perm_cam.mat' in record.message
+    assert 'pip install "vireid_timm[official]"' in record.message
+    expected = files_in(written['sysu_mm01'][0])
+    del expected[os.path.join('exp', 'rand_perm_cam.mat')]
+    assert files_in(tmp_path / 'data') == expected
 
 
 def test_regdb_trials_divide_the_identities_anew(written):
@@ -321,6 +397,41 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
     assert sum(not seen & {1, 2} for seen in cameras.values()) == 40
 
 
+@pytest.fixture(scope='module')
+def full_tree(tmp_path_factory):
+    """The full-size SYSU-MM01 on disk, for readers, which only list: folders of the same file names are one folder."""
+    folder = tmp_path_factory.mktemp('full')
+    root = folder / 'sysu_mm01'
+    plan = plan_layout('sysu_mm01', full_size=True)
+    names_in = {}
+    for picture in plan.pictures:
+        inner, name = os.path.split(picture.path)
+        names_in.setdefault(inner, []).append(name)
+    for inner, names in names_in.items():
+        shared = folder / f'{names[0]} to {names[-1]}'
+        if not shared.exists():
+            shared.mkdir()
+            for name in names:
+                (shared / name).touch()
+        (root / inner).parent.mkdir(parents=True, exist_ok=True)
+        (root / inner).symlink_to(shared, target_is_directory=True)
+    (root / 'exp').mkdir()
+    for name, text in plan.lists.items():
+        (root / name).write_text(text)
+    write_permutations(plan, root, seed=0)
+    return root
+
+
+def test_full_size_sysu_mm01_on_disk(full, full_tree, caplog):
+    dataset = create_dataset('sysu_mm01', full_tree)
+    assert not caplog.records
+    assert counts_of(dataset) == (22258, 11909, 6775, 3803)
+    assert protocols_of(dataset) == ('all-single', 'all-multi', 'indoor-single', 'indoor-multi')
+    for read, planned in zip(tables(dataset), tables(full['sysu_mm01'][1]), strict=True):
+        assert set(read.path.tolist()) == {str(full_tree / path) for path in planned.path.tolist()}
+
+
+@pytest.mark.parametrize('draw', ['seeded', 'official'])
 @pytest.mark.parametrize(
     'protocol, gallery, valid, seen_by_camera_3',
     [
@@ -330,10 +441,12 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
         ('indoor-multi', 1120, 2208, 560),
     ],
 )
-def test_full_size_sysu_mm01_has_the_published_galleries(full, protocol, gallery, valid, seen_by_camera_3):
-    _, dataset = full['sysu_mm01']
-    trial = protocol_trials(dataset, protocol)[0]
-    assert (len(trial.query), len(trial.gallery)) == (3803, gallery)
+def test_full_size_sysu_mm01_has_the_published_galleries(full_tree, protocol, gallery, valid, seen_by_camera_3, draw):
+    dataset = create_dataset('sysu_mm01', full_tree)
+    trials = draw_trials(dataset, protocol, draw)
+    assert {(len(searching), len(searched)) for searching, searched in trials} == {(3803, gallery)}
+    assert len({tuple(searched.tolist()) for _, searched in trials}) == 10
+    trial = protocol_trials(dataset, protocol, draw)[0]
     same = dataset.test.identity[trial.query][:, None] == dataset.test.identity[trial.gallery]
     assert int((same & ~trial.ignore).any(axis=1).sum()) == valid
     of_camera_3 = ~trial.ignore[dataset.test.camera[trial.query] == 3]

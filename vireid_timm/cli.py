@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import ParseKwargs
 
 from . import __version__
 from .config import add_arguments, load_yaml
 from .datasets import READERS, create_dataset
 from .demo import run_demo
-from .device import autocast_dtype, resolve_device
-from .evaluate import evaluate
+from .device import autocast_dtype, end_distributed, init_distributed, is_primary
+from .evaluate import RERANKINGS, evaluate
+from .features import CROPS, FEATURES
 from .hub import load_model
+from .protocols import DRAWS
+from .report import GROUPINGS, Report, breakdown_table, compare, failures_table
 from .synth import LAYOUT_NAMES, write_layout
 from .synthetic import SPECTRA
 from .train import train
@@ -36,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter('%(message)s'))
     logger.addHandler(handler)
-    level, logger.level = logger.level, logging.INFO
+    # Of several processes under torchrun, one speaks.
+    level, logger.level = logger.level, logging.INFO if is_primary() else logging.ERROR
     try:
         command(args)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -87,6 +92,7 @@ def _add_eval(commands: Any) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--checkpoint', metavar='PATH', help='run folder, Hub-ready folder, or a file in one')
     which.add_argument('--model', metavar='NAME', help='local-dir:FOLDER, hf-hub:OWNER/NAME, or a model with a tag')
+    which.add_argument('--compare', nargs=2, metavar='FILE.json', help='compare two reports instead')
     parser.add_argument(
         '--pretrained',
         action=argparse.BooleanOptionalAction,
@@ -97,8 +103,15 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument('--data-dir', default='', metavar='PATH', help='root of the data (the file itself for csv)')
     parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     parser.add_argument('--protocol', nargs='+', metavar='NAME', help="all of the dataset's protocols if unset")
+    parser.add_argument('--draw', choices=DRAWS, default='seeded', help='how drawn galleries are drawn')
+    parser.add_argument('--features', choices=FEATURES, default='after-bn')
+    parser.add_argument('--flip-test', action='store_true', help='average over each picture and its mirror image')
+    parser.add_argument('--crops', type=int, choices=CROPS, default=1, help='5: average over shifts into the corners')
+    parser.add_argument('--reranking', choices=RERANKINGS, default='none')
+    parser.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help='print results by these, too')
+    parser.add_argument('--failures', type=int, default=0, metavar='N', help='name the worst queries of each protocol')
     parser.add_argument('--report', metavar='FILE.json', help='write the report there, too')
-    parser.add_argument('--features', choices=('after-bn', 'before-bn'), default='after-bn')
+    parser.add_argument('--results-file', metavar='FILE.csv', help='write one row per protocol there, too')
     parser.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="the model's own if unset")
     parser.add_argument('-b', '--batch-size', type=int, default=128)
     parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
@@ -111,15 +124,35 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(args: dict[str, Any]) -> None:
-    """Evaluate a model: features once, then every protocol of the dataset with all its trials."""
+    """Evaluate a model: features once, then every protocol of the dataset with all its trials. Or compare two reports.
+
+    With several GPUs: torchrun --nproc-per-node N -m vireid_timm eval ...
+    """
+    if args['compare']:
+        print(compare(*map(Report.load, args['compare'])))
+        return
+    try:
+        device = init_distributed(args['device'])
+        report = _evaluate(args, device)
+    finally:
+        end_distributed()
+    if is_primary():
+        _show(report, args)
+
+
+def _evaluate(args: dict[str, Any], device: torch.device) -> Report:
     dataset = create_dataset(args['dataset'], args['data_dir'] or None, **args['dataset_kwargs'])
     model = load_model(args['checkpoint'] or args['model'], pretrained=args['pretrained'])
-    device = resolve_device(args['device'])
-    report = evaluate(
+    return evaluate(
         model.to(device),
         dataset,
         args['protocol'],
+        draw=args['draw'],
+        reranking=args['reranking'],
+        failures=args['failures'],
         features=args['features'],
+        flip_test=args['flip_test'],
+        crops=args['crops'],
         size=tuple(args['input_size'][1:]) if args['input_size'] else None,
         batch_size=args['batch_size'],
         amp_dtype=autocast_dtype(device, args['amp'], args['amp_dtype']),
@@ -128,9 +161,19 @@ def _eval(args: dict[str, Any]) -> None:
         workers=args['workers'],
         progress=True,
     )
+
+
+def _show(report: Report, args: dict[str, Any]) -> None:
     if args['report']:
         report.save(args['report'])
+    if args['results_file']:
+        report.save_csv(args['results_file'])
     print(report)
+    for name, result in report.protocols.items():
+        for by in args['breakdown']:
+            print(f'\n{name} by {by}\n{breakdown_table(result, by)}')
+        if args['failures']:
+            print(f'\n{name}, the worst queries\n{failures_table(result)}')
 
 
 def _add_synth(commands: Any) -> None:

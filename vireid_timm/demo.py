@@ -10,7 +10,8 @@ import torch.nn as nn
 
 from .datasets import create_dataset
 from .device import resolve_device
-from .evaluate import embed, evaluate
+from .evaluate import evaluate
+from .features import embed
 from .files import save_json, whole_file
 from .hub import load_model
 from .records import INFRARED, VISIBLE, Dataset

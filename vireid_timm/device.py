@@ -1,10 +1,30 @@
-"""Which device computes, and in which precision."""
+"""Which device computes, in which precision, and how several processes (torchrun) go about one job together."""
 
 import logging
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from timm.utils import init_distributed_device, is_distributed_env, world_info_from_env
+from torch import distributed
 
 _logger = logging.getLogger(__name__)
+
+_Result = TypeVar('_Result')
+
+
+def named_device(name: torch.device | str) -> torch.device:
+    """The device of that name, whether or not this machine has it.
+
+    Raises:
+        ValueError: A name that is no device.
+    """
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'unknown device {name!r}; expected cuda, cuda:1, mps, cpu, ...') from error
 
 
 def resolve_device(name: str = 'cuda') -> torch.device:
@@ -13,10 +33,7 @@ def resolve_device(name: str = 'cuda') -> torch.device:
     Raises:
         ValueError: A name that is no device.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f'unknown device {name!r}; expected cuda, cuda:1, mps, cpu, ...') from error
+    device = named_device(name)
     missing = (device.type == 'cuda' and not torch.cuda.is_available()) or (
         device.type == 'mps' and not torch.backends.mps.is_available()
     )
@@ -37,6 +54,84 @@ def autocast_dtype(device: torch.device, amp: bool | None, amp_dtype: str = 'bfl
     if amp is None:
         amp = _fast_at_bfloat16(device)
     return getattr(torch, amp_dtype) if amp else None
+
+
+def init_distributed(name: str = 'cuda') -> torch.device:
+    """Join the other processes if `torchrun` started this one, and choose this process's device.
+
+    `torchrun --nproc-per-node N` starts N processes that differ in their environment alone. With GPUs each gets its own
+    and they talk by NCCL, else by Gloo. A process that was started alone only resolves its device.
+
+    Args:
+        name: As for `resolve_device`; among several processes the number of a GPU (`cuda:1`) is ignored.
+
+    Raises:
+        ValueError: A name that is no device, or more processes than GPUs.
+    """
+    device = resolve_device(name)
+    # A shell of a SLURM allocation looks like one of several processes, but has nobody to meet.
+    if not is_distributed_env() or 'MASTER_ADDR' not in os.environ:
+        return device
+    local_rank = world_info_from_env()[0]
+    if device.type == 'cuda' and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f'process {local_rank} of this machine finds no GPU of its own among {torch.cuda.device_count()}: start no '
+            'more processes (--nproc-per-node) than there are GPUs, or compute on the CPU (--device cpu)'
+        )
+    return init_distributed_device(Namespace(device=device.type))
+
+
+def end_distributed() -> None:
+    """Leave the other processes, if `init_distributed` joined any; to be called last, after an error too."""
+    if _has_joined():
+        distributed.destroy_process_group()
+
+
+def process() -> tuple[int, int]:
+    """Number of this process, and of how many that compute together; (0, 1) where it computes alone."""
+    return (distributed.get_rank(), distributed.get_world_size()) if _has_joined() else (0, 1)
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that prints and writes, known before the processes have joined."""
+    return (process()[0] if _has_joined() else world_info_from_env()[1]) == 0
+
+
+def together(work: Callable[[], _Result]) -> _Result:
+    """Do what every process does at this point, and fail in all of them if it fails in one.
+
+    Otherwise those that succeeded would wait for the failed one at their next exchange, until a timeout ends them.
+
+    Args:
+        work: This process's share; it must not exchange anything itself.
+
+    Returns:
+        What the work returned here.
+
+    Raises:
+        Exception: What the work raised here.
+        ValueError: What it raised in another process, named by its number.
+    """
+    number, count = process()
+    if count == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:  # raised again as soon as the others know
+        error = caught
+    problems = [None] * count
+    distributed.all_gather_object(problems, None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for other, problem in enumerate(problems):
+        if problem is not None:
+            raise ValueError(f'process {other} of {count}: {problem}')
+    return result
+
+
+def _has_joined() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _fast_at_bfloat16(device: torch.device) -> bool:

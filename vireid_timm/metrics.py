@@ -1,16 +1,20 @@
-"""Retrieval metrics from a similarity matrix: CMC, mAP and mINP, and how sure one can be of their means.
+"""Retrieval metrics from a similarity matrix: CMC, mAP and mINP.
 
 CMC and AP as in the SYSU-MM01 protocol (Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017),
 INP as in AGW (arXiv:2001.04193, section 3.2). A rank is a count: that of a picture of the right person is the number of
-pictures at least as similar, so that nothing but values is ever sorted.
+pictures at least as similar. So nothing is ever sorted but a query's few matches: every gallery picture is told how
+many of them are more similar, and from then on small integers are counted, for as many galleries as one likes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-CHUNK_CELLS = 2**22  # cells of the similarity matrix looked at together: about 100 MB of working memory
+CHUNK_CELLS = 2**22  # cells of the similarity matrix looked at together: some 80 MB of working memory
+CHUNK_ROWS = 64  # but never fewer queries, or a large gallery would be read anew for each of a few
+_BLOCK_CELLS = 2**16  # cells that stay in a core's cache while they are compared with one match after the other
 
 FloatMatrix = np.ndarray | torch.Tensor
 
@@ -39,10 +43,57 @@ class RankMetrics:
     ap: np.ndarray
     inp: np.ndarray
 
+    @classmethod
+    def of_queries(cls, rank: np.ndarray, ap: np.ndarray, inp: np.ndarray, max_rank: int = 20) -> 'RankMetrics':
+        """The means of per-query values, each [Q].
+
+        Raises:
+            ValueError: If no query is valid (rank > 0).
+        """
+        valid = rank > 0
+        if not valid.any():
+            raise ValueError(
+                f'none of the {len(rank)} queries has a picture of the same identity among the gallery pictures that '
+                'it may see, so there is nothing to measure; check the identities and what is ignored'
+            )
+        cmc = (rank[valid][:, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
+        return cls(cmc, float(ap[valid].mean()), float(inp[valid].mean()), int(valid.sum()), valid, rank, ap, inp)
+
     @property
     def rank1(self) -> np.ndarray:
         """1 where the first answer is right, 0 where it is wrong, NaN for a query that is not valid, [Q]."""
         return np.where(self.valid, self.rank == 1, np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """One gallery to be ranked, made of columns of a similarity matrix.
+
+    Attributes:
+        columns: Which ones, identity by identity, so that the matches of a query are a stretch of them, [G] int64.
+        identities: Whom they show, as integers from 0, [G] int64.
+        first: Where each identity's stretch begins, and after all of them an empty one, [identities + 1].
+        count: How long it is, [identities + 1].
+        is_everything: Whether these are all columns of the matrix in their order.
+        per_identity_cmc: As for `rank_metrics`.
+    """
+
+    columns: np.ndarray
+    identities: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    is_everything: bool
+    per_identity_cmc: bool
+
+    def matches(self, query: np.ndarray) -> torch.Tensor:
+        """Columns that show the person of each query, [Q] int64, filled up with -1, [Q, M] int64."""
+        query = np.minimum(query, len(self.count) - 1)  # whoever comes later is nobody in the gallery
+        count = self.count[query][:, None]
+        place = np.arange(count.max(initial=0))
+        columns = np.full((len(query), len(place)), -1)
+        wanted = place < count
+        columns[wanted] = self.columns[(self.first[query][:, None] + place)[wanted]]
+        return torch.from_numpy(columns)
 
 
 def rank_metrics(
@@ -59,6 +110,8 @@ def rank_metrics(
     With r_j the rank of the j-th of a query's P matches, counted from 1 among the pictures that the query may see,
     AP = mean of j / r_j (no interpolation) and INP = P / r_P. Ties count against the model: a match ranks behind every
     equally similar picture of somebody else. A query without a match is left out of every mean, and counted.
+
+    Computes where the similarities are, on the CPU or an accelerator.
 
     Args:
         similarity: How alike query and gallery pictures are, higher is nearer, any float type, [Q, G].
@@ -79,119 +132,183 @@ def rank_metrics(
         raise ValueError(f'max_rank must be at least 1, got {max_rank}')
     query, gallery = _identity_codes(query_identities, gallery_identities)
     similarity = similarity if isinstance(similarity, torch.Tensor) else np.asarray(similarity)
-    ignore = None if ignore is None else _array(ignore)
+    ignore = ignore if ignore is None or isinstance(ignore, torch.Tensor) else np.asarray(ignore)
     _check_shapes(similarity, ignore, (len(query), len(gallery)))
-    step = max(1, CHUNK_CELLS // max(1, len(gallery)))
-    chunks = []
-    for start in range(0, len(query), step):
-        rows = slice(start, start + step)
-        values = _float_array(similarity[rows])
-        _check_finite(values, start)
-        hidden = None if ignore is None else ignore[rows]
-        chunks.append(_rank_chunk(values, query[rows], gallery, hidden, per_identity_cmc))
-    rank, ap, inp = (np.concatenate(column) for column in zip(*chunks, strict=True)) if chunks else (np.empty(0),) * 3
-    valid = rank > 0
-    if not valid.any():
-        raise ValueError(
-            f'none of the {len(query)} queries has a picture of the same identity among the {len(gallery)} gallery '
-            'pictures that it may see, so there is nothing to measure; check the identities and what is ignored'
-        )
-    cmc = (rank[valid][:, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
-    return RankMetrics(cmc, float(ap[valid].mean()), float(inp[valid].mean()), int(valid.sum()), valid, rank, ap, inp)
+    device = similarity.device if isinstance(similarity, torch.Tensor) else torch.device('cpu')
+    ranker = Ranker(gallery)
+    search = ranker.search(np.arange(len(gallery)), per_identity_cmc)
+    results = []
+    for rows in chunks(len(query), len(gallery)):
+        values = _tensor(similarity[rows], device)
+        hidden = None if ignore is None else _tensor(ignore[rows], device)
+        check_similarity(values, rows.start)
+        results.append(ranker.rank(values, query[rows], hidden, [search])[0])
+    rank, ap, inp = (torch.cat(column).cpu().numpy() for column in zip(*results, strict=True))
+    return RankMetrics.of_queries(rank, ap, inp, max_rank)
 
 
-def bootstrap_interval(
-    values: np.ndarray,
-    *,
-    level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean (Efron, "Bootstrap Methods", 1979).
+def chunks(num_queries: int, num_columns: int) -> list[slice]:
+    """Rows of a similarity matrix that are looked at together, at least one chunk, if an empty one."""
+    step = max(CHUNK_ROWS, CHUNK_CELLS // max(1, num_columns))
+    return [slice(start, min(start + step, num_queries)) for start in range(0, max(1, num_queries), step)]
+
+
+class Ranker:
+    """Ranks galleries that share their columns of a similarity matrix, a chunk of queries at a time.
 
     Args:
-        values: One value per query, e.g. the AP of the valid ones, [Q].
-        level: Probability that the interval is meant to hold.
-        samples: How many times the queries are drawn anew, with replacement.
-        seed: Of the private generator that draws them.
-
-    Returns:
-        Lower and upper end.
-
-    Raises:
-        ValueError: Without values, on NaN or infinite ones, or on an impossible level or number of samples.
+        gallery: Identity of every column as an integer from 0, [N] int64.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(
-            f'values must be one finite number per query, at least one, got shape {list(values.shape)}; '
-            'leave out queries that are not valid'
-        )
-    if not 0 < level < 1 or samples < 1:
-        raise ValueError(f'level must lie between 0 and 1 and samples be at least 1, got {level} and {samples}')
-    generator = np.random.default_rng(seed)
-    # One sample at a time: all of them together would take samples * Q integers of memory.
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(samples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+
+    def __init__(self, gallery: np.ndarray) -> None:
+        self.gallery = gallery
+        self.whole = self.search(np.arange(len(gallery)), False)
+
+    def search(self, columns: np.ndarray, per_identity_cmc: bool) -> Search:
+        """One gallery, made of some of the columns, [G] int64."""
+        columns = columns[np.argsort(self.gallery[columns], kind='stable')]
+        identities = self.gallery[columns]
+        count = np.bincount(identities, minlength=self.gallery.max(initial=-1) + 2)
+        is_everything = np.array_equal(columns, np.arange(len(self.gallery)))
+        return Search(columns, identities, np.cumsum(count) - count, count, is_everything, per_identity_cmc)
+
+    def rank(
+        self,
+        similarity: torch.Tensor,
+        query: np.ndarray,
+        ignore: torch.Tensor | None,
+        searches: Sequence[Search],
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Answer some queries from each of the galleries.
+
+        Args:
+            similarity: [Q, N] float.
+            query: Identity of every query, in the numbers of the gallery's, [Q] int64.
+            ignore: What a query must not see, [Q, N] bool.
+            searches: From which galleries.
+
+        Returns:
+            First rank (0 where there is no match), AP and INP (NaN where there is none), each [Q], for every gallery.
+        """
+        matches = self.whole.matches(query).to(similarity.device)
+        if not matches.shape[1]:
+            none = similarity.new_full((len(query),), torch.nan, dtype=torch.float64)
+            return [(torch.zeros_like(none, dtype=torch.int64), none, none)] * len(searches)
+        unseen = matches < 0
+        columns = matches.clamp(min=0)
+        if ignore is not None:
+            unseen |= ignore.gather(1, columns)
+        thresholds = similarity.gather(1, columns).masked_fill(unseen, -torch.inf).sort(dim=1).values
+        behind = _behind(similarity, thresholds)
+        num_matches = thresholds.shape[1]
+        if ignore is not None:
+            behind.masked_fill_(ignore, num_matches)
+        own = [_own(behind, search.matches(query).to(behind.device), num_matches) for search in searches]
+        # From here on a query's own person is no distractor. Filled-up places repeat the first match.
+        behind.scatter_(1, torch.where(matches < 0, columns[:, :1], columns), num_matches)
+        return [_answer(behind, places, num_matches, search) for places, search in zip(own, searches, strict=True)]
 
 
-def _rank_chunk(
-    similarity: np.ndarray,
-    query: np.ndarray,
-    gallery: np.ndarray,
-    ignore: np.ndarray | None,
-    per_identity_cmc: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First rank, AP and INP of some queries (0, NaN, NaN where there is no match), each [Q]."""
-    match = query[:, None] == gallery
-    if ignore is not None:
-        match &= ~ignore
-    rank, ap, inp = np.zeros(len(query), dtype=np.int64), np.full(len(query), np.nan), np.full(len(query), np.nan)
-    valid = match.any(axis=1)
-    if not valid.any():
-        return rank, ap, inp
+def _behind(similarity: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """How many of its query's matches are more similar than each picture, [Q, N] integers.
 
-    match, others = match[valid], similarity[valid]  # boolean rows: copies
-    rows, columns = match.nonzero()
-    matches = others[rows, columns]
-    matches = matches[np.lexsort((-matches, rows))]  # query by query, the most similar first
-    count = match.sum(axis=1)
-    first = np.cumsum(count) - count
-    others[match if ignore is None else match | ignore[valid]] = -np.inf
-    if per_identity_cmc:
-        rank[valid] = 1 + _identities_ahead(others, gallery, matches[first])
-    others.sort(axis=1)
-    ahead = [
-        others.shape[1] - row.searchsorted(matches[start : start + length])
-        for row, start, length in zip(others, first, count, strict=True)
-    ]
-    place = np.arange(len(rows)) - first[rows] + 1  # j, counting each query's matches from 1
-    ranks = place + np.concatenate(ahead)
-    if not per_identity_cmc:
-        rank[valid] = ranks[first]
-    ap[valid] = np.bincount(rows, weights=place / ranks) / count
-    inp[valid] = count / ranks[first + count - 1]
-    return rank, ap, inp
+    Args:
+        similarity: [Q, N].
+        thresholds: Those of the matches, in rising order, filled up with -inf, [Q, M].
+    """
+    num_matches = thresholds.shape[1]
+    if not _on_cpu(similarity) or num_matches >= 255:
+        return num_matches - torch.searchsorted(thresholds, similarity, right=True, out_int32=True)
+    # With few matches it is faster to compare with one after the other, a block at a time, than to search among them.
+    behind = torch.zeros(similarity.shape, dtype=torch.uint8)
+    rows_at_once = max(1, _BLOCK_CELLS // max(1, similarity.shape[1]))
+    for start in range(0, len(similarity), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        values, limits, count = similarity[rows].numpy(), thresholds[rows].numpy(), behind[rows].numpy()
+        less = np.empty(values.shape, dtype=np.bool_)
+        # Queries of one person mostly follow each other, so that what was filled up is the same in all of them.
+        limits = limits[:, (limits > -np.inf).any(axis=0)]
+        for limit in limits.T[..., None]:
+            np.less(values, limit, out=less)
+            count += less.view(np.uint8)
+    return behind
 
 
-def _identities_ahead(others: np.ndarray, gallery: np.ndarray, own: np.ndarray) -> np.ndarray:
+def _own(behind: torch.Tensor, matches: torch.Tensor, num_matches: int) -> torch.Tensor:
+    """How many of all matches are more similar than each that a gallery holds, in rising order, [Q, P >= 1] int64."""
+    if not matches.shape[1]:
+        return torch.full((len(behind), 1), num_matches, device=behind.device)
+    own = behind.gather(1, matches.clamp(min=0)).long()
+    return own.where(matches >= 0, num_matches).sort(dim=1).values
+
+
+def _answer(
+    behind: torch.Tensor,
+    own: torch.Tensor,
+    num_matches: int,
+    search: Search,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First rank, AP and INP in one gallery, each [Q].
+
+    Args:
+        behind: How many of its query's matches are more similar than each picture; all of them where the picture is
+            no distractor, [Q, N].
+        own: The same of the matches in the gallery, in rising order, all of them where there is none, [Q, P] int64.
+        num_matches: How many all of them are.
+        search: The gallery.
+    """
+    behind = _columns(behind, search)
+    counts = torch.zeros(len(behind), num_matches + 1, dtype=torch.int32, device=behind.device)
+    counts.scatter_add_(1, behind.long(), counts.new_ones(1, 1).expand(behind.shape))
+    ahead = counts.cumsum(1).gather(1, own)  # distractors at least as similar as each match
+    place = torch.arange(1, own.shape[1] + 1, device=own.device)  # j, counting the matches from 1
+    rank = place + ahead
+    present = own < num_matches
+    count = present.sum(dim=1)
+    ap = torch.where(present, place / rank.double(), 0).sum(dim=1) / count
+    inp = count / rank.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1).double()
+    first = 1 + _identities_ahead(behind, own[:, :1], num_matches, search) if search.per_identity_cmc else rank[:, 0]
+    valid = count > 0
+    return first.where(valid, 0), ap, inp.where(valid, torch.nan)
+
+
+def _columns(behind: torch.Tensor, search: Search) -> torch.Tensor:
+    """Those of the gallery, [Q, G]."""
+    if search.is_everything:
+        return behind
+    if _on_cpu(behind):
+        return torch.from_numpy(behind.numpy().take(search.columns, axis=1))
+    return behind.index_select(1, torch.from_numpy(search.columns).to(behind.device))
+
+
+def _identities_ahead(behind: torch.Tensor, best: torch.Tensor, num_matches: int, search: Search) -> torch.Tensor:
     """How many other identities have a picture at least as similar as the query's own best one, [Q]."""
-    order = np.argsort(gallery, kind='stable')
-    starts = np.flatnonzero(np.diff(gallery[order], prepend=-1))
-    best = np.maximum.reduceat(others[:, order], starts, axis=1)  # [Q, identities]
-    return (best >= own[:, None]).sum(axis=1)
+    if _on_cpu(behind):
+        starts = search.first[search.count > 0]
+        others = torch.from_numpy(np.minimum.reduceat(behind.numpy(), starts, axis=1))
+    else:
+        others = behind.new_full((len(behind), len(search.count)), num_matches)
+        identities = torch.from_numpy(search.identities).to(behind.device)
+        others.scatter_reduce_(1, identities.expand(behind.shape), behind, 'amin')
+    return (others <= best.to(others.dtype)).sum(dim=1)
+
+
+def _on_cpu(values: torch.Tensor) -> bool:
+    """Whether to let NumPy do what it is several times as fast at."""
+    return values.device.type == 'cpu'
+
+
+def _tensor(values: FloatMatrix, device: torch.device) -> torch.Tensor:
+    """As float32 or wider, which changes no order and no tie, or as bool."""
+    if isinstance(values, np.ndarray):
+        dtype = values.dtype if values.dtype == np.bool_ else np.dtype(f'f{min(8, values.dtype.itemsize)}')
+        values = torch.from_numpy(np.require(values, dtype, ['C', 'W']))
+    values = values.detach().to(device).contiguous()
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _array(values: np.ndarray | torch.Tensor) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-
-
-def _float_array(values: FloatMatrix) -> np.ndarray:
-    """As float32 or wider: NumPy has no bfloat16, sorts float16 slowly, and widening changes no order and no tie."""
-    if isinstance(values, torch.Tensor):
-        return _array(values if values.dtype == torch.float64 else values.float())
-    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _identity_codes(
@@ -215,7 +332,11 @@ def _identity_codes(
     return codes[: len(query)], codes[len(query) :]
 
 
-def _check_shapes(similarity: FloatMatrix, ignore: np.ndarray | None, shape: tuple[int, int]) -> None:
+def _check_shapes(
+    similarity: FloatMatrix,
+    ignore: np.ndarray | torch.Tensor | None,
+    shape: tuple[int, int],
+) -> None:
     if tuple(similarity.shape) != shape:
         raise ValueError(
             f'similarity must be [queries, gallery] = {list(shape)} to fit the identities, got {list(similarity.shape)}'
@@ -223,16 +344,18 @@ def _check_shapes(similarity: FloatMatrix, ignore: np.ndarray | None, shape: tup
     floating = similarity.is_floating_point() if isinstance(similarity, torch.Tensor) else similarity.dtype.kind == 'f'
     if not floating:
         raise ValueError(f'similarity must be of a floating-point type, got {similarity.dtype}')
-    if ignore is not None and (ignore.shape != shape or ignore.dtype != np.bool_):
+    if ignore is not None and (tuple(ignore.shape) != shape or ignore.dtype not in (np.bool_, torch.bool)):
         raise ValueError(
             f'ignore must be bool of shape {list(shape)} like similarity, got {ignore.dtype} {list(ignore.shape)}'
         )
 
 
-def _check_finite(similarity: np.ndarray, start: int) -> None:
-    if not np.isfinite(similarity).all():
-        row, column = np.argwhere(~np.isfinite(similarity))[0]
-        raise ValueError(
-            f'similarity of query {start + row} and gallery picture {column} is {similarity[row, column]}; every '
-            'similarity must be finite (say what a query must not see with `ignore`, not with an infinite value)'
-        )
+def check_similarity(similarity: torch.Tensor, first_query: int) -> None:
+    """Refuse NaN and infinite similarities, [Q, G], naming the first one."""
+    if not similarity.numel() or torch.stack(similarity.aminmax()).isfinite().all():
+        return
+    row, column = (~similarity.isfinite()).nonzero()[0].tolist()
+    raise ValueError(
+        f'similarity of query {first_query + row} and gallery picture {column} is {similarity[row, column]}; every '
+        'similarity must be finite (say what a query must not see with `ignore`, not with an infinite value)'
+    )

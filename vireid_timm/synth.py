@@ -6,22 +6,26 @@ without, having the licensed pictures.
 """
 
 import functools
+import io
 import json
 import logging
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from .datasets import REGDB_TRIALS, SYSU_CAMERAS
 from .pictures import CHUNK, PROCESSES_FROM, default_workers, in_order
+from .protocols import PERMUTATION_FILE, PERMUTATION_VARIABLE
 from .records import INFRARED, MODALITIES, VISIBLE
 from .synthetic import SPECTRA, render
 
@@ -36,6 +40,9 @@ _REGDB_PICTURES = 10  # per identity and modality, in the real data set too
 _LLCM_PICTURES = 2  # per identity, modality and camera
 _LLCM_NO_INFRARED = 3  # the one camera without infrared pictures
 _FOLDER_PICTURES = 6  # per identity and modality
+_PERMUTATION_TRIALS = 10
+# SciPy notes the time and the platform here, in the text that opens a MATLAB file.
+_MATLAB_HEADER = b'MATLAB 5.0 MAT-file, written by vireid_timm'.ljust(116)
 
 Cells = dict[tuple[int, int], int]  # (identity, camera) -> number of pictures
 
@@ -129,6 +136,8 @@ def write_layout(
         ) from None
     try:
         _write_plan(plan, partial, seed, spectrum, tuple(size), workers, progress)
+        if layout == 'sysu_mm01':
+            write_permutations(plan, partial, seed)
         (partial / ABOUT_FILE).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
         if target.is_dir():
             target.rmdir()  # empty, as checked above
@@ -181,6 +190,40 @@ def plan_layout(
         raise ValueError(f'the number of test identities must be at least 1, got {test_identities}')
     planner = {'folder': _plan_folder, 'sysu_mm01': _plan_sysu_mm01, 'regdb': _plan_regdb, 'llcm': _plan_llcm}[layout]
     return planner(identities, test_identities)
+
+
+def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
+    """Write what SYSU-MM01's owners draw galleries by, in their format: `exp/rand_perm_cam.mat`.
+
+    A cell array of the cameras, each a cell array by identity number, each a matrix whose row t orders the pictures of
+    that identity and camera for trial t, counted from 1; empty where there are none. Left out where SciPy is missing.
+
+    Args:
+        plan: Of the layout `sysu_mm01`.
+        folder: Its root folder.
+        seed: Of the permutations.
+    """
+    try:
+        from scipy.io import savemat
+    except ImportError:
+        _logger.info(
+            f"No {PERMUTATION_FILE}, which draw 'official' needs: install the extra `official` "
+            '(pip install "vireid_timm[official]") and write into another folder to get it'
+        )
+        return
+    rng = random.Random(f'permutations {seed}')
+    counts = Counter((picture.camera, picture.identity) for picture in plan.pictures)
+    cameras = np.empty((len(SYSU_CAMERAS), 1), dtype=object)
+    for place, (camera, _) in enumerate(SYSU_CAMERAS):
+        seen = [identity for number, identity in counts if number == camera]
+        cameras[place, 0] = np.empty((max(seen, default=0), 1), dtype=object)
+        for identity in range(1, len(cameras[place, 0]) + 1):
+            numbers = range(1, counts[camera, identity] + 1)
+            orders = [rng.sample(numbers, len(numbers)) for _ in range(_PERMUTATION_TRIALS if numbers else 0)]
+            cameras[place, 0][identity - 1, 0] = np.asarray(orders, dtype=np.uint16).reshape(len(orders), len(numbers))
+    content = io.BytesIO()
+    savemat(content, {PERMUTATION_VARIABLE: cameras}, do_compression=True)  # with a checksum, as MATLAB writes it
+    (folder / PERMUTATION_FILE).write_bytes(_MATLAB_HEADER + content.getvalue()[len(_MATLAB_HEADER) :])
 
 
 def _is_written(target: Path, about: dict[str, object]) -> bool:

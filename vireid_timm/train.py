@@ -24,11 +24,12 @@ from .augment import Augment
 from .batches import TrainData, batches, create_augments, load_data
 from .config import TrainConfig, load_yaml
 from .device import autocast_dtype, resolve_device
-from .evaluate import Report, evaluate
+from .evaluate import evaluate
 from .files import save_json
 from .hub import save_model_config, save_model_folder
 from .models import DualStreamResNet
 from .records import Dataset
+from .report import Report
 from .runs import (
     BEST,
     CLASS_MAP,
