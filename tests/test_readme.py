@@ -101,7 +101,8 @@ def _help(*words: str) -> str:
 
 
 def _check_vireid(words: list[str], place: str) -> None:
-    subcommand = words[:1] if words and not words[0].startswith('-') else []
+    depth = 2 if words[:1] == ['hub'] else 1
+    subcommand = [word for word in words[:depth] if not word.startswith('-')]
     known = set(re.findall(r'--?[a-zA-Z][\w-]*', _help(*subcommand)))
     unknown = [word for word in words if re.match('--?[a-zA-Z]', word) and word.partition('=')[0] not in known]
     assert not unknown, f'{place}: vireid {" ".join(subcommand)} has no {", ".join(unknown)}'
@@ -121,6 +122,10 @@ def _check_other(command: list[str], place: str) -> None:
         extras = [extra for word in words for extra in re.findall(r'[\w-]+', ''.join(re.findall(r'\[(.*)\]', word)))]
         assert words[:1] == ['install'], said
         assert set(extras) <= set(config['options.extras_require']), f'{said}: setup.cfg has no such extra'
+    elif program == 'torchrun':
+        module = words.index('-m')
+        assert words[module + 1] == 'vireid_timm', f'{said}: no such module'
+        _check_vireid(words[module + 2 :], place)
     elif program in ('python', 'bash') and words and not words[0].startswith('-'):
         assert (ROOT / words[0]).is_file(), f'{said}: no such file'
     elif program.startswith('.'):
