@@ -313,7 +313,7 @@ def _fingerprint(pictures: Any, trials: Sequence[Rows]) -> str:
     """Of the table's pictures, whose hash is given, and of those that make up the trials: 12 digits."""
     for query, gallery in trials:
         for rows in (query, gallery):
-            pictures.update(np.asarray([len(rows), *rows], dtype='<i8').tobytes())
+            pictures.update(np.append(len(rows), rows).astype('<i8').tobytes())
     return pictures.hexdigest()[:12]
 
 

@@ -102,17 +102,18 @@ class ReRanking:
         self._gallery_by_picture = _transpose(self._encodings, self.gallery_size)
 
     def similarity(self, rows: slice) -> torch.Tensor:
-        """Minus the final distance between some queries and the gallery, in memory that grows with the result alone.
+        """Minus the final distance between some queries and the gallery.
 
         Args:
-            rows: Which queries.
+            rows: Which queries; memory is needed for several tables [q, G], so ask for a part of many.
 
         Returns:
             [q, G], higher is nearer, on the features' device.
         """
         places = self._places[rows]
         distance = _distance(self._features, self._farthest, places, self.gallery_size)
-        shared = _shared_weight(self._encodings, places, self._gallery_by_picture, self.gallery_size) / UNIT
+        shared = _shared_weight(self._encodings, places, self._gallery_by_picture, self.gallery_size)
+        shared = shared.to(distance.dtype) / UNIT
         # Both encodings sum to 1, hence their larger weights to 2 less what they share.
         jaccard = 1 - shared / (2 - shared)
         return -(self._original_weight * distance + (1 - self._original_weight) * jaccard)
@@ -232,7 +233,7 @@ def _shared_weight(encodings: _SparseRows, rows: torch.Tensor, transposed: _Spar
     first_cell = place * count
     shared = weight.new_zeros(len(rows) * count)
     longest = int(transposed.offsets.diff().max())
-    # Far below the bound, a block's columns stay in the processor's cache.
+    # In blocks this far below the bound, the columns of one stay in the processor's cache.
     for block in torch.arange(len(place), device=rows.device).split(max(1, CHUNK_CELLS // 4 // longest)):
         entry, picture, value = transposed.entries(column[block])
         entry = entry + block[0]
@@ -243,7 +244,7 @@ def _shared_weight(encodings: _SparseRows, rows: torch.Tensor, transposed: _Spar
 
 def _distance(features: torch.Tensor, farthest: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """Squared distance to the first `count` pictures as a share of the row's largest to any, [rows, count]."""
-    return (2 - 2 * (features[rows] @ features[:count].T)).clamp(min=0) / farthest[rows, None]
+    return (2 - 2 * (features[rows] @ features[:count].T)) / farthest[rows, None]
 
 
 def _chunks(total: int, cells: int, device: torch.device) -> Iterator[torch.Tensor]:
