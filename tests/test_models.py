@@ -4,12 +4,17 @@ import copy
 import io
 import logging
 import math
+import subprocess
+import sys
 from itertools import combinations
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import create_feature_extractor, get_graph_node_names
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.optim import create_optimizer_v2
@@ -17,7 +22,7 @@ from torch import nn
 
 import vireid_timm
 from vireid_timm import BranchOutput, DualStreamResNet
-from vireid_timm.layers import POWER_EPS, root
+from vireid_timm.layers import POWER_EPS, NonLocalBlock, root
 from vireid_timm.models import checkpoint_filter_fn
 
 MODELS = timm.list_models('vireid_*')
@@ -102,6 +107,7 @@ def forward_calls(module: nn.Module) -> list[nn.Module]:
 def test_the_papers_networks_are_registered():
     sizes = ('r10t', 'r18', 'r34', 'r50', 'r101')
     assert {f'vireid_dml_{size}' for size in sizes} | {'vireid_base_r10t', 'vireid_base_r50'} <= set(MODELS)
+    assert 'vireid_agw_r50' in MODELS
     assert {tag.partition('.')[0] for tag in IMAGENET_TAGS} == set(MODELS)
 
 
@@ -142,7 +148,7 @@ def test_branches_are_slices_of_the_joint_features(network):
     assert isinstance(output, BranchOutput)
     width = network.feature_info[3]['num_chs']
     parts = {'global': output.features[:, :width]}
-    if 'base' not in network.pretrained_cfg['architecture']:
+    if 'dml' in network.pretrained_cfg['architecture']:
         parts |= {'fusion': output.features[:, width:], 'joint': output.features}
     assert tuple(output.logits) == network.branches == tuple(parts)
     with torch.inference_mode():
@@ -185,7 +191,7 @@ def test_the_configuration_says_the_truth(name):
     assert cfg['pool_size'] == (size[0] // 16, size[1] // 16)  # last stride 1: 18 x 9
     assert model(meta_pictures(model)).shape == (2, model.num_features)
     width = 2048 if name.endswith(('r50', 'r101')) else 512
-    assert model.num_features == model.head_hidden_size == width + ('base' not in name) * 768
+    assert model.num_features == model.head_hidden_size == width + ('dml' in name) * 768
     state = model.state_dict()
     assert len(cfg['first_conv']) == 2
     assert all(state[f'{conv}.weight'].shape[1] == 3 for conv in cfg['first_conv'])
@@ -434,11 +440,124 @@ def test_a_classifier_beside_no_pooling_waits_for_one_as_in_timms_own_models():
         (dict(last_stride=3), 'last_stride must be 1 or 2, got 3'),
         (dict(gem_power=0.5), 'power of at least 1, got 0.5'),
         (dict(global_pool='max'), "unknown pooling 'max'"),
+        (dict(non_local_blocks=(0, 2, 0, 0)), r'four counts of at most \(1, 1, 1, 1\), got \(0, 2, 0, 0\)'),
+        (dict(non_local_blocks=(0, 1)), r'four counts of at most \(1, 1, 1, 1\), got \(0, 1\)'),
+        (dict(non_local_width='full'), "number of channels from 1 on, or 'half', got 'full'"),
+        (dict(non_local_width=0), "number of channels from 1 on, or 'half', got 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         on_meta('vireid_dml_r10t', **arguments)
+
+
+# Non-local blocks
+
+
+def naive_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
+    """With the affinity of every pair of positions."""
+    positions = x.shape[2] * x.shape[3]
+    theta, phi, g = (part(x).flatten(2) for part in (block.theta, block.phi, block.g))
+    affinity = theta.transpose(1, 2) @ phi / positions  # [B, to, from]
+    sums = (affinity @ g.transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+    return x + block.norm(block.out(sums))
+
+
+@pytest.mark.parametrize('width', [1, 5])
+def test_non_local_blocks_against_the_affinity_of_all_pairs(width):
+    block = NonLocalBlock(6, width, dtype=torch.float64)
+    for count, size in ((2, (3, 5)), (1, (1, 1)), (0, (4, 2))):
+        x = torch.randn(count, 6, *size, dtype=torch.float64)
+        assert torch.equal(block.eval()(x), x)  # adds nothing at first
+        with torch.no_grad():
+            expected = naive_non_local(randomised(block), x)
+            torch.testing.assert_close(block(x), expected)
+            assert not count or not torch.allclose(expected, x, rtol=1e-3)
+        nn.init.zeros_(block.norm.weight)
+        nn.init.zeros_(block.norm.bias)
+
+
+@pytest.mark.parametrize('width', [1, 'half'])
+def test_agw_has_five_non_local_blocks(width):
+    model = on_meta('vireid_agw_r50', non_local_width=width)
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, NonLocalBlock)}
+    assert list(blocks) == [f'layer2.{i}_non_local' for i in (2, 3)] + [f'layer3.{i}_non_local' for i in (3, 4, 5)]
+    assert [name for name, _ in model.layer2.named_children()] == ['0', '1', '2', '2_non_local', '3', '3_non_local']
+    for name, block in blocks.items():
+        channels = 512 if name.startswith('layer2') else 1024
+        assert block.theta.weight.shape == (channels // 2 if width == 'half' else 1, channels, 1, 1)
+    added = sum(parameter.numel() for block in blocks.values() for parameter in block.parameters())
+    assert width == 'half' or added == 28_687
+    base = on_meta('vireid_base_r50')
+    assert added == sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
+    assert set(base.state_dict()) == {key for key in model.state_dict() if '_non_local.' not in key}
+
+
+def non_local(**kwargs) -> DualStreamResNet:
+    return small(fuse_layers=(), non_local_blocks=(0, 1, 1, 0), non_local_width='half', **kwargs)
+
+
+def test_non_local_blocks_add_nothing_at_first():
+    model, plain = non_local(num_classes=3), small(num_classes=3, fuse_layers=())
+    x = pictures(), pictures(seed=1)
+    with torch.inference_mode():
+        model.load_state_dict(plain.state_dict(), strict=False)
+        assert not torch.allclose(model(*x), plain(*x), rtol=0.1)
+        for block in (model.layer2[1], model.layer3[1]):
+            nn.init.zeros_(block.norm.weight)
+            nn.init.zeros_(block.norm.bias)
+        assert torch.equal(model(*x), plain(*x))
+
+
+def test_non_local_blocks_are_part_of_their_layers():
+    model = non_local()
+    features = non_local(features_only=True)
+    features.model.load_state_dict(model.state_dict(), strict=False)
+    with torch.inference_mode():
+        levels = model.forward_intermediates(pictures(), intermediates_only=True)
+        for i, layer in ((1, model.layer2), (2, model.layer3)):
+            expected = naive_non_local(layer[1], layer[0](levels[i - 1]))
+            torch.testing.assert_close(levels[i], expected, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(features(pictures()), levels, strict=True))
+
+
+def test_non_local_blocks_train_with_and_without_checkpointing():
+    model = non_local(num_classes=3).train()
+    x = pictures(), pictures(seed=1)
+    expected = gradients(model, training_value(model.forward_branches(*x)))
+    calls = forward_calls(model.layer3[1])
+    model.set_grad_checkpointing()
+    actual = gradients(model, training_value(model.forward_branches(*x)))
+    assert len(calls) == 2
+    for name, gradient in actual.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_non_local_blocks_are_traced_compiled_and_exported(compiled):
+    model = non_local(num_classes=3)
+    _, nodes = get_graph_node_names(model)
+    traced = create_feature_extractor(model, nodes[-1:])
+    count = torch.export.Dim('count', min=1, max=64)
+    exported = torch.export.export(model, (pictures(),), dynamic_shapes={'visible': {0: count}}).module()
+    with torch.inference_mode():
+        for x in (pictures(), pictures(3, seed=1)):
+            expected = model(x)
+            assert torch.equal(next(iter(traced(x).values())), expected)
+            for other in (exported(x), compiled(model)(x)):
+                torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_non_local_blocks_in_half_precision():
+    model = non_local()
+    x = pictures(), pictures(seed=1)
+    with torch.no_grad():
+        expected = model(*x)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert torch.cosine_similarity(model(*x), expected).min() > 0.999
+        for dtype in (torch.float16, torch.bfloat16):
+            actual = copy.deepcopy(model).to(dtype)(*(batch.to(dtype) for batch in x))
+            assert torch.cosine_similarity(actual.float(), expected).min() > 0.99
 
 
 # Numbers
@@ -638,6 +757,65 @@ def test_features_only_trains_with_checkpointing():
             torch.testing.assert_close(gradient, expected[name])
 
 
+# As timm's scripts use a model
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_pictures_are_prepared_as_the_network_expects(name):
+    """What timm's validate.py does: the whole picture, squashed to the input size, normalised as for ImageNet."""
+    model = on_meta(name)
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
+    height, width = (128, 64) if name.endswith('r10t') else (288, 144)
+    values = np.zeros((90, 201, 3), dtype=np.uint8)
+    values[:, 100:] = (255, 51, 102)  # the right half
+    prepared = transform(Image.fromarray(values))
+    assert tuple(prepared.shape) == (3, height, width)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for columns, colour in ((slice(0, width // 3), (0, 0, 0)), (slice(-width // 3, None), (255, 51, 102))):
+        expected = ((torch.tensor(colour) / 255 - mean) / std)[:, None, None]
+        part = prepared[:, :, columns]
+        torch.testing.assert_close(part, expected.expand_as(part))
+    assert model(prepared[None].to('meta')).shape == (1, model.num_features)
+
+
+def test_names_that_another_package_has_registered_are_refused():
+    program = """if True:
+        import importlib, sys, types, warnings
+        import timm
+        import vireid_timm
+
+        with warnings.catch_warnings(record=True) as caught:  # timm's own, for each model
+            warnings.simplefilter('always')
+            importlib.reload(vireid_timm.models)
+        names = timm.list_models('vireid_*')
+        assert len(caught) == len(names), [str(warning.message) for warning in caught]
+        assert timm.create_model('vireid_agw_r50', device='meta').num_features == 2048
+
+        other = types.ModuleType('other_plugin.zoo')
+        sys.modules['other_plugin.zoo'] = other
+        exec('def vireid_dml_r18(): pass', other.__dict__)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            timm.models.register_model(other.vireid_dml_r18)
+        for name in [name for name in sys.modules if name.startswith('vireid_timm')]:
+            del sys.modules[name]
+        warnings.simplefilter('error')
+        for _ in range(2):
+            try:
+                import vireid_timm
+            except ImportError as error:
+                print(error)
+        assert timm.models.model_entrypoint('vireid_dml_r18') is other.vireid_dml_r18
+    """
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 2 * (
+        'cannot register the model vireid_dml_r18 with timm: other_plugin.zoo has registered one of this name. '
+        'Use other_plugin and vireid_timm in separate programs.\n'
+    )
+
+
 # Compilers
 
 
@@ -718,7 +896,7 @@ def assert_arrived(model: nn.Module, weights: dict[str, torch.Tensor], fresh: nn
     """Every tensor of the source but its classifier is in the network bit for bit, the rest is as in `fresh`."""
     untouched, used = fresh.state_dict(), set()
     for key, value in model.state_dict().items():
-        if key.startswith(('stem.', *TRUNK)):
+        if key.startswith(('stem.', *TRUNK)) and '_non_local.' not in key:
             assert torch.equal(value, weights[source_keys(key)]), key
             used.add(source_keys(key))
         else:
@@ -735,7 +913,7 @@ def test_imagenet_weights_fit_every_network(tag):
     mapped = checkpoint_filter_fn(weights, model)
     own = model.state_dict()
     assert {key: value.shape for key, value in mapped.items()} == {key: value.shape for key, value in own.items()}
-    from_source = {source_keys(key) for key in mapped if key.startswith(('stem.', *TRUNK))}
+    from_source = {source_keys(key) for key in mapped if key.startswith(('stem.', *TRUNK)) and '_non_local.' not in key}
     assert from_source == set(weights) - {'fc.weight', 'fc.bias'}
 
 
@@ -765,8 +943,8 @@ def test_imagenet_weights_arrive_bit_for_bit(tag, ending, tmp_path, caplog):
         assert 'not a re-identification model' in lines[0].getMessage()
 
 
-def test_imagenet_weights_of_the_papers_network():
-    tag = 'vireid_dml_r50.tv_in1k'
+@pytest.mark.parametrize('tag', ['vireid_dml_r50.tv_in1k', 'vireid_agw_r50.tv_in1k'])
+def test_imagenet_weights_of_the_published_networks(tag):
     weights = imagenet_weights(tag)
     torch.manual_seed(3)
     model = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), num_classes=2)
@@ -830,6 +1008,7 @@ def test_imagenet_weights_of_another_width_are_refused():
         ('vireid_dml_r10t', dict(spatial_weights='static', fuse_layers=[1, 3], fuse_width=16, img_size=[64, 32])),
         ('vireid_dml_r10t', dict(last_stride=2, gem_power=2.5, global_pool='avg', in_chans=1, resnet_args=THIN)),
         ('vireid_base_r10t', dict(fuse_layers=[], resnet_args=THIN)),
+        ('vireid_base_r10t', dict(non_local_blocks=[0, 1, 1, 0], non_local_width='half', resnet_args=THIN)),
         ('vireid_dml_r18.tv_in1k', {}),
     ],
 )

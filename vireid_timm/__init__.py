@@ -13,6 +13,7 @@ from .features import Extraction as Extraction
 from .features import embed as embed
 from .hub import load_model as load_model
 from .hub import save_model_folder as save_model_folder
+from .hub import save_run as save_run
 from .layers import GeneralizedMeanPool as GeneralizedMeanPool
 from .losses import MutualLearningLoss as MutualLearningLoss
 from .losses import WeightedRegularizedTriplet as WeightedRegularizedTriplet
@@ -23,6 +24,8 @@ from .models import DualStreamResNet as DualStreamResNet
 from .protocols import Trial as Trial
 from .protocols import protocol_trials as protocol_trials
 from .protocols import protocols_of as protocols_of
+from .publish import check_model as check_model
+from .publish import push_folder as push_folder
 from .records import Dataset as Dataset
 from .records import Records as Records
 from .report import Report as Report

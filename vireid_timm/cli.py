@@ -1,4 +1,4 @@
-"""The `vireid` command: train, eval, synth and demo."""
+"""The `vireid` command: train, eval, hub, synth and demo."""
 
 import argparse
 import logging
@@ -12,13 +12,15 @@ from timm.utils import ParseKwargs
 
 from . import __version__
 from .config import add_arguments, load_yaml
+from .convert import SOURCES, convert_checkpoint
 from .datasets import READERS, create_dataset
 from .demo import run_demo
-from .device import autocast_dtype, end_distributed, init_distributed, is_primary
+from .device import autocast_dtype, end_distributed, init_distributed, is_primary, resolve_device
 from .evaluate import RERANKINGS, evaluate
 from .features import CROPS, FEATURES
-from .hub import load_model
+from .hub import load_model, round_to_half, save_model_folder, save_run
 from .protocols import DRAWS
+from .publish import check_model, push_folder
 from .report import GROUPINGS, Report, breakdown_table, compare, failures_table
 from .synth import LAYOUT_NAMES, write_layout
 from .synthetic import SPECTRA
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_train(commands)
     _add_eval(commands)
+    _add_hub(commands)
     _add_synth(commands)
     _add_demo(commands)
     return parser
@@ -174,6 +177,108 @@ def _show(report: Report, args: dict[str, Any]) -> None:
             print(f'\n{name} by {by}\n{breakdown_table(result, by)}')
         if args['failures']:
             print(f'\n{name}, the worst queries\n{failures_table(result)}')
+
+
+def _add_hub(commands: Any) -> None:
+    parser = commands.add_parser('hub', help='publish, check and convert models', description=_HUB)
+    actions = parser.add_subparsers(required=True, metavar='ACTION')
+    _add_hub_save(actions)
+    _add_hub_push(actions)
+    _add_hub_check(actions)
+    _add_hub_convert(actions)
+
+
+_HUB = 'Models to and from the Hugging Face Hub: save one from a run, push it, check a published one, convert others.'
+
+
+def _add_hub_save(actions: Any) -> None:
+    parser = actions.add_parser('save', help='make a folder to publish from a run', description=_hub_save.__doc__)
+    parser.add_argument('run', metavar='RUN', help="a run's folder, or one that was saved before")
+    parser.add_argument('folder', metavar='DIR', help='where to write')
+    _add_publication(parser)
+    measured = parser.add_mutually_exclusive_group()
+    measured.add_argument('--report', metavar='FILE.json', help='what `vireid eval --report` found for this very model')
+    measured.add_argument('--dataset', help=f'evaluate on all its protocols first: {", ".join(READERS)}')
+    parser.add_argument('--data-dir', default='', metavar='PATH', help='root of the data (the file itself for csv)')
+    parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    parser.add_argument('-b', '--batch-size', type=int, default=128)
+    parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
+    parser.set_defaults(command=_hub_save)
+
+
+def _add_publication(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--half', action='store_true', help='store the weights in half precision')
+    parser.add_argument('--license', default='', metavar='ID', help="of the weights, by the Hub's name: apache-2.0")
+    parser.add_argument('--data-terms', default='', metavar='TEXT', help='terms of the training pictures, for the card')
+
+
+def _hub_save(args: dict[str, Any]) -> None:
+    """Make a folder to publish: weights, configuration, reference features, and a card with what was measured."""
+    report = Report.load(args['report']) if args['report'] else None
+    if args['dataset']:
+        dataset = create_dataset(args['dataset'], args['data_dir'] or None, **args['dataset_kwargs'])
+        model = load_model(args['run'])
+        if args['half']:  # what is published is what is measured
+            round_to_half(model)
+        device = resolve_device(args['device'])
+        report = evaluate(model.to(device), dataset, batch_size=args['batch_size'], progress=True)
+    chosen = {name: args[name] for name in ('half', 'license', 'data_terms')}
+    save_run(args['run'], args['folder'], report=report, **chosen)
+    print(*check_model(args['folder']), sep='\n')
+    print(f'Model: {args["folder"]}')
+
+
+def _add_hub_push(actions: Any) -> None:
+    parser = actions.add_parser('push', help='upload such a folder', description=_hub_push.__doc__)
+    parser.add_argument('folder', metavar='DIR', help='as `vireid hub save` made it')
+    parser.add_argument('repo_id', metavar='OWNER/NAME', help='made if there is none')
+    parser.add_argument('--private', action='store_true', help='only you, or your organisation, can see it')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument('--revision', metavar='BRANCH', help='commit to this branch instead of main')
+    parser.add_argument('--message', default='Upload model made with vireid_timm', help='of the commit')
+    parser.set_defaults(command=_hub_push)
+
+
+def _hub_push(args: dict[str, Any]) -> None:
+    """Check a folder, then upload it to the Hub in one commit. Log in first: hf auth login."""
+    print(f'Pushed: {push_folder(**args)}')
+
+
+def _add_hub_check(actions: Any) -> None:
+    parser = actions.add_parser('check', help='verify a published model', description=_hub_check.__doc__)
+    parser.add_argument('name', metavar='NAME', help='OWNER/NAME or hf-hub:OWNER/NAME, with @REVISION or not; a folder')
+    parser.set_defaults(command=_hub_check)
+
+
+def _hub_check(args: dict[str, Any]) -> None:
+    """Load a model from the Hub or a folder, and verify files, configuration, weights and reference features."""
+    print(*check_model(args['name']), sep='\n')
+    print(f'{args["name"]} is what it says')
+
+
+def _add_hub_convert(actions: Any) -> None:
+    parser = actions.add_parser('convert', help="turn others' checkpoints into such a folder", description=_CONVERT)
+    parser.add_argument('file', metavar='FILE', help='the checkpoint')
+    parser.add_argument('folder', metavar='DIR', help='where to write')
+    parser.add_argument('--from', dest='source', choices=SOURCES, required=True, help='whose checkpoint it is')
+    parser.add_argument('--model', metavar='NAME', help='the network, where the file leaves a choice')
+    parser.add_argument('--num-classes', type=int, metavar='N', help='0 drops classifiers')
+    _add_publication(parser)
+    parser.set_defaults(command=_hub_convert)
+
+
+_CONVERT = 'Read a checkpoint safely, map it onto a network of this library, and say what of it is not used.'
+
+
+def _hub_convert(args: dict[str, Any]) -> None:
+    conversion = convert_checkpoint(args['file'], args['source'], model=args['model'], num_classes=args['num_classes'])
+    facts = {'converted': {'from': args['source'], 'file': Path(args['file']).name, 'notes': conversion.notes}}
+    chosen = {name: args[name] for name in ('half', 'license', 'data_terms')}
+    save_model_folder(conversion.model, args['folder'], facts=facts, **chosen)
+    for group, count in conversion.dropped.items():
+        print(f'Not used: {group} ({count} tensors)')
+    print(*conversion.notes, *check_model(args['folder']), sep='\n')
+    print(f'Model: {args["folder"]}')
 
 
 def _add_synth(commands: Any) -> None:

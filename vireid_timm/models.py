@@ -7,10 +7,14 @@ weights (ASFF, arXiv:1911.09516), and a joint branch that concatenates the two a
 The fused map, power-averaged to layer4's grid, beside layer4's own map gives one joint map whose GeM is the paper's
 V_joint (`layers.py` says why that is exact). `forward_features` returns that map, and timm's conventions hold for it
 without a special case.
+
+AGW (arXiv:2001.04193), the network that the field starts from, is the global branch alone with non-local blocks in the
+trunk.
 """
 
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -18,11 +22,27 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .layers import SPATIAL_WEIGHTS, BranchHead, DualStem, FusionBranch, GeneralizedMeanPool, Stem, root
+from .layers import (
+    SPATIAL_WEIGHTS,
+    BranchHead,
+    DualStem,
+    FusionBranch,
+    GeneralizedMeanPool,
+    NonLocalBlock,
+    Stem,
+    root,
+)
 
 __all__ = ['BranchOutput', 'DualStreamResNet']
 
@@ -53,6 +73,23 @@ def _set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
             setattr(layer4[0].get_submodule(parent), child, nn.Identity())
 
 
+def _with_non_local(
+    layer: nn.Sequential,
+    count: int,
+    channels: int,
+    width: Union[int, str],
+    dd: dict[str, Any],
+) -> nn.Sequential:
+    """The layer with a non-local block behind each of its last `count` blocks, which keep the names of a ResNet's."""
+    modules = OrderedDict()
+    for i, (name, block) in enumerate(layer.named_children()):
+        modules[name] = block
+        if i >= len(layer) - count:
+            inner = channels // 2 if width == 'half' else int(width)
+            modules[f'{name}_non_local'] = NonLocalBlock(channels, inner, **dd)
+    return nn.Sequential(modules)
+
+
 class DualStreamResNet(nn.Module):
     """Dual-stream ResNet with a global, a fusion and a joint branch (or the global branch alone, the paper's baseline).
 
@@ -69,6 +106,10 @@ class DualStreamResNet(nn.Module):
         spatial_weights: `asff` (weight maps predicted per picture) or `static` (one learned map per layer).
         last_stride: Stride of layer4, 1 or 2.
         plain_fusion: Pool the paper's full fused map instead of taking the exact shortcut.
+        non_local_blocks: How many of the last blocks of layer1 to 4 have a non-local block behind them; none for the
+            paper's networks, (0, 2, 3, 0) for AGW (arXiv:2001.04193).
+        non_local_width: Inner channels of the non-local blocks, or `half` of their map's. AGW meant half, but its code,
+            and so all weights made with it, have 1.
         img_size: Default picture height and width, the size of the `static` weight maps.
         resnet_args: Further arguments of timm's `ResNet` (stem type, ...).
 
@@ -90,6 +131,8 @@ class DualStreamResNet(nn.Module):
         spatial_weights: str = 'asff',
         last_stride: int = 1,
         plain_fusion: bool = False,
+        non_local_blocks: Sequence[int] = (0, 0, 0, 0),
+        non_local_width: Union[int, str] = 1,
         img_size: tuple[int, int] = (288, 144),
         resnet_args: Optional[dict[str, Any]] = None,
         device: Optional[torch.device] = None,
@@ -99,6 +142,7 @@ class DualStreamResNet(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         fuse_layers = tuple(fuse_layers)
         _check_arguments(fuse_layers, spatial_weights, last_stride, num_classes, global_pool)
+        _check_non_local(non_local_blocks, non_local_width, layers)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -110,8 +154,11 @@ class DualStreamResNet(nn.Module):
         # Both streams start from the same values, as they do from ImageNet weights.
         other.load_state_dict(trunk.state_dict())
         self.stem = DualStem(Stem(trunk), Stem(other), in_chans)
-        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
-        _set_last_stride(self.layer4, last_stride)
+        _set_last_stride(trunk.layer4, last_stride)
+        for i, count in enumerate(non_local_blocks, start=1):
+            channels = trunk.feature_info[i]['num_chs']
+            layer = _with_non_local(getattr(trunk, f'layer{i}'), count, channels, non_local_width, dd)
+            setattr(self, f'layer{i}', layer)
         steps = (1, 2, 4, 4 * last_stride)
         self.feature_info = [
             dict(info, reduction=4 * step, module=f'layer{i + 1}')
@@ -330,11 +377,18 @@ def _check_arguments(
         raise ValueError("a classifier needs a pooling: use num_classes=0 with global_pool=''")
 
 
+def _check_non_local(blocks: Sequence[int], width: Union[int, str], layers: Sequence[int]) -> None:
+    if len(blocks) != 4 or not all(0 <= count <= num_blocks for count, num_blocks in zip(blocks, layers)):
+        raise ValueError(f'non_local_blocks must be four counts of at most {tuple(layers)}, got {tuple(blocks)}')
+    if width != 'half' and not (isinstance(width, int) and width >= 1):
+        raise ValueError(f"non_local_width must be a number of channels from 1 on, or 'half', got {width!r}")
+
+
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Map a timm or torchvision ImageNet ResNet onto the dual-stream network; our own weights pass unchanged.
 
-    The stem goes to both modalities, the trunk is shared, the ImageNet classifier is dropped, fusion branch and heads
-    keep their fresh values.
+    The stem goes to both modalities, the trunk is shared, the ImageNet classifier is dropped; fusion branch, non-local
+    blocks and heads keep their fresh values.
 
     Raises:
         RuntimeError: A tensor of the source that fits nowhere, or one of stem and trunk that the source lacks.
@@ -349,7 +403,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         elif not key.startswith('fc.'):
             mapped[key] = value
     own = model.state_dict()
-    pretrained_part = {key for key in own if key.startswith(('stem.', 'layer'))}
+    pretrained_part = {key for key in own if key.startswith(('stem.', 'layer')) and '_non_local.' not in key}
     unknown = sorted(set(mapped) - pretrained_part)
     if unknown:
         raise RuntimeError(f'ImageNet weights with tensors that fit nowhere in this network: {", ".join(unknown)}')
@@ -396,8 +450,29 @@ default_cfgs = generate_default_cfgs(
         'vireid_dml_r101.tv_in1k': _cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
         'vireid_base_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
         'vireid_base_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_agw_r50.tv_in1k': _cfg(
+            'timm/resnet50.tv_in1k',
+            fused=False,
+            license='bsd-3-clause',
+            paper_name='Deep Learning for Person Re-Identification: A Survey and Outlook',
+            paper_ids='arXiv:2001.04193',
+        ),
     }
 )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """timm would let the newcomer replace a model of the same name, with a warning that is easily overlooked."""
+    for name in names:
+        owner = model_entrypoint(name).__module__ if is_model(name) else __name__
+        if owner != __name__:
+            raise ImportError(
+                f'cannot register the model {name} with timm: {owner} has registered one of this name. '
+                f'Use {owner.partition(".")[0]} and {__package__} in separate programs.'
+            )
+
+
+_check_names(default_cfgs)
 
 
 def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
@@ -465,3 +540,10 @@ def vireid_base_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet
     """The paper's baseline: ResNet-50, GeM, BN-neck and classifier over the global branch alone."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=())
     return _create_dual_stream('vireid_base_r50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_agw_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """AGW (arXiv:2001.04193) on ResNet-50: the baseline with two non-local blocks in layer2 and three in layer3."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=(), non_local_blocks=(0, 2, 3, 0))
+    return _create_dual_stream('vireid_agw_r50', pretrained, **dict(model_args, **kwargs))

@@ -47,9 +47,6 @@ from .task import ViReIDTask
 
 _logger = logging.getLogger(__name__)
 
-# Settings that say where a run was, which is nobody's business in a model that may be published.
-PLACES = ('data_dir', 'output', 'experiment', 'resume')
-
 
 @dataclass
 class TrainResult:
@@ -475,7 +472,7 @@ def _save_best(run: _Run, row: dict[str, Any], report: Report | None) -> None:
         'epoch': row['epoch'],
         'validation': {name[5:]: value for name, value in row.items() if name.startswith('eval_')},
         'num_features': run.eval_model.num_features,
-        'training': {name: value for name, value in asdict(run.config).items() if name not in PLACES},
+        'training': asdict(run.config),
     }
     save_model_folder(
         run.eval_model,
