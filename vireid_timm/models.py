@@ -394,6 +394,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         RuntimeError: A tensor of the source that fits nowhere, or one of stem and trunk that the source lacks.
     """
     if any(key.startswith('stem.') for key in state_dict):
+        _check_own_weights(state_dict, model)
         return state_dict
     mapped = {}
     for key, value in state_dict.items():
@@ -414,6 +415,16 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         'ImageNet weights in both stems and the trunk. This is a start for fine-tuning, not a re-identification model.'
     )
     return {**own, **mapped}
+
+
+def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """timm is not strict where the number of classes differs: all but the classifiers has to fit all the same."""
+    given, own = (
+        {key for key in state if not key.endswith('_head.fc.weight')} for state in (state_dict, model.state_dict())
+    )
+    if given != own:
+        missing, unknown = (', '.join(sorted(keys)) or 'none' for keys in (own - given, given - own))
+        raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
 
 
 def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any) -> dict[str, Any]:
