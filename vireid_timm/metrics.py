@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-CHUNK_CELLS = 2**22  # cells of the similarity matrix looked at together: some 80 MB of working memory
+CHUNK_CELLS = 2**23  # cells of the similarity matrix looked at together: some 150 MB of working memory
 CHUNK_ROWS = 64  # but never fewer queries, or a large gallery would be read anew for each of a few
 _BLOCK_CELLS = 2**16  # cells that stay in a core's cache while they are compared with one match after the other
 
@@ -257,7 +257,23 @@ def _answer(
         num_matches: How many all of them are.
         search: The gallery.
     """
-    behind = _columns(behind, search)
+    valid = own[:, 0] < num_matches
+    rank = own.new_zeros(len(own))
+    ap, inp = (torch.full(rank.shape, torch.nan, dtype=torch.float64, device=own.device) for _ in range(2))
+    if valid.any():
+        rank[valid], ap[valid], inp[valid] = _answer_valid(
+            _columns(behind, valid, search), own[valid], num_matches, search
+        )
+    return rank, ap, inp
+
+
+def _answer_valid(
+    behind: torch.Tensor,
+    own: torch.Tensor,
+    num_matches: int,
+    search: Search,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for queries that have a match in the gallery, and from the columns of the gallery alone, [Q, G]."""
     counts = torch.zeros(len(behind), num_matches + 1, dtype=torch.int32, device=behind.device)
     counts.scatter_add_(1, behind.long(), counts.new_ones(1, 1).expand(behind.shape))
     ahead = counts.cumsum(1).gather(1, own)  # distractors at least as similar as each match
@@ -266,19 +282,18 @@ def _answer(
     present = own < num_matches
     count = present.sum(dim=1)
     ap = torch.where(present, place / rank.double(), 0).sum(dim=1) / count
-    inp = count / rank.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1).double()
+    inp = count / rank.gather(1, count[:, None] - 1).squeeze(1).double()
     first = 1 + _identities_ahead(behind, own[:, :1], num_matches, search) if search.per_identity_cmc else rank[:, 0]
-    valid = count > 0
-    return first.where(valid, 0), ap, inp.where(valid, torch.nan)
+    return first, ap, inp
 
 
-def _columns(behind: torch.Tensor, search: Search) -> torch.Tensor:
-    """Those of the gallery, [Q, G]."""
-    if search.is_everything:
-        return behind
-    if _on_cpu(behind):
-        return torch.from_numpy(behind.numpy().take(search.columns, axis=1))
-    return behind.index_select(1, torch.from_numpy(search.columns).to(behind.device))
+def _columns(behind: torch.Tensor, rows: torch.Tensor, search: Search) -> torch.Tensor:
+    """Those of the gallery, for some of the queries, [Q, G]."""
+    if not search.is_everything and _on_cpu(behind):
+        behind = torch.from_numpy(behind.numpy().take(search.columns, axis=1))
+    elif not search.is_everything:
+        behind = behind.index_select(1, torch.from_numpy(search.columns).to(behind.device))
+    return behind if rows.all() else behind[rows]
 
 
 def _identities_ahead(behind: torch.Tensor, best: torch.Tensor, num_matches: int, search: Search) -> torch.Tensor:
