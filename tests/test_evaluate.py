@@ -343,7 +343,7 @@ def test_unknown_settings(model, dataset):
 def test_chunks_of_queries_change_nothing(monkeypatch):
     dataset = sysu_like()
     expected = evaluate_features(random_features(dataset), dataset)
-    monkeypatch.setattr(metrics, 'CHUNK_ROWS', 1)
+    monkeypatch.setattr(metrics, 'CHUNK_ROWS', (1, 100))
     monkeypatch.setattr(metrics, 'CHUNK_CELLS', 200)
     report = evaluate_features(random_features(dataset), dataset)
     for name, result in report.protocols.items():

@@ -200,7 +200,7 @@ def test_identities_may_be_names_or_numbers(convert):
 def test_chunks_change_nothing(monkeypatch, per_identity_cmc):
     case = random_case(np.random.default_rng(3), 23, 31, 5, 4, 0.2)
     whole = rank_metrics(*case[:3], ignore=case[3], per_identity_cmc=per_identity_cmc)
-    monkeypatch.setattr(metrics, 'CHUNK_ROWS', 1)
+    monkeypatch.setattr(metrics, 'CHUNK_ROWS', (1, 100))
     for cells in (1, 31 * 4, 31 * 22):
         monkeypatch.setattr(metrics, 'CHUNK_CELLS', cells)
         chunked = rank_metrics(*case[:3], ignore=case[3], per_identity_cmc=per_identity_cmc)
@@ -238,7 +238,7 @@ def test_no_valid_query_is_an_error(identities):
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
 def test_non_finite_similarity_is_named(monkeypatch, value, dtype):
-    monkeypatch.setattr(metrics, 'CHUNK_ROWS', 2)
+    monkeypatch.setattr(metrics, 'CHUNK_ROWS', (2, 100))
     monkeypatch.setattr(metrics, 'CHUNK_CELLS', 6)
     similarity = torch.zeros(4, 3, dtype=dtype)
     similarity[3, 1] = value

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-CHUNK_CELLS = 2**23  # cells of the similarity matrix looked at together: some 150 MB of working memory
-CHUNK_ROWS = 64  # but never fewer queries, or a large gallery would be read anew for each of a few
+CHUNK_CELLS = 2**23  # cells of the similarity matrix looked at together: at most some 150 MB of working memory
+# But never fewer queries, or a large gallery would be read anew for each of a few; more at a time are slower again.
+CHUNK_ROWS = (64, 1280)
 _BLOCK_CELLS = 2**16  # cells that stay in a core's cache while they are compared with one match after the other
 
 FloatMatrix = np.ndarray | torch.Tensor
@@ -149,7 +150,8 @@ def rank_metrics(
 
 def chunks(num_queries: int, num_columns: int) -> list[slice]:
     """Rows of a similarity matrix that are looked at together, at least one chunk, if an empty one."""
-    step = max(CHUNK_ROWS, CHUNK_CELLS // max(1, num_columns))
+    fewest, most = CHUNK_ROWS
+    step = max(fewest, min(most, CHUNK_CELLS // max(1, num_columns)))
     return [slice(start, min(start + step, num_queries)) for start in range(0, max(1, num_queries), step)]
 
 
