@@ -905,6 +905,17 @@ def assert_arrived(model: nn.Module, weights: dict[str, torch.Tensor], fresh: nn
 
 
 @pytest.mark.parametrize('tag', IMAGENET_TAGS)
+def test_imagenet_tags_point_at_weights_that_timm_knows(tag: str) -> None:
+    ours = timm.get_pretrained_cfg(tag)
+    source = ours.hf_hub_id.removeprefix('timm/')
+    theirs = timm.get_pretrained_cfg(source)
+    assert source in timm.list_pretrained('resnet*') and source.partition('.')[2] == tag.partition('.')[2]
+    assert (ours.license, ours.mean, ours.std) == (theirs.license, theirs.mean, theirs.std)
+    default = {'vireid_dml_r10t': 'synthvi', 'vireid_base_r10t': 'c3_in1k'}.get(tag.partition('.')[0], 'tv_in1k')
+    assert timm.get_pretrained_cfg(tag.partition('.')[0]).tag == default
+
+
+@pytest.mark.parametrize('tag', IMAGENET_TAGS)
 def test_imagenet_weights_fit_every_network(tag):
     assert timm.get_pretrained_cfg(tag).hf_hub_id == f'timm/{source_of(tag)}.{tag.partition(".")[2]}'
     assert source_of(tag).removeprefix('resnet') == tag.partition('.')[0].rpartition('_r')[2]

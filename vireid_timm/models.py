@@ -455,12 +455,22 @@ default_cfgs = generate_default_cfgs(
     {
         'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
         'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
+        # What the field starts from comes first, and so is the default; a1 (arXiv:2110.00476) and tv2 are the stronger
+        # ImageNet recipes of timm and torchvision.
         'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r18.a1_in1k': _cfg('timm/resnet18.a1_in1k'),
         'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r34.a1_in1k': _cfg('timm/resnet34.a1_in1k'),
         'vireid_dml_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.tv2_in1k': _cfg('timm/resnet50.tv2_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.a1_in1k': _cfg('timm/resnet50.a1_in1k'),
         'vireid_dml_r101.tv_in1k': _cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.tv2_in1k': _cfg('timm/resnet101.tv2_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.a1_in1k': _cfg('timm/resnet101.a1_in1k'),
         'vireid_base_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
         'vireid_base_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_base_r50.tv2_in1k': _cfg('timm/resnet50.tv2_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_base_r50.a1_in1k': _cfg('timm/resnet50.a1_in1k', fused=False),
         'vireid_agw_r50.tv_in1k': _cfg(
             'timm/resnet50.tv_in1k',
             fused=False,
