@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,15 @@ def test_reference_features_are_those_of_noise_by_the_definition(saved: Path) ->
         torch.testing.assert_close(reference[f'{modality}_after_bn'], after)
         torch.testing.assert_close(reference[f'{modality}_before_bn'], before)
     assert not torch.equal(reference['visible'], reference['infrared'])
+
+
+def test_a_checkout_is_named_by_its_commit(saved: Path) -> None:
+    root = Path(vireid_timm.__file__).parents[1]
+    commit = None
+    if (root / '.git').exists():
+        command = ['git', '-C', str(root), 'rev-parse', 'HEAD']
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert _config(saved)['vireid']['versions'].get('commit') == commit
 
 
 def test_writing_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:

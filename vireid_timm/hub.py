@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,21 @@ def _without_places(facts: dict[str, Any]) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     from . import __version__  # defined by the package that imports this module
 
-    return {'vireid_timm': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
+    versions = {'vireid_timm': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
+    commit = _commit()
+    return {**versions, 'commit': commit} if commit else versions
+
+
+def _commit() -> str:
+    """The commit of the checkout that this package runs from; empty for an installed one, whose version says enough."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / '.git').exists():
+        return ''
+    try:
+        command = ['git', '-C', str(root), 'rev-parse', 'HEAD']
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ''
 
 
 def _export_config(
