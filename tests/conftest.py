@@ -1,9 +1,11 @@
 """Before anything imports the Hub client or this package: no network, and no file outside a scratch folder."""
 
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='session')
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model as a Hub-ready folder, to be left as it is."""
+    import timm
+    import torch
+
+    from vireid_timm.hub import save_model_folder
+
+    folder = tmp_path_factory.mktemp('hub') / 'model'
+    channels = dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model('vireid_dml_r10t', img_size=(64, 32), num_classes=5, resnet_args=channels)
+    save_model_folder(model, folder, input_size=(3, 64, 32), facts={'dataset': 'synthetic'})
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """The same, to be spoiled."""
+    return Path(shutil.copytree(saved, tmp_path / 'copy'))

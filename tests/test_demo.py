@@ -18,11 +18,24 @@ NAME = 'vireid_dml_r10t.synthvi'
 WEIGHTS = Path(vireid_timm.__file__).with_name('weights') / f'{NAME}.safetensors'
 
 
-def test_the_demo_leaves_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, 'IDENTITIES', 8)
     monkeypatch.setattr(demo, 'TEST_IDENTITIES', 6)
     monkeypatch.setitem(demo.FINE_TUNING, 'epochs', 1)
     monkeypatch.setitem(demo.FINE_TUNING, 'identities_per_batch', 4)
+
+
+def test_the_demo_fails_if_the_saved_model_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    # What was trained is taken for an untrained network, so that the saved one cannot agree with it.
+    monkeypatch.setattr(demo, 'load_model', lambda path: timm.create_model('vireid_dml_r10t', num_classes=0))
+    assert main(['demo', '--output', str(tmp_path / 'demo'), '--device', 'cpu']) == 1
+    assert 'does not give the numbers of the trained one' in capsys.readouterr().err
+
+
+def test_the_demo_leaves_what_it_promises(tmp_path: Path) -> None:
     assert main(['demo', '--output', str(tmp_path / 'demo'), '--device', 'cpu']) == 0
     summary = json.loads((tmp_path / 'demo/demo.json').read_text())
     for row in ('untrained', 'embedded', 'fine_tuned', 'reloaded'):

@@ -27,15 +27,8 @@ SIZE = (64, 32)
 EMPTY = Records.from_rows([])
 
 
-def make_model(num_classes=0, name='vireid_dml_r10t'):
-    """Random weights whose BN statistics are no longer those of an untouched network, so that BN changes features."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=num_classes)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
-            module.running_mean.uniform_(0, 1)
-            module.running_var.uniform_(0.5, 2)
-    return model.eval()
+def make_model():
+    return timm.create_model('vireid_dml_r10t.synthvi', pretrained=True, num_classes=0).eval()
 
 
 @pytest.fixture(scope='module')

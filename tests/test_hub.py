@@ -50,18 +50,6 @@ def _save_config(folder: Path, config: dict) -> None:
     (folder / 'config.json').write_text(json.dumps(config))
 
 
-@pytest.fixture(scope='module')
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('hub') / 'model'
-    save_model_folder(_model(num_classes=5, **SMALL), folder, input_size=SIZE, facts={'dataset': 'synthetic'})
-    return folder
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / 'copy'))
-
-
 @pytest.mark.parametrize(
     'kwargs',
     [

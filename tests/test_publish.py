@@ -2,24 +2,20 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-import timm
 import torch
 
 from vireid_timm.cli import main
-from vireid_timm.hub import REFERENCE, save_model_folder
+from vireid_timm.hub import REFERENCE
 from vireid_timm.publish import check_model, push_folder
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 FILES = ['README.md', 'config.json', 'model.safetensors', 'reference.safetensors']
-SMALL = dict(resnet_args=dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32)))
-SIZE = (3, 64, 32)
 
 
 def _config(folder: Path) -> dict:
@@ -28,20 +24,6 @@ def _config(folder: Path) -> dict:
 
 def _save_config(folder: Path, config: dict) -> None:
     (folder / 'config.json').write_text(json.dumps(config))
-
-
-@pytest.fixture(scope='module')
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('hub') / 'model'
-    torch.manual_seed(0)
-    model = timm.create_model('vireid_dml_r10t', img_size=SIZE[1:], num_classes=5, **SMALL)
-    save_model_folder(model, folder, input_size=SIZE, facts={'dataset': 'synthetic'})
-    return folder
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / 'copy'))
 
 
 def test_check_says_what_it_checked(saved: Path, capsys: pytest.CaptureFixture) -> None:

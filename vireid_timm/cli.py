@@ -19,6 +19,7 @@ from .device import autocast_dtype, end_distributed, init_distributed, is_primar
 from .evaluate import RERANKINGS, evaluate
 from .features import CROPS, FEATURES
 from .hub import load_model, round_to_half, save_model_folder, save_run
+from .pictures import CACHES
 from .protocols import DRAWS
 from .publish import check_model, push_folder
 from .report import GROUPINGS, Report, breakdown_table, compare, failures_table
@@ -120,7 +121,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16')
-    parser.add_argument('--cache', choices=('disk', 'ram', 'off'), default='disk')
+    parser.add_argument('--cache', choices=CACHES, default='disk')
     parser.add_argument('--skip-broken', action='store_true', help='leave out pictures that cannot be read')
     parser.add_argument('--workers', type=int, default=None, help='pictures decoded at a time')
     parser.set_defaults(command=_eval)

@@ -16,6 +16,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from .losses import MUTUAL_LEARNING_MODES
+from .pictures import CACHES
 
 
 def _setting(default: Any, group: str, text: str, **argument: Any) -> Any:
@@ -35,7 +36,7 @@ class TrainConfig:
     dataset_kwargs: dict = _setting({}, 'data', 'options of the reader, e.g. trial=3 for regdb')
     val_share: float = _setting(0.1, 'data', 'share of the training identities held out to choose the best epoch')
     skip_broken: bool = _setting(False, 'data', 'leave out pictures that cannot be read instead of stopping')
-    cache: str = _setting('disk', 'data', 'where decoded pictures are kept', choices=('disk', 'ram', 'off'))
+    cache: str = _setting('disk', 'data', 'where decoded pictures are kept', choices=CACHES)
     identities_per_batch: int | None = _setting(None, 'data', 'P of a batch; 8 or all there are if unset', type=int)
     pictures_per_modality: int = _setting(4, 'data', 'K of a batch: pictures per identity and modality', minimum=1)
     workers: int | None = _setting(None, 'data', 'pictures decoded at a time; one per core if unset', type=int)

@@ -99,6 +99,8 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
     }
     save_json(output / 'demo.json', summary)
     _say(summary)
+    if results['reloaded'] != results['fine_tuned']:
+        raise ValueError(f'the model that was saved in {run.best} does not give the numbers of the trained one')
     return summary
 
 
@@ -134,7 +136,6 @@ def _say(summary: dict[str, Any]) -> None:
         ('reloaded with timm', 'reloaded'),
     )
     lines = [f'{name:<24}{summary[key]["rank1"]:>8.1%}{summary[key]["mAP"]:>8.1%}' for name, key in rows]
-    same = summary['reloaded'] == summary['fine_tuned']
     _logger.info(
         '\n'.join(
             [
@@ -143,7 +144,6 @@ def _say(summary: dict[str, Any]) -> None:
                 f'{"":<24}{"rank-1":>8}{"mAP":>8}',
                 *lines,
                 '',
-                f'The reloaded model gives {"the same" if same else "DIFFERENT"} numbers.',
                 f'Model:   {summary["model"]}',
                 f'Picture: {summary["picture"]}',
                 'On your own pictures (root/train/visible/<person>/..., root/train/infrared/<person>/...):',

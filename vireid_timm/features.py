@@ -239,11 +239,10 @@ def check_finite(features: torch.Tensor, paths: Sequence[str]) -> None:
     if not features.numel() or torch.stack(features.aminmax()).isfinite().all():
         return  # found in one pass over the memory
     broken = (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        raise ValueError(
-            f'{paths[broken[0]]}: the features of this picture are not finite ({len(broken)} such pictures among '
-            f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them'
-        )
+    raise ValueError(
+        f'{paths[broken[0]]}: the features of this picture are not finite ({len(broken)} such pictures among '
+        f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them'
+    )
 
 
 def weights_fingerprint(model: nn.Module) -> str:
