@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
+from vireid_timm import layers as layers_module
 from vireid_timm.layers import (
     POWER_EPS,
     BatchNormNeck,
@@ -17,7 +18,7 @@ from vireid_timm.layers import (
     GeneralizedMeanPool,
     SpatialWeights,
     Stem,
-    _WeightedPowerSum,
+    power_sum,
     root,
 )
 
@@ -189,31 +190,61 @@ def test_gem_refuses_an_unknown_pooling():
 # The autograd function behind the shortcut
 
 
+def naive_power_sum(features: torch.Tensor, weights: torch.Tensor | None, power: float) -> torch.Tensor:
+    powers = features.clamp(min=0.0) ** power
+    return (powers if weights is None else weights * powers).sum(dim=(2, 3))
+
+
+@pytest.fixture(params=[1, 2**18], ids=['row by row', 'one block'])
+def block(request, monkeypatch):
+    """Blocks of one row and a half (so of one), or of everything."""
+    monkeypatch.setattr(layers_module, '_BLOCK', request.param * 36)
+
+
 @pytest.mark.parametrize('power', [1.0, 2.0, 3.0, 4.5])
-def test_weighted_power_sum_is_the_sum_with_its_gradients(power):
-    features = (random_map(2, 3, 4, 2) + 0.1).requires_grad_()
-    weights = random_map(2, 1, 4, 2, seed=1).requires_grad_()
-    expected = (weights * features**power).sum(dim=(2, 3))
-    torch.testing.assert_close(_WeightedPowerSum.apply(features, weights, power), expected)
-    assert torch.autograd.gradcheck(lambda f, w: _WeightedPowerSum.apply(f, w, power), (features, weights))
+@pytest.mark.parametrize('weighted', [True, False])
+def test_power_sum_is_the_sum_with_its_gradients(power, weighted, block):
+    features = (random_map(5, 3, 4, 2) + 0.1).requires_grad_()
+    weights = random_map(5, 1, 4, 2, seed=1).requires_grad_() if weighted else None
+    torch.testing.assert_close(power_sum(features, weights, power), naive_power_sum(features, weights, power))
+    inputs = (features, weights) if weighted else (features,)
+    assert torch.autograd.gradcheck(lambda f, w=None: power_sum(f, w, power), inputs)
+
+
+@pytest.mark.parametrize('rows', [1, 4, 7])
+def test_blocks_cover_all_rows_whatever_the_memory_format(monkeypatch, rows):
+    monkeypatch.setattr(layers_module, '_BLOCK', 2 * 6 * 15 + 1)  # two rows each, the last block has one
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        features = (random_map(rows, 6, 5, 3) - 0.3).contiguous(memory_format=memory_format).requires_grad_()
+        weights = random_map(rows, 1, 5, 3, seed=1).requires_grad_()
+        expected = with_gradients(naive_power_sum(features, weights, 3.0), [features, weights])
+        actual = with_gradients(power_sum(features, weights, 3.0), [features, weights])
+        assert_all_close(actual, expected)
+        assert actual[1].is_contiguous(memory_format=memory_format)
+        one_map = weights[:1].detach().expand(rows, -1, -1, -1)  # as the static weights come
+        torch.testing.assert_close(power_sum(features, one_map, 3.0), naive_power_sum(features, one_map, 3.0))
+
+
+def test_power_sum_of_no_rows():
+    assert power_sum(torch.zeros(0, 3, 4, 2), None, 3.0).shape == (0, 3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_weighted_power_sum_in_half_precision(dtype):
-    features = (random_map(2, 3, 4, 2) * 60).to(dtype).requires_grad_()
-    weights = random_map(2, 1, 4, 2, seed=1, dtype=torch.float32).requires_grad_()
+def test_power_sum_in_half_precision(dtype, block):
+    features = (random_map(5, 3, 4, 2) * 60).to(dtype).requires_grad_()
+    weights = random_map(5, 1, 4, 2, seed=1, dtype=torch.float32).requires_grad_()
     exact = [values.detach().double().requires_grad_() for values in (features, weights)]
-    expected = with_gradients((exact[1] * exact[0] ** 3).sum(dim=(2, 3)) / 1e4, exact)
+    expected = with_gradients(naive_power_sum(*exact, 3.0) / 1e4, exact)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        total = _WeightedPowerSum.apply(features, weights, 3.0)
+        total = power_sum(features, weights, 3.0)
     assert total.dtype == torch.float32
-    actual = with_gradients(_WeightedPowerSum.apply(features, weights, 3.0).double() / 1e4, [features, weights])
+    actual = with_gradients(power_sum(features, weights, 3.0).double() / 1e4, [features, weights])
     assert [values.dtype for values in actual] == [torch.float64, dtype, torch.float32]
     torch.testing.assert_close(total.double() / 1e4, expected[0], rtol=1e-5, atol=1e-5)
     assert_all_close([values.double() for values in actual], expected, rtol=0.01, atol=1e-5)
 
 
-def test_weighted_power_sum_keeps_its_inputs_alone():
+def test_power_sum_keeps_its_inputs_alone():
     features = random_map(2, 3, 8, 4).requires_grad_()
     weights = random_map(2, 1, 8, 4, seed=1).requires_grad_()
     kept = []
@@ -223,8 +254,16 @@ def test_weighted_power_sum_keeps_its_inputs_alone():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _WeightedPowerSum.apply(features, weights, 3.0)
+        power_sum(features, weights, 3.0)
     assert sorted(kept) == sorted([features.data_ptr(), weights.data_ptr()])
+
+
+def test_power_sum_compiles_into_one_graph():
+    features = random_map(5, 3, 4, 2, dtype=torch.float32).requires_grad_()
+    weights = random_map(5, 1, 4, 2, seed=1, dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(power_sum, backend='aot_eager', fullgraph=True)
+    actual = with_gradients(compiled(features, weights, 3.0), [features, weights])
+    assert_all_close(actual, with_gradients(power_sum(features, weights, 3.0), [features, weights]))
 
 
 # The spatial weights

@@ -19,6 +19,7 @@ from timm.models.resnet import ResNet
 POWER_EPS = 1e-12
 SPATIAL_WEIGHTS = ('asff', 'static')
 POOL_TYPES = ('gem', 'avg', '')
+_BLOCK = 2**18  # values, 1 MB in float32: what a core's cache holds
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -40,25 +41,73 @@ def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.bmm(a, b)
 
 
-class _WeightedPowerSum(torch.autograd.Function):
-    """Sum over positions of weights * features ** power; keeps its two inputs for backward and no power of them."""
+def _blocks(maps: torch.Tensor) -> list[slice]:
+    """Rows [B, ...] in blocks of about `_BLOCK` values on a CPU, all at once elsewhere."""
+    if maps.device.type != 'cpu' or torch.compiler.is_compiling():
+        return [slice(0, len(maps))]
+    rows = max(1, _BLOCK * len(maps) // max(1, maps.numel()))
+    return [slice(start, min(start + rows, len(maps))) for start in range(0, max(1, len(maps)), rows)]
+
+
+class _PowerSum(torch.autograd.Function):
+    """Sum over positions of weights * features ** power, see `power_sum`.
+
+    It keeps its inputs for backward and no power of them. All of it is memory traffic: on a CPU it therefore goes
+    through the rows in blocks whose full-precision values stay in the cache.
+    """
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, weights: torch.Tensor, power: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        weights: Optional[torch.Tensor],
+        power: float,
+    ) -> torch.Tensor:
         ctx.save_for_backward(features, weights)
         ctx.power = power
-        powers = full_precision(features).pow(power)
-        return _exact_bmm(powers.flatten(2), weights.flatten(2).transpose(1, 2)).squeeze(2)
+        maps = features.flatten(2)
+        kind = torch.promote_types(maps.dtype, torch.float32)
+        sums = maps.new_empty(maps.shape[:2], dtype=kind)
+        blocks = _blocks(maps)
+        buffer = torch.empty_like(maps[blocks[0]], dtype=kind)
+        for block in blocks:
+            powers = buffer[: block.stop - block.start].copy_(maps[block]).clamp_(min=0.0).pow_(power)
+            if weights is None:
+                sums[block] = powers.sum(dim=2)
+            else:
+                sums[block] = _exact_bmm(powers, weights[block].flatten(2).transpose(1, 2)).squeeze(2)
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor], None]:
         features, weights = ctx.saved_tensors
-        values = full_precision(features)
-        powers = values.pow(ctx.power - 1.0)
-        grad_features = (powers * weights).mul_(ctx.power * grad[:, :, None, None]).to(features.dtype)
-        powers.mul_(values)
-        grad_weights = _exact_bmm(grad[:, None, :], powers.flatten(2)).view_as(weights)
-        return grad_features, grad_weights, None
+        maps, scale = features.flatten(2), ctx.power * grad[:, :, None]
+        grad_maps = torch.empty_like(maps)
+        grad_weights = None if weights is None else torch.empty_like(weights.flatten(2))
+        blocks = _blocks(maps)
+        first, second = (torch.empty_like(maps[blocks[0]], dtype=grad.dtype) for _ in range(2))
+        for block in blocks:
+            values, powers = first[: block.stop - block.start], second[: block.stop - block.start]
+            torch.pow(values.copy_(maps[block]).clamp_(min=0.0), ctx.power - 1.0, out=powers)
+            if weights is not None:
+                grad_weights[block] = _exact_bmm(grad[block, None, :], values.mul_(powers))
+                powers.mul_(weights[block].flatten(2))
+            grad_maps[block] = powers.mul_(scale[block])
+        return grad_maps.view_as(features), grad_weights if weights is None else grad_weights.view_as(weights), None
+
+
+def power_sum(features: torch.Tensor, weights: Optional[torch.Tensor], power: float) -> torch.Tensor:
+    """Sum over positions of weights * features ** power in float32 or better.
+
+    Args:
+        features: Values >= 0 (negative ones count as 0), [B, C, H, W].
+        weights: [B, 1, H, W] of the result's type, or None for 1 everywhere.
+        power: The exponent, at least 1.
+
+    Returns:
+        [B, C].
+    """
+    return _PowerSum.apply(features, weights, power)
 
 
 @register_notrace_module
@@ -265,7 +314,7 @@ class FusionBranch(nn.Module):
         sums = []
         for i, (x, step) in enumerate(zip(reduced, self.steps)):
             cells = _cell_sum(weights[:, i : i + 1], step).expand(x.shape[0], -1, -1, -1)
-            sums.append(_WeightedPowerSum.apply(x, cells, self.power))
+            sums.append(power_sum(x, cells, self.power))
         return torch.cat(sums, dim=1) / (size[0] * size[1])
 
     def _reduce(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:

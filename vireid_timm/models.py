@@ -41,6 +41,7 @@ from .layers import (
     GeneralizedMeanPool,
     NonLocalBlock,
     Stem,
+    power_sum,
     root,
 )
 
@@ -349,7 +350,9 @@ class DualStreamResNet(nn.Module):
         if self.global_pool.pool_type == '':
             raise ValueError("forward_branches needs a pooling; this model was made with global_pool=''")
         levels = self._forward_levels(visible, infrared)
-        branch_features = {'global': self.global_pool(levels[3])}
+        size = levels[3].shape[2] * levels[3].shape[3]
+        mean_power = power_sum(levels[3], None, self.global_pool.power) / size
+        branch_features = {'global': root(mean_power, self.global_pool.power)}
         if self.fusion is not None:
             fused = [levels[i - 1] for i in self.fuse_layers]
             mean_power = self.fusion.mean_power(fused, list(levels[0].shape[2:]))
