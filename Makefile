@@ -2,11 +2,12 @@
 #   make demo          see the method learn on rendered people (writes output/demo)
 #   make test          lint, format check and every test
 #   make format        let ruff rewrite the code in the project's form
+#   make soak          a training killed two dozen times, compared with one that was not (some minutes)
 #   make timm-suite    timm's own model tests on every model of this package (needs the network)
 #   make clean         remove what the other targets made, but not output/
 # PYTHON=... chooses the interpreter that .venv is made from.
 
-.PHONY: demo test format timm-suite clean
+.PHONY: demo test format soak timm-suite clean
 
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -24,6 +25,9 @@ test: $(INSTALLED)
 format: $(INSTALLED)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+soak: $(INSTALLED)
+	.venv/bin/python tests/soak.py
 
 timm-suite: $(INSTALLED)
 	.venv/bin/python tests/timm_suite/run.py

@@ -2,11 +2,14 @@
 
     python hub/release.py RECIPE.yaml --data-dir DATA                      train, evaluate, save
     python hub/release.py RECIPE.yaml --data-dir DATA --push OWNER/NAME    the same, push, load back, compare
+    python hub/release.py RECIPE.yaml --data-dir DATA --trials 1-10        RegDB: ten models, and their mean
     python hub/release.py RECIPE.yaml --embed                              write weights that the package ships
 
 Everything lies in output/release/<name of the recipe>: the run, report.json, and model/, the folder that is pushed. A
-stage whose result is there already is skipped; delete the result to repeat it. `--embed` writes
-vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (what it scores) and .md (the card).
+stage whose result is there already is skipped; delete the result to repeat it. With `--trials` every trial has a folder
+of its own with run and report, mean.json is what they scored on average, and model/ is the first trial's. `--embed`
+writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (what it scores) and .md (the
+card).
 """
 
 import argparse
@@ -16,6 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch.nn as nn
 from timm.utils import ParseKwargs
@@ -26,10 +30,9 @@ from vireid_timm.config import load_yaml
 from vireid_timm.device import resolve_device
 from vireid_timm.features import weights_fingerprint
 from vireid_timm.files import save_json, whole_file
-from vireid_timm.hub import load_model, round_to_half, save_embedded_weights, save_run
+from vireid_timm.hub import CARD, WEIGHTS, load_model, round_to_half, save_embedded_weights, save_run, sha256_of
 from vireid_timm.publish import check_model, push_folder
-from vireid_timm.report import Report
-from vireid_timm.runs import LAST
+from vireid_timm.report import HEADER_OF, METRICS, Report
 
 EMBEDDED = Path(vireid_timm.__file__).with_name('weights')
 LICENSE = 'apache-2.0'  # of what the package ships
@@ -46,13 +49,25 @@ def main() -> None:
     if args.embed:
         embed(args, settings, work)
         return
-    report = work / 'report.json'
-    run = trained(settings, work, args.device)
-    evaluated(run, report, settings, args)
-    folder = saved(run, report, work / 'model', args)
+    note = ''
+    if args.trials:
+        made = {trial: measured(_of_trial(settings, trial), work / f'trial-{trial}', args) for trial in args.trials}
+        note = averaged({trial: Report.load(report) for trial, (_, report) in made.items()}, work / 'mean.json')
+        print(note)
+        run, report = made[args.trials[0]]  # the model that the Hub gets
+    else:
+        run, report = measured(settings, work, args)
+    folder = saved(run, report, work / 'model', args, note)
     if args.push:
         pushed(folder, args.push, work / 'pushed.json', args.private)
         verified(folder, args.push)
+
+
+def measured(settings: dict[str, Any], work: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Train and evaluate; returns the run's folder and the report's file."""
+    run, report = trained(settings, work, args.device), work / 'report.json'
+    evaluated(run, report, settings, args)
+    return run, report
 
 
 def trained(settings: dict[str, Any], work: Path, device: str) -> Path:
@@ -61,7 +76,7 @@ def trained(settings: dict[str, Any], work: Path, device: str) -> Path:
     if done.is_file():
         print(f'train: done already ({run})')
         return run
-    start = {'resume': str(run)} if (run / LAST).is_file() else {**settings, 'output': str(work), 'experiment': 'run'}
+    start = {**settings, 'output': str(work), 'experiment': 'run', 'resume': 'auto'}
     result = vireid_timm.train({**start, 'device': device})
     save_json(done, {'best_epoch': result.best_epoch, 'best_mAP': result.best_mAP})
     return run
@@ -80,20 +95,37 @@ def evaluated(run: Path, path: Path, settings: dict[str, Any], args: argparse.Na
     print(report)
 
 
-def saved(run: Path, report: Path, folder: Path, args: argparse.Namespace) -> Path:
-    """Write the folder to be pushed."""
-    if folder.is_dir():
+def averaged(reports: dict[int, Report], path: Path) -> str:
+    """Write what the models of several trials score on average as JSON, and return it as text."""
+    protocols, lines = {}, []
+    for name in next(iter(reports.values())).protocols:
+        scores = [report[name].mean for report in reports.values()]
+        values = {metric: [score[metric] for score in scores] for metric in METRICS}
+        mean = {metric: float(np.mean(value)) for metric, value in values.items()}
+        std = {metric: float(np.std(value)) for metric, value in values.items()}
+        protocols[name] = {'mean': mean, 'std': std, 'trials': scores}
+        lines += [f'{name}:', *(f'  {HEADER_OF[m]:<4} {100 * mean[m]:6.2f} ± {100 * std[m]:.2f}' for m in METRICS)]
+    save_json(path, {'trials': list(reports), 'protocols': protocols})
+    trials = ', '.join(map(str, reports))
+    return '\n'.join([f'Mean and deviation of the models of trials {trials}, each tested on its own:', *lines])
+
+
+def saved(run: Path, report: Path, folder: Path, args: argparse.Namespace, note: str) -> Path:
+    """Write the folder to be pushed, unless it is there with these very results."""
+    results = Report.load(report)
+    card = folder / CARD
+    if card.is_file() and all(text in card.read_text(encoding='utf-8') for text in (str(results), note)):
         print(f'save: done already ({folder})')
     else:
         chosen = dict(half=args.half, license=args.license, data_terms=args.data_terms)
-        save_run(run, folder, report=Report.load(report), **chosen)
+        save_run(run, folder, report=results, note=note, **chosen)
     print(*check_model(folder), sep='\n')
     return folder
 
 
 def pushed(folder: Path, repo_id: str, path: Path, private: bool) -> None:
-    """Push the folder, unless these very weights were."""
-    done = {'repo_id': repo_id, 'weights': weights_fingerprint(load_model(folder))}
+    """Push the folder, unless it was."""
+    done = {'repo_id': repo_id, **{name: sha256_of(folder / name) for name in (WEIGHTS, CARD)}}
     before = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     if done.items() <= before.items():
         print(f'push: done already ({before["commit"]})')
@@ -156,6 +188,19 @@ def _test_options(settings: dict[str, Any], args: argparse.Namespace) -> dict[st
     return args.test_kwargs or settings.get('dataset_kwargs', {})
 
 
+def _of_trial(settings: dict[str, Any], trial: int) -> dict[str, Any]:
+    return {**settings, 'dataset_kwargs': {**settings.get('dataset_kwargs', {}), 'trial': trial}}
+
+
+def _trials(text: str) -> list[int]:
+    """Trials from `3` or `1-10`."""
+    first, _, last = text.partition('-')
+    trials = list(range(int(first), int(last or first) + 1))
+    if not trials:
+        raise ValueError(text)
+    return trials
+
+
 def _keep_recipe(recipe: Path, work: Path) -> None:
     """What lies in the folder was made by the recipe that lies there, and by no other."""
     kept = work / 'recipe.yaml'
@@ -179,6 +224,9 @@ def _arguments() -> argparse.Namespace:
         metavar='KEY=VALUE',
         help="options of the dataset to evaluate on; the recipe's if unset",
     )
+    parser.add_argument(
+        '--trials', type=_trials, metavar='A-B', help="RegDB's divisions, each trained and tested alone"
+    )
     parser.add_argument('--protocol', nargs='+', metavar='NAME', help='all if unset')
     parser.add_argument('--half', action='store_true', help='publish the weights in half precision')
     parser.add_argument('--license', default='', metavar='ID', help='of the weights')
@@ -192,4 +240,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f'release: error: {error}') from error
+    except KeyboardInterrupt:
+        raise SystemExit('release: stopped; the same command goes on from here') from None

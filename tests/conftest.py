@@ -4,10 +4,15 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 _scratch = tempfile.TemporaryDirectory(prefix='vireid-tests-')
 with socket.socket() as _socket:
@@ -61,3 +66,37 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(saved: Path, tmp_path: Path) -> Path:
     """The same, to be spoiled."""
     return Path(shutil.copytree(saved, tmp_path / 'copy'))
+
+
+@pytest.fixture(scope='module')
+def server() -> Iterator['HubServer']:
+    """A Hub where HF_ENDPOINT points."""
+    from hub_server import HubServer
+
+    with HubServer(_port) as server:
+        yield server
+
+
+def _close_connections() -> None:
+    """The client keeps its connections, and up to 0.x with them whether it is offline; the name changed with 1.0."""
+    from huggingface_hub import utils
+
+    (utils.close_session if hasattr(utils, 'close_session') else utils.reset_sessions)()
+
+
+@pytest.fixture
+def hub(server: 'HubServer', tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator['HubServer']:
+    """An empty Hub, which this process's client takes for the real one and of which it has nothing in its cache."""
+    from hub_server import WRITER
+    from huggingface_hub import constants
+
+    server.reset()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_TOKEN', WRITER)
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    # The client waits a second before it tries again, then two, then four.
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    _close_connections()
+    yield server
+    _close_connections()

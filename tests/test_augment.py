@@ -317,50 +317,71 @@ def test_erasing_options_are_checked(options: dict, message: str) -> None:
 # All together -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('modality', ['visible', 'infrared'])
-def test_augment_is_its_parts_in_order(modality: str) -> None:
-    stored = random_pictures(16, 32, 16, 3)
-    draws = generator(5)
-    expected = PadCropFlip(4, 0.3)(stored.permute(0, 3, 1, 2), draws).float() / 255
+def parts_in_order(modality: str, stored: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+    """What `Augment` fuses, one public class after the other."""
+    expected = PadCropFlip(4, 0.3)(stored, draws).float() / 255
     if modality == 'visible':
         expected = RandomChannelCombination()(expected, draws)
-    expected = ChannelRandomErasing(fill=(0.1, 0.2, 0.3))(normalize(expected, MEAN, STD), draws)
+    return ChannelRandomErasing(fill=(0.1, 0.2, 0.3))(normalize(expected, MEAN, STD), draws)
+
+
+@pytest.mark.parametrize('modality', ['visible', 'infrared'])
+def test_augment_is_its_parts_in_order(modality: str) -> None:
     augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, erasing_fill=(0.1, 0.2, 0.3))
-    result = augment(stored, generator(5))
-    assert result.dtype == torch.float32
-    assert result.is_contiguous()
-    torch.testing.assert_close(result, expected, rtol=0.0, atol=1e-6)
-    assert torch.equal(augment(stored.permute(0, 3, 1, 2).contiguous(), generator(5)), result)
+    # Several batches, also of other sizes: nothing of one may show in the next, whose memory is used again.
+    for seed, shape in enumerate([(40, 3, 32, 16), (40, 3, 32, 16), (3, 3, 32, 16), (3, 3, 16, 32), (3, 3, 16, 32)]):
+        stored = random_pictures(*shape, seed=seed)
+        before = stored.clone()
+        result = augment(stored, generator(5))
+        assert result.dtype == torch.float32
+        assert result.is_contiguous()
+        assert torch.equal(stored, before), 'the input was changed'
+        torch.testing.assert_close(result, parts_in_order(modality, stored, generator(5)), rtol=0.0, atol=1e-6)
+        pixel_after_pixel = stored.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(augment(pixel_after_pixel, generator(5)), result)
 
 
 def test_augment_without_anything_is_the_normalised_picture() -> None:
-    stored = random_pictures(4, 9, 7, 3)
+    stored = random_pictures(4, 3, 9, 7)
     augment = Augment('visible', MEAN, STD, pad=0, flip=0.0, channel_combination=False, erasing_probability=0.0)
-    expected = (stored.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    expected = (stored / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(augment(stored), expected)
 
 
+def test_augment_of_nothing_and_without_waiting_for_the_device() -> None:
+    augment = Augment('visible', MEAN, STD)
+    for device, shape in (('cpu', (0, 3, 8, 8)), ('meta', (0, 3, 8, 8)), ('meta', (16, 3, 32, 16))):
+        result = augment(torch.empty(shape, dtype=torch.uint8, device=device), generator())
+        assert (result.shape, result.device.type, result.dtype) == (shape, device, torch.float32)
+
+
 def test_infrared_channels_stay_equal_until_erasing() -> None:
-    stored = random_pictures(8, 20, 10, 1).expand(8, 20, 10, 3)
+    stored = random_pictures(8, 1, 20, 10).expand(8, 3, 20, 10)
     result = Augment('infrared', (0.5,) * 3, (0.25,) * 3, erasing_probability=0.0)(stored, generator())
     assert torch.equal(result[:, 0], result[:, 1])
     assert torch.equal(result[:, 0], result[:, 2])
 
 
 def test_augment_seed_decides_without_a_generator() -> None:
-    stored = random_pictures(8, 20, 10, 3)
+    stored = random_pictures(8, 3, 20, 10)
     first, second, other = (Augment('visible', MEAN, STD, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first(stored), second(stored))
     assert not torch.equal(first(stored), other(stored))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('modality', ['visible', 'infrared'])
+def test_augment_is_the_same_on_a_gpu(modality: str) -> None:
+    stored = random_pictures(40, 3, 64, 32)
+    augment = Augment(modality, MEAN, STD)
+    expected = augment(stored, generator(3))
+    torch.testing.assert_close(augment(stored.cuda(), generator(3)).cpu(), expected, rtol=0.0, atol=1e-6)
+
+
 def test_augment_errors() -> None:
     with pytest.raises(ValueError, match="'grey'; expected one of visible, infrared"):
         Augment('grey', MEAN, STD)
-    for pictures in (
-        torch.zeros(2, 8, 8, 3),
-        torch.zeros(8, 8, 3, dtype=torch.uint8),
-        torch.zeros(2, 8, 8, 1, dtype=torch.uint8),
-    ):
-        with pytest.raises(ValueError, match='uint8 pictures .* expected, got'):
-            Augment('visible', MEAN, STD)(pictures)
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[2, 8, 8, 3\]'):
+        Augment('visible', MEAN, STD)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match='uint8 pictures expected.*, got torch.float32'):
+        Augment('visible', MEAN, STD)(torch.zeros(2, 3, 8, 8))

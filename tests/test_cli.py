@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,25 @@ def test_a_broken_picture_stops_a_run_unless_it_is_skipped(tmp_path: Path, capsy
     assert broken.name in capsys.readouterr().err and not (tmp_path / 'run').exists()
     assert main([*command, '--skip-broken']) == 0
     assert broken.name in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = _train_command(data, tmp_path)
+    assert main(command) == 0
+    before = (tmp_path / 'run/last.pth').read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # the kernel refuses what goes beyond
+    try:
+        assert main(['train', '--resume', str(tmp_path / 'run'), '--epochs', '2']) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert 'vireid: error: ' in error and 'File too large' in error and str(tmp_path / 'run') in error
+    assert 'Traceback' not in error
+    assert (tmp_path / 'run/last.pth').read_bytes() == before
+    assert main(['train', '--resume', str(tmp_path / 'run'), '--epochs', '2']) == 0
 
 
 def test_infrared_pictures_of_one_channel_and_sixteen_bits_train(tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
         ('lr: fast', 'lr must be of type float'),
         ('amp: 1', 'amp must be of type bool'),
         ('val_interval: 0', 'val_interval must be at least 1, got 0'),
+        ('checkpoint_interval: 10 min', "checkpoint_interval must be 500, 10m, or nothing for none, got '10 min'"),
+        ('checkpoint_interval: 0', "got '0'"),
+        ('dist_bn: none', 'dist_bn must be one of reduce, broadcast'),
         ('mutual: all', 'mutual must be one of none, global-to-fusion'),
         ('- a\n- b', 'setting: value'),
         ('a: [', 'cannot read'),
@@ -96,6 +99,15 @@ def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=message) as caught:
         load_yaml(path)
     assert str(path) in str(caught.value)
+
+
+def test_numbers_can_be_text(tmp_path: Path) -> None:
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('checkpoint_interval: 500\nexperiment: 7\n')
+    assert load_yaml(path) == {'checkpoint_interval': '500', 'experiment': '7'}
+    for text in ('10m', '0.5m', "''"):
+        path.write_text(f'checkpoint_interval: {text}\n')
+        assert load_yaml(path) == {'checkpoint_interval': text.strip("'")}
 
 
 def test_a_missing_yaml_is_named(tmp_path: Path) -> None:

@@ -381,7 +381,9 @@ def test_resnets_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="there is no model 'vireid_dml_r_r18'; choose one of vireid_agw_r50, "):
         convert_checkpoint(path, 'torchvision', model='vireid_dml_r_r18')
     with pytest.raises(
-        ValueError, match='from agw: 122 tensors that fit nowhere: bn1.bias, .*; [0-9]+ missing tensors: '
+        ValueError,
+        match='from agw: 122 tensors that fit nowhere: bn1.bias, .*; [0-9]+ missing tensors: .*'
+        r'It looks like one from torchvision or timm \(--from\)$',
     ):
         convert_checkpoint(path, 'agw')
     other = {key: value for key, value in weights.items() if not key.startswith('layer2.1')}
@@ -455,7 +457,7 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
             return exec, ("import os; os.environ['VIREID_TEST_RUN'] = 'yes'",)
 
     weights = {'conv1.weight': torch.ones(1)}
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())  # torch 2.5 changes the list itself
     for content, what in (
         ({'net': weights, 'best': Program()}, r'(builtins\.)?exec'),
         ({'net': weights, 'args': argparse.Namespace(lr=0.1)}, 'argparse.Namespace'),
@@ -466,7 +468,7 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
         ):
             convert_checkpoint(path, 'agw')
     assert os.environ['VIREID_TEST_RUN'] == 'no'
-    assert torch.serialization.get_safe_globals() == before
+    assert list(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize('source', SOURCES)
@@ -491,7 +493,7 @@ def test_damaged_files_are_named(ending, tmp_path):
     whole = path.read_bytes()
     for content in (b'', b'not weights at all', whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f'^{re.escape(str(path))} is damaged, or not a file of weights$'):
+        with pytest.raises(ValueError, match=f'^{re.escape(str(path))} is damaged, or not a file of weights that can '):
             convert_checkpoint(path, 'timm')
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -12,11 +13,15 @@ import pytest
 import torch
 
 from vireid_timm.device import (
+    any_process,
     autocast_dtype,
     end_distributed,
     init_distributed,
+    is_announced,
     is_primary,
+    mean_over_processes,
     named_device,
+    on_primary,
     process,
     resolve_device,
     together,
@@ -60,9 +65,13 @@ def test_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert init_distributed('cpu') == torch.device('cpu')
         assert process() == (0, 1)
         assert is_primary()
-    assert together(lambda: 'done') == 'done'
-    with pytest.raises(KeyError, match='mine'):
-        together(fail)
+    for share in (together, on_primary):
+        assert share(lambda: 'done') == 'done'
+        with pytest.raises(KeyError, match='mine') as raised:
+            share(fail)
+        assert not is_announced(raised.value)  # to whom?
+    assert (any_process(True), any_process(False)) == (True, False)
+    assert mean_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
     end_distributed()
 
 
@@ -70,30 +79,38 @@ def test_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRAM = """if True:
     import json, sys
     from pathlib import Path
-    from vireid_timm.device import end_distributed, init_distributed, is_primary, process, together
+    import torch
+    from vireid_timm import device
 
-    found = {'before': [is_primary(), *process()]}
-    found['device'] = str(init_distributed('cpu'))
-    number, count = process()
-    found['joined'] = [is_primary(), number, count]
+    found = {'before': [device.is_primary(), *device.process()]}
+    found['device'] = [str(device.init_distributed('cpu')) for _ in range(2)]
+    number, count = device.process()
+    found['joined'] = [device.is_primary(), number, count]
 
-    def outcome(failing, error):
+    def outcome(share, failing=(), error=None):
         def work():
             if number in failing:
                 raise error
             return f'result {number}'
         try:
-            return together(work)
+            return share(work)
         except Exception as caught:
-            return f'{type(caught).__name__}: {caught}'
+            return f'{type(caught).__name__}: {caught}' + ' (announced)' * device.is_announced(caught)
 
-    found['success'] = outcome([], None)
-    found['failure'] = outcome([1], OSError('disk full'))
-    found['without words'] = outcome([1], KeyError())
-    found['both'] = outcome([0, 1], OSError(f'disk {number} full'))
-    found['afterwards'] = outcome([], None)
-    end_distributed()
-    found['left'] = list(process())
+    found['success'] = outcome(device.together)
+    found['failure'] = outcome(device.together, [1], OSError('disk full'))
+    found['without words'] = outcome(device.together, [1], KeyError())
+    found['both'] = outcome(device.together, [0, 1], OSError(f'disk {number} full'))
+    found['primary'] = outcome(device.on_primary)
+    found['primary failure'] = outcome(device.on_primary, [0], OSError('disk full'))
+    found['other failure'] = outcome(device.on_primary, [1], OSError('never raised'))
+    found['afterwards'] = outcome(device.together)
+    found['any'] = [device.any_process(flags[number]) for flags in ([False, False], [False, True], [True, True])]
+    values = torch.tensor([1.0 + number, 4.0, float('nan') if number else 0.0])
+    found['mean'] = device.mean_over_processes(values).tolist()
+    found['values'] = values.tolist()[:2]
+    device.end_distributed()
+    found['left'] = list(device.process())
     Path(sys.argv[1], f'{number}.json').write_text(json.dumps(found))
 """
 
@@ -103,12 +120,13 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp('processes')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': '2'}
+        # As SLURM's srun starts them; tests/test_distributed.py has torchrun.
+        meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'SLURM_NTASKS': '2'}
     running = [
         subprocess.Popen(
             [sys.executable, '-c', PROGRAM, str(folder)],
             cwd=Path(__file__).parents[1],
-            env={**os.environ, **meeting, 'RANK': number, 'LOCAL_RANK': number, 'OMP_NUM_THREADS': '1'},
+            env={**os.environ, **meeting, 'SLURM_PROCID': number, 'SLURM_LOCALID': number, 'OMP_NUM_THREADS': '1'},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -126,7 +144,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_two_processes_join_and_leave(two_processes: list[dict]) -> None:
     for number, found in enumerate(two_processes):
         assert found['before'] == [number == 0, 0, 1]
-        assert found['device'] == 'cpu'
+        assert found['device'] == ['cpu', 'cpu'], 'nobody joins twice'
         assert found['joined'] == [number == 0, number, 2]
         assert found['left'] == [0, 1]
 
@@ -135,7 +153,24 @@ def test_two_processes_fail_together(two_processes: list[dict]) -> None:
     first, second = two_processes
     for name in ('success', 'afterwards'):
         assert (first[name], second[name]) == ('result 0', 'result 1')
-    assert first['failure'] == 'ValueError: process 1 of 2: disk full'
-    assert second['failure'] == 'OSError: disk full'
-    assert first['without words'] == 'ValueError: process 1 of 2: KeyError'
-    assert (first['both'], second['both']) == ('OSError: disk 0 full', 'OSError: disk 1 full')
+    assert first['failure'] == 'ValueError: process 1 of 2: disk full (announced)'
+    assert second['failure'] == 'OSError: disk full (announced)'
+    assert first['without words'] == 'ValueError: process 1 of 2: KeyError (announced)'
+    assert first['both'] == 'OSError: disk 0 full (announced)'
+    assert second['both'] == 'OSError: disk 1 full (announced)'
+
+
+def test_one_process_works_for_both(two_processes: list[dict]) -> None:
+    for found in two_processes:
+        assert found['primary'] == found['other failure'] == 'result 0'
+    first, second = two_processes
+    assert first['primary failure'] == 'OSError: disk full (announced)'
+    assert second['primary failure'] == 'ValueError: process 0 of 2: disk full (announced)'
+
+
+def test_two_processes_exchange_flags_and_numbers(two_processes: list[dict]) -> None:
+    for number, found in enumerate(two_processes):
+        assert found['any'] == [False, True, True]
+        assert found['mean'][:2] == [1.5, 4.0]
+        assert math.isnan(found['mean'][2])
+        assert found['values'] == [1.0 + number, 4.0]

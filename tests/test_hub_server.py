@@ -7,19 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import READER, WRITER, HubServer
-from huggingface_hub import constants
+from hub_server import READER, HubServer
 from timm.models import push_to_hf_hub
 
 from vireid_timm.cli import main
@@ -41,33 +38,6 @@ TINY = dict(
     fuse_width=8,
     img_size=(64, 32),
 )
-
-
-@pytest.fixture(scope='module')
-def server() -> Iterator[HubServer]:
-    with HubServer(urlsplit(os.environ['HF_ENDPOINT']).port) as server:
-        yield server
-
-
-def _close_connections() -> None:
-    """The client keeps its connections, and up to 0.x with them whether it is offline; the name changed with 1.0."""
-    utils = huggingface_hub.utils
-    (utils.close_session if hasattr(utils, 'close_session') else utils.reset_sessions)()
-
-
-@pytest.fixture
-def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty Hub, which this process's client takes for the real one and of which it has nothing in its cache."""
-    server.reset()
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setenv('HF_TOKEN', WRITER)
-    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    # The client waits a second before it tries again, then two, then four.
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    _close_connections()
-    yield server
-    _close_connections()
 
 
 def _model(name: str = 'vireid_dml_r10t', **kwargs: Any) -> torch.nn.Module:
@@ -280,6 +250,13 @@ def test_a_failed_download_is_an_error_and_the_next_one_succeeds(
         assert not is_an_error
     hub.faults.clear()
     _assert_loads(model)
+
+
+def test_a_hub_that_does_not_answer_is_named(hub: HubServer, files: dict[str, bytes]) -> None:
+    hub.publish(NAME, files)
+    hub.fault('GET')
+    with pytest.raises(ValueError, match=rf'{NAME}: .* \(asking {re.escape(hub.url)}\)'):
+        check_model(NAME)
 
 
 def test_a_file_that_arrived_damaged_is_an_error_and_not_kept(
@@ -504,3 +481,37 @@ def test_the_command_line_pushes_and_checks(
     assert 'reference' in capsys.readouterr().out
     assert main(['hub', 'push', str(folder), f'{NAME}s', '--create-pr']) == 1
     assert 'someone/models' in capsys.readouterr().err
+
+
+# Going on from
+
+
+@pytest.mark.parametrize('source', ['local-dir', 'hf-hub'])
+@pytest.mark.parametrize('people', [5, 4])  # as many as the model was made for are not the same ones
+def test_a_published_model_is_fine_tuned_on_other_people(
+    hub: HubServer,
+    folder: Path,
+    files: dict[str, bytes],
+    source: str,
+    people: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """At a rate of 0 and with frozen statistics, what comes out is what was loaded: all of it but the classifiers."""
+    hub.publish(NAME, files)
+    name = f'local-dir:{folder}' if source == 'local-dir' else f'hf-hub:{NAME}'
+    data = ['--dataset', 'synthetic', '--dataset-kwargs', f'identities={people}', 'test_identities=2', 'size=(64,32)']
+    still = ['--lr', '0', '--weight-decay', '0', '--freeze-bn', '--sched', 'none', '--epochs', '1', '--val-share', '0']
+    quick = ['--identities-per-batch', '4', '--pictures-per-modality', '1', '--workers', '0', '--cache', 'ram']
+    words = ['--model', name, '--pretrained', '--output', str(tmp_path), '--experiment', 'tuned']
+    assert main(['train', *words, *data, *still, *quick, '--no-amp']) == 0
+    said = capsys.readouterr().err
+    assert f'Weights of {name}: all but the classifiers, which are new, for the {people} identities here' in said
+    before = safetensors.torch.load(files[WEIGHTS])
+    after = safetensors.torch.load_file(tmp_path / 'tuned/best' / WEIGHTS)
+    assert before.keys() == after.keys()
+    for key, value in after.items():
+        if key.endswith('fc.weight'):
+            assert value.shape[0] == people and not (people == 5 and torch.equal(value, before[key])), key
+        else:
+            assert torch.equal(value, before[key]), key

@@ -122,7 +122,12 @@ def test_check_refuses(copy: Path, spoiled: str, capsys: pytest.CaptureFixture) 
 
 @pytest.mark.parametrize(
     ('name', 'message'),
-    [('local-dir:no/such', 'no folder no/such'), ('someone/nothing', 'someone/nothing'), ('a/b/c', 'a/b/c')],
+    [
+        ('local-dir:no/such', 'no folder no/such'),
+        ('nothing', 'there is no folder nothing, and names on the Hub are OWNER/NAME'),
+        ('someone/nothing', 'someone/nothing'),
+        ('a/b/c', 'a/b/c'),
+    ],
 )
 def test_check_names_what_is_not_there(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """The identity × modality sampler: what must hold of every batch and every epoch, over uneven data."""
 
+import functools
 import logging
 import random
 from collections import Counter
@@ -134,6 +135,42 @@ def test_any_batch_of_an_epoch_can_be_the_start() -> None:
         assert sampler.batches_per_epoch == len(whole)
     sampler.set_epoch(2)
     assert list(sampler) == whole
+
+
+@pytest.mark.parametrize('world_size', [2, 3])
+def test_joined_processes_draw_the_batches_of_one(world_size: int) -> None:
+    columns = uneven_table()
+    alone = IdentityModalitySampler(*columns, identities_per_batch=2 * world_size, pictures_per_modality=3)
+    ranks = [
+        IdentityModalitySampler(
+            *columns, identities_per_batch=2, pictures_per_modality=3, rank=rank, world_size=world_size
+        )
+        for rank in range(world_size)
+    ]
+    for epoch, start in ((0, 0), (4, 0), (4, 2)):
+        for sampler in (alone, *ranks):
+            sampler.set_epoch(epoch, start)
+        assert {len(sampler) for sampler in ranks} == {len(alone)}
+        for whole, *shares in zip(alone, *ranks, strict=True):
+            names = [name for share in shares for name in halves_of(share, columns, 3)[0]]
+            assert len(set(names)) == 2 * world_size, 'an identity came in two processes'
+            assert all(len(share) == 2 * 2 * 3 for share in shares)
+            halves = [row for half in (slice(0, 6), slice(6, 12)) for share in shares for row in share[half]]
+            assert halves == whole
+
+
+def test_processes_share_the_identities_that_there_are() -> None:
+    columns = table({f'{number}': (5, 5) for number in range(11)})
+    make = functools.partial(IdentityModalitySampler, *columns, identities_per_batch=None, rank=1)
+    assert make(world_size=2).identities_per_batch == 5
+    assert make(world_size=11).identities_per_batch == 1
+    with pytest.raises(ValueError, match=r'needs 12 identities .* \(1 in each of 12 processes\), but there are 11'):
+        make(world_size=12)
+    with pytest.raises(ValueError, match=r'needs 12 identities .* \(6 in each of 2 processes\), but there are 11'):
+        IdentityModalitySampler(*columns, identities_per_batch=6, world_size=2)
+    for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match='rank in 0..world_size - 1'):
+            IdentityModalitySampler(*columns, rank=rank, world_size=world_size)
 
 
 def test_global_random_state_is_untouched() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from killing import THIN, equal
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vireid_timm
+from vireid_timm import checkpoints, loop
 from vireid_timm.batches import batches, create_augments, load_data
 from vireid_timm.config import TrainConfig
-from vireid_timm.runs import load_checkpoint
+from vireid_timm.factory import Run, create_optimizer, create_scheduler, frozen_norms, parameter_groups, set_up
+from vireid_timm.meter import Meter
+from vireid_timm.pictures import PictureStore, load_picture
+from vireid_timm.runs import load_checkpoint, run_folder
 from vireid_timm.synth import write_layout
-from vireid_timm.train import _epoch_seed, create_scheduler, parameter_groups, train
+from vireid_timm.train import train
 
 SMALL = {
     'dataset': 'synthetic',
@@ -49,7 +57,7 @@ def test_a_run_learns_and_leaves_a_model_that_timm_loads(tmp_path: Path) -> None
     losses = [row['train_id_joint'] for row in result.summary]
     assert losses[-1] < 0.8 * losses[0]
     names = {path.name for path in result.folder.iterdir()}
-    files = 'args.yaml best class_map.json config.json curves.png last.pth summary.csv train.log'
+    files = 'args.yaml best class_map.json config.json curves.png last.pth previous.pth summary.csv train.log'
     assert names == set(files.split())
     assert 'epoch 5: loss' in (result.folder / 'train.log').read_text()
     assert json.loads((result.folder / 'class_map.json').read_text()) == {f'{i:05d}': i for i in range(8)}
@@ -71,23 +79,62 @@ def test_validation_chooses_the_best_epoch(tmp_path: Path) -> None:
     assert 'infrared-to-visible' in (result.best / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('on_updates', [False, True])
-def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path, on_updates: bool) -> None:
+class _Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any]) -> Path:
+    """Start a run and end it right after a checkpoint within its epochs; its folder."""
+    folder = Path(settings['output']) / settings['experiment']
+    left = saves
+
+    def save(run: Run) -> None:
+        nonlocal left
+        checkpoints.save(run)
+        left -= 1
+        if left == 0:
+            raise _Killed
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(loop, 'save', save)
+        train(settings)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('saves', 'settings'),
+    [
+        (1, dict(model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1)),
+        (4, dict(model_ema=True, model_ema_warmup=True, drop=0.1, opt='adamw', sched_on_updates=True, sched='cosine')),
+        (3, dict(grad_accum_steps=2, cached_triplet=True, drop=0.1, clip_grad=1.0, opt='lamb', sched='none')),
+        (2, dict(amp=True, amp_dtype='float16', grad_accum_steps=2, epochs=1)),
+    ],
+)
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any]
+) -> None:
+    """Weights, averages, optimiser, scaler and the table of epochs; five batches per epoch, a checkpoint after each."""
+    many = dict(identities=16, test_identities=2, pictures_per_modality=2, size=(64, 32))
+    common = {**SMALL, 'dataset_kwargs': many, 'identities_per_batch': 3, 'output': str(tmp_path), **settings}
+    common.update(checkpoint_interval='1', deterministic=True, model_kwargs=THIN)
+    whole = train({**common, 'experiment': 'whole'})
+    folder = _killed_after(monkeypatch, saves, {**common, 'experiment': 'killed'})
+    resumed = train({'resume': str(folder)})
+    states = [load_checkpoint(folder) for folder in (whole.folder, resumed.folder)]
+    assert states[0]['epoch'] == len(states[0]['progress']['summary']) == common['epochs']
+    assert equal(*states)
+    lines = [(run.folder / 'summary.csv').read_text().splitlines() for run in (whole, resumed)]
+    assert len(lines[0]) == len(lines[1]) == common['epochs'] + 1
+
+
+def test_more_epochs_continue_a_finished_run(tmp_path: Path) -> None:
     # The step schedule does not depend on the number of epochs, so that two of three are those of a run of three.
-    settings = dict(
-        model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1, sched_on_updates=on_updates
-    )
+    settings = dict(sched='step', decay_epochs=1, val_share=0.0, model_kwargs=THIN)
     whole = _train(tmp_path, experiment='whole', epochs=3, **settings)
     part = _train(tmp_path, experiment='part', epochs=2, **settings)
     resumed = train({'resume': str(part.folder), 'epochs': 3})
-    assert resumed.folder == part.folder
-    for key in ('state_dict', 'state_dict_ema'):
-        first, second = load_checkpoint(whole.folder)[key], load_checkpoint(part.folder)[key]
-        assert all(torch.equal(first[name], second[name]) for name in first)
-    columns = ('epoch', 'train_loss', 'lr')
-    assert [[str(row[name]) for name in columns] for row in resumed.summary] == [
-        [str(row[name]) for name in columns] for row in whole.summary
-    ]
+    assert resumed.folder == part.folder and resumed.best_epoch == 2
+    assert equal(load_checkpoint(whole.folder), load_checkpoint(part.folder))
 
 
 def _numpy_state() -> np.ndarray:
@@ -126,13 +173,13 @@ def test_accumulation_clipping_mixed_precision_and_updates_schedule_run(tmp_path
 
 def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path: Path) -> None:
     """Two batches accumulated equal one step on the mean of their gradients, with statistics of its own each."""
-    settings = dict(epochs=1, opt='momentum', momentum=0.0, weight_decay=0.0, lr=0.1, sched='none', val_share=0.0)
+    settings = dict(epochs=1, opt='momentum', momentum=0.0, weight_decay=0.0, lr=0.01, sched='none', val_share=0.0)
     accumulated = _weights(_train(tmp_path, experiment='two', grad_accum_steps=2, **settings).folder)
     single = {**SMALL, **settings, 'output': str(tmp_path), 'experiment': 'none'}
     start = _initial_weights(single)
     model, gradients = _gradients_by_hand(TrainConfig.from_mapping(single), start)
     for name, _ in model.named_parameters():
-        torch.testing.assert_close(accumulated[name], start[name] - 0.1 * gradients[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(accumulated[name], start[name] - 0.01 * gradients[name], rtol=1e-4, atol=2e-6)
 
 
 def _initial_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -147,19 +194,18 @@ def _gradients_by_hand(config: TrainConfig, start: dict[str, torch.Tensor]) -> t
     model.load_state_dict(start)
     model = model.to(memory_format=torch.channels_last)
     task = vireid_timm.ViReIDTask(model, verbose=False)
-    data = load_data(config, (3, 64, 32))
-    generator = torch.Generator().manual_seed(_epoch_seed(config.seed, 0))
-    drawn = list(batches(data, create_augments(config, model), torch.device('cpu'), generator))
+    data = load_data(config, (3, 64, 32), torch.device('cpu'))
+    drawn = list(batches(data, create_augments(config, model), torch.device('cpu'), epoch=0, seed=config.seed))
     assert len(drawn) == 3
     gradients: dict[str, torch.Tensor] = {}
     for group in (drawn[:2], drawn[2:]):  # the last group is smaller
         task.zero_grad()
-        for inputs, labels, _ in group:
+        for _, inputs, labels, _ in group:
             (task(inputs, labels)['loss'] / len(group)).backward()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 gradients[name] = gradients.get(name, 0) + parameter.grad
-                parameter -= 0.1 * parameter.grad
+                parameter -= 0.01 * parameter.grad
     return model, gradients
 
 
@@ -196,18 +242,73 @@ def test_identities_of_one_modality_are_named_and_get_no_class(
         {**SMALL, 'dataset': 'folder', 'data_dir': str(tmp_path / 'data'), 'dataset_kwargs': {}, 'val_share': 0.0}
     )
     with caplog.at_level(logging.WARNING, 'vireid_timm'):
-        data = load_data(config, (3, 64, 32))
+        data = load_data(config, (3, 64, 32), torch.device('cpu'))
     assert '9999' in caplog.text and '9999' not in data.class_map and len(data.class_map) == 4
     assert (data.labels < 0).sum() == 1
 
 
-def test_a_diverging_loss_names_epoch_and_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    first = _train(tmp_path, experiment='run', epochs=1)
-    before = _weights(first.folder)
-    with pytest.raises(FloatingPointError, match=r'epoch 1 at step \d+.*--lr'):
-        train({'resume': str(first.folder), 'epochs': 3, 'lr': 1e30, 'log_interval': 1})
-    after = _weights(first.folder)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def _nan_at(epoch: int, step: int) -> Any:
+    """A task's forward whose loss is NaN at one step; epochs have three."""
+    real, calls = vireid_timm.ViReIDTask.forward, 0
+
+    def forward(self: vireid_timm.ViReIDTask, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        result = real(self, *args, **kwargs)
+        calls += 1
+        return {**result, 'loss': result['loss'] * torch.nan} if calls == 3 * epoch + step + 1 else result
+
+    return forward
+
+
+def test_a_nan_loss_names_its_step_saves_its_pictures_and_never_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, settings = (
+        tmp_path / 'run',
+        dict(experiment='run', val_share=0.0, epochs=3, checkpoint_interval='1', model_kwargs=THIN),
+    )
+    monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=1, step=1))
+    with pytest.raises(FloatingPointError, match=r'epoch 1 at step 1;.*nan-epoch1-step1.*--lr'):
+        _train(tmp_path, **settings)
+    assert (load_checkpoint(folder)['epoch'], load_checkpoint(folder)['progress']['step']) == (1, 1)
+    about = json.loads((folder / 'nan-epoch1-step1/batch.json').read_text())
+    assert [record['modality'] for record in about] == ['visible'] * 8 + ['infrared'] * 8
+    assert len({record['identity'] for record in about}) == 4
+    for record in about:
+        with Image.open(folder / 'nan-epoch1-step1' / record['file']) as picture:
+            assert picture.size == (32, 64)
+
+    monkeypatch.undo()  # and it goes on from before
+    resumed = train({'resume': str(folder)})
+    monkeypatch.undo()
+    whole = _train(tmp_path, **{**settings, 'experiment': 'whole'})
+    assert equal(load_checkpoint(whole.folder), load_checkpoint(resumed.folder))
+
+
+def test_the_pictures_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
+    plain = dict(pad=0, hflip=0.0, reprob=0.0, channel_combination=False, epochs=1, val_share=0.0)
+    with pytest.raises(FloatingPointError):  # the loss overflows after the first step
+        _train(tmp_path, experiment='run', lr=1e30, log_interval=1, **plain)
+    (folder,) = (tmp_path / 'run').glob('nan-epoch0-step*')
+    for record in json.loads((folder / 'batch.json').read_text()):
+        with Image.open(folder / record['file']) as picture:
+            assert np.array_equal(np.asarray(picture), load_picture(record['path'], (64, 32)))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite loss can have a gradient that is not: the step after it would have told."""
+    real = loop.train_step
+
+    def train_step(run: Run, group: Any) -> Any:
+        results = real(run, group)
+        if run.num_updates == 3 + 1:
+            run.model.global_head.fc.weight.data[0, 0] = torch.inf
+        return results
+
+    monkeypatch.setattr(loop, 'train_step', train_step)
+    with pytest.raises(FloatingPointError, match='weights became NaN or infinite in epoch 1 before step 2'):
+        _train(tmp_path, experiment='run', val_share=0.0, checkpoint_interval='1', model_kwargs=THIN)
+    assert load_checkpoint(tmp_path / 'run')['progress']['step'] == 1
 
 
 @pytest.mark.parametrize(
@@ -222,6 +323,8 @@ def test_a_diverging_loss_names_epoch_and_step_and_keeps_the_checkpoint(tmp_path
         ({'dataset': 'folder', 'data_dir': 'no/such/folder', 'dataset_kwargs': {}}, 'no/such/folder'),
         ({'id_branches': ['part']}, "no branch 'part'"),
         ({'resume': 'no/such/run'}, 'no/such/run'),
+        ({'cached_triplet': True}, '--grad-accum-steps'),
+        ({'checkpoint_interval': '10 minutes'}, "500, 10m, or nothing for none, got '10 minutes'"),
     ],
 )
 def test_settings_that_cannot_work_are_errors_before_anything_is_written(
@@ -232,12 +335,177 @@ def test_settings_that_cannot_work_are_errors_before_anything_is_written(
     assert not (tmp_path / 'runs').exists()
 
 
-def test_a_run_folder_is_never_overwritten_and_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    first = _train(tmp_path, experiment='run', epochs=1)
+def test_a_run_is_resumed_only_as_what_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, epochs=1)
     with pytest.raises(ValueError, match='--resume'):
         _train(tmp_path, experiment='run', epochs=1)
-    with pytest.raises(ValueError, match='vireid_base_r10t'):
-        train({'resume': str(first.folder), 'model': 'vireid_base_r10t'})
+    for settings, message in (
+        ({'model': 'vireid_base_r10t'}, 'vireid_base_r10t'),
+        ({'seed': 7}, r'another seed \(42, now 7\)'),
+        ({'identities_per_batch': 2}, r'identities per batch \(4, now 2\)'),
+        ({'grad_accum_steps': 2}, r'batches per optimiser step \(1, now 2\)'),
+        ({'opt': 'adamw'}, r'another optimiser \(sgd, now adamw\)'),
+        ({'val_share': 0.0}, 'the training identities are not those'),
+        ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'the training pictures are not those'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train({'resume': str(first.folder), **settings})
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        again = train({'resume': 'auto', 'output': str(tmp_path), 'experiment': 'run'})
+    assert 'All 1 epochs are done already' in caplog.text
+    assert (again.folder, again.best_epoch, len(again.summary)) == (first.folder, first.best_epoch, 1)
+
+
+def test_todays_settings_of_the_optimiser_hold_after_resuming(tmp_path: Path) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, epochs=1)
+    train({'resume': str(first.folder), 'epochs': 2, 'weight_decay': 0.25, 'momentum': 0.5})
+    for group in load_checkpoint(first.folder)['optimizer']['param_groups']:
+        assert (group['weight_decay'], group['momentum']) == (0.25, 0.5)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(tmp_path: Path) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN)
+    expected = load_checkpoint(first.folder)
     (first.folder / 'last.pth').write_bytes(b'not a checkpoint')
-    with pytest.raises(ValueError, match=r'last\.pth is damaged'):
+    train({'resume': str(first.folder)})
+    assert equal(load_checkpoint(first.folder), expected)
+    assert (first.folder / 'damaged.pth').read_bytes() == b'not a checkpoint'
+    for name in ('last.pth', 'previous.pth'):
+        (first.folder / name).write_bytes(b'neither')
+    with pytest.raises(ValueError, match=r'last\.pth is damaged.*previous\.pth is damaged'):
         train({'resume': str(first.folder)})
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, epochs=1)
+    (first.folder / '.last.pth.0123abcd.part').write_bytes(b'half')
+    (first.folder / '.best.0123abcd.old').mkdir()
+    before = load_checkpoint(first.folder)
+    with run_folder(first.folder):
+        assert not [path for path in first.folder.iterdir() if path.name.startswith('.')]  # of a killed process
+        with pytest.raises(ValueError, match='another process is training in'):
+            train({'resume': str(first.folder), 'epochs': 2})
+    assert equal(load_checkpoint(first.folder), before)
+
+
+def test_a_failure_in_the_background_stops_the_run_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture store that vanished, or a worker that died, as the reading threads meet it."""
+    real, reads = PictureStore.__getitem__, 0
+
+    def read(self: PictureStore, rows: Any) -> np.ndarray:
+        nonlocal reads
+        reads += 1
+        if reads > 8:
+            raise FileNotFoundError(2, 'No such file or directory', 'pixels.bin')
+        return real(self, rows)
+
+    monkeypatch.setattr(PictureStore, '__getitem__', read)
+    with pytest.raises(FileNotFoundError, match='pixels.bin'):
+        _train(tmp_path, experiment='run', epochs=4, val_share=0.0, checkpoint_interval='1', model_kwargs=THIN)
+    state = load_checkpoint(tmp_path / 'run')
+    assert 3 * state['epoch'] + state['progress']['step'] >= 4  # what was read ahead was not needed yet
+    monkeypatch.undo()
+    assert len(train({'resume': str(tmp_path / 'run')}).summary) == 4
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: a value or a shape that is not known before it is computed."""
+
+    refused = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', '_unique2', 'is_nonzero')
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.refused, f'{name} waits for the device'
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(model_ema=True, sched_on_updates=True, clip_grad=1.0, drop=0.1),
+        dict(grad_accum_steps=2, cached_triplet=True, opt='adamw', amp=True, mutual='none'),
+    ],
+)
+def test_the_host_never_waits_for_the_device_within_a_step(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = TrainConfig.from_mapping({**SMALL, 'output': str(tmp_path), 'val_share': 0.0, **settings})
+    with torch.random.fork_rng():
+        run = set_up(config, torch.device('cpu'))
+        loop.training_mode(run)
+        meter = Meter()
+        drawn = list(batches(run.data, run.augments, run.device, epoch=0, seed=config.seed))[:2]
+        with _NoWaiting():
+            for group in ([drawn[0]], [drawn[1]]) if config.grad_accum_steps == 1 else (drawn,):
+                for batch, result in zip(group, loop.train_step(run, group)):
+                    meter.add(result, batch.labels)
+                run.progress.step += len(group)
+        with pytest.raises(AssertionError, match='waits'), _NoWaiting():  # these eyes do see
+            torch.ones(1).item()
+        meter.read()
+    assert meter.count == 2 and np.isfinite(meter.means()['loss'])
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_the_callers_switches_are_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    seen = []
+    real = loop.train_step
+
+    def train_step(run: Run, group: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return real(run, group)
+
+    monkeypatch.setattr(loop, 'train_step', train_step)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    _train(tmp_path, epochs=1, deterministic=deterministic)
+    assert set(seen) == {deterministic}
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    assert 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
+
+
+def test_torchs_fused_optimisers_are_used_unless_told_otherwise() -> None:
+    model = timm.create_model('vireid_base_r10t', num_classes=4)
+
+    def fused(**settings: Any) -> Any:
+        return create_optimizer(TrainConfig(**settings), model).param_groups[0].get('fused')
+
+    assert fused() and fused(opt='adamw') and fused(opt='nesterov')
+    assert not fused(opt_kwargs={'fused': False}) and not fused(opt_kwargs={'foreach': True})
+    assert fused(opt='lamb') is None and fused(opt='sgdw') is None
+    assert not create_optimizer(TrainConfig(), model, fused=False).param_groups[0]['fused']
+
+
+def test_fine_tuning_makes_a_new_classifier_and_can_hold_batch_norm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a saved model onto as many other identities: only what was loaded keeps its statistics."""
+    first = _train(tmp_path, experiment='first', epochs=1, val_share=0.0)
+    options = {**SMALL['dataset_kwargs'], 'seed': 3}
+    settings = dict(model=f'local-dir:{first.best}', pretrained=True, dataset_kwargs=options, val_share=0.0, lr=1e-8)
+    settings.update(backbone_lr_scale=1.0, warmup_epochs=0, weight_decay=0.0, epochs=1)
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        held, free = (
+            _weights(_train(tmp_path, experiment=f'second-{freeze}', freeze_bn=freeze, **settings).folder)
+            for freeze in (True, False)
+        )
+    assert 'all but the classifiers, which are new, for the 8 identities here' in caplog.text
+    start = _weights(first.folder)
+    for name, value in start.items():
+        if '.fc.' in name:
+            assert not torch.allclose(held[name], value, atol=1e-4), name
+        elif name.endswith(('running_mean', 'running_var', 'num_batches_tracked')):
+            assert torch.equal(held[name], value) and not torch.equal(free[name], value), name
+        else:
+            torch.testing.assert_close(held[name], value, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match='--pretrained'):
+        _train(tmp_path, freeze_bn=True)
+
+
+def test_freezing_leaves_norms_alone_that_imagenet_weights_do_not_fill() -> None:
+    model = timm.create_model('vireid_dml_r10t.c3_in1k', num_classes=4)
+    frozen = set(map(id, frozen_norms(TrainConfig(freeze_bn=True), model)))
+    names = {name for name, module in model.named_modules() if id(module) in frozen}
+    assert names and all(name.startswith(('stem.', 'layer')) for name in names)
+    assert not frozen_norms(TrainConfig(), model)

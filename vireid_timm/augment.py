@@ -1,41 +1,39 @@
 """Augmentation of whole batches on the device that holds them, each picture its own draw (paper, sections 3.1 and 4.2).
 
 Randomness comes from the generator that a call is given. Without one, each object has its own generator, seeded when
-it was made; the global random state is neither read nor advanced. A generator may live on another device than the
-pictures: one on the CPU makes the same draws whatever the device of the pictures.
+it was made; the global random state is neither read nor advanced. What was drawn is a few numbers per picture. They
+are used on the CPU, so that only the pictures that an outcome concerns are touched: a generator should live there (one
+on an accelerator is waited for), and then makes the same draws whatever the device of the pictures.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .records import MODALITIES, VISIBLE
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601, as PIL's and OpenCV's grayscale)
 
-# The seven outcomes of the random combination of channels: row i of a matrix makes output channel i out of (R, G, B).
-CHANNEL_MIXES = (
-    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),  # R-G-B, the picture as it is
-    ((1, 0, 0), (0, 0, 1), (0, 1, 0)),  # R-B-G
-    ((0, 0, 1), (0, 1, 0), (1, 0, 0)),  # B-G-R
-    ((0, 0, 1), (1, 0, 0), (0, 1, 0)),  # B-R-G
-    ((0, 1, 0), (0, 0, 1), (1, 0, 0)),  # G-B-R
-    ((0, 1, 0), (1, 0, 0), (0, 0, 1)),  # G-R-B
-    (GRAY_WEIGHTS, GRAY_WEIGHTS, GRAY_WEIGHTS),
-)
+# The seven outcomes of the random combination of channels (paper, section 3.1): which channel becomes red, green and
+# blue. The seventh is made gray after this.
+CHANNEL_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (2, 1, 0), (2, 0, 1), (1, 2, 0), (1, 0, 2), (0, 1, 2)])
+GRAY_OUTCOME = 6
 
 _ERASING_CANDIDATES = 10  # rectangles drawn per picture; the first that fits is used
 
 
-def _uniform(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Uniform draws in [0, 1) from a generator on any device."""
-    return torch.rand(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
+def _uniform(shape: Sequence[int], generator: torch.Generator) -> np.ndarray:
+    """Uniform draws in [0, 1) from a generator on any device, float32."""
+    return torch.rand(shape, generator=generator, device=generator.device).cpu().numpy()
 
 
-def _constant(values: Sequence, pictures: torch.Tensor) -> torch.Tensor:
-    """Numbers as a tensor beside the pictures, without waiting for the device."""
-    return torch.tensor(values, dtype=pictures.dtype).to(pictures.device, non_blocking=True)
+def _beside(values: np.ndarray | Sequence[float], pictures: torch.Tensor) -> torch.Tensor:
+    """Numbers on the device of the pictures, without waiting for it: integers as they are, others in their type."""
+    values = torch.as_tensor(values)
+    if values.is_floating_point():
+        values = values.to(pictures.dtype)
+    return values.to(pictures.device, non_blocking=True)
 
 
 def _check_pictures(pictures: torch.Tensor, floating: bool = True) -> None:
@@ -63,7 +61,7 @@ def normalize(pictures: torch.Tensor, mean: Sequence[float], std: Sequence[float
         [B, 3, H, W] of the same type and memory format.
     """
     _check_pictures(pictures)
-    mean, std = (_constant(values, pictures).view(1, 3, 1, 1) for values in (mean, std))
+    mean, std = (_beside(values, pictures).view(3, 1, 1) for values in (mean, std))
     return (pictures - mean).div_(std)
 
 
@@ -88,6 +86,7 @@ class PadCropFlip:
             raise ValueError(f'pad >= 0 and 0 <= flip <= 1 expected, got pad={pad} and flip={flip}')
         self.pad = pad
         self.flip = flip
+        self._padded: torch.Tensor | None = None
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, pictures: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -101,17 +100,45 @@ class PadCropFlip:
             [B, 3, H, W] of the same type and memory format, a new tensor.
         """
         _check_pictures(pictures, floating=False)
-        batch, _, height, width = pictures.shape
-        top, left, mirrored = _uniform((3, batch, 1), generator or self.generator, pictures.device)
-        rows = torch.arange(height, device=pictures.device) + (top * (2 * self.pad + 1)).long()  # [B, H]
-        columns = torch.arange(width, device=pictures.device) + (left * (2 * self.pad + 1)).long()  # [B, W]
-        columns = torch.where(mirrored < self.flip, columns.flip(1), columns)
-        # One gather of whole pixels from the padded batch seen as a list of pixels.
-        padded = F.pad(pictures.permute(0, 2, 3, 1), (0, 0, self.pad, self.pad, self.pad, self.pad))
-        first_row = torch.arange(batch, device=pictures.device)[:, None] * padded.shape[1]
-        index = ((first_row + rows) * padded.shape[2])[:, :, None] + columns[:, None, :]  # [B, H, W]
-        cropped = padded.reshape(-1, 3).index_select(0, index.flatten()).view(batch, height, width, 3)
-        return _like_format(cropped.permute(0, 3, 1, 2), pictures)
+        cuts = self._draw(len(pictures), generator or self.generator)
+        return _like_format(self._cut(pictures, cuts), pictures)
+
+    def _draw(self, batch: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First row and column of each crop in the padded picture, whether it is mirrored; [B] each."""
+        top, left, mirrored = _uniform((3, batch), generator)
+        positions = 2 * self.pad + 1
+        return (top * positions).astype(np.int64), (left * positions).astype(np.int64), mirrored < self.flip
+
+    def _cut(
+        self,
+        pictures: torch.Tensor,
+        cuts: tuple[np.ndarray, np.ndarray, np.ndarray],
+        orders: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """Crop and flip [B, 3, H, W], at once putting the channels of each picture in an order [B, 3]; contiguous."""
+        batch, channels, height, width = pictures.shape
+        if not batch:
+            return pictures.clone()
+        top, left, mirrored = cuts
+        pad = self.pad
+        # Every picture padded as it is, and once more mirrored. Of all runs of W pixels in this memory, which overlap,
+        # the rows of the crops are then gathered whole.
+        padded = self._blank((2, batch, channels, height + 2 * pad, width + 2 * pad), pictures)
+        inside = padded[..., pad : pad + height, pad : pad + width]
+        inside[0], inside[1] = pictures, pictures.flip(3)
+        planes = (mirrored * batch + np.arange(batch))[:, None] * channels
+        planes = planes + (np.arange(channels) if orders is None else orders)  # [B, 3]
+        starts = (planes * padded.shape[3] + top[:, None]) * padded.shape[4] + left[:, None]
+        rows = torch.arange(height, device=pictures.device) * padded.shape[4]
+        index = _beside(starts, pictures)[:, :, None] + rows  # [B, 3, H]
+        return padded.flatten().unfold(0, width, 1).index_select(0, index.flatten()).view(pictures.shape)
+
+    def _blank(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Memory with a black border; that of the last batch if it fits, whose border is still black."""
+        padded = self._padded
+        if padded is None or (padded.shape, padded.dtype, padded.device) != (shape, like.dtype, like.device):
+            self._padded = like.new_zeros(shape)
+        return self._padded
 
 
 class RandomChannelCombination:
@@ -140,13 +167,21 @@ class RandomChannelCombination:
             [B, 3, H, W] of the same type and memory format, a new tensor.
         """
         _check_pictures(pictures)
-        outcome = (_uniform((len(pictures),), generator or self.generator, pictures.device) * len(CHANNEL_MIXES)).long()
-        mixes = _constant(CHANNEL_MIXES, pictures)[outcome][..., None, None]  # [B, 3, 3, 1, 1]
-        # Not a matrix product: under autocast or TF32 that would round the channels, which a reordering must not.
-        mixed = torch.zeros_like(pictures)
-        for channel in range(3):
-            mixed.addcmul_(mixes[:, :, channel], pictures[:, channel : channel + 1])
-        return mixed
+        outcomes = self._draw(len(pictures), generator or self.generator)
+        planes = np.arange(len(pictures))[:, None] * 3 + CHANNEL_ORDERS[outcomes]
+        mixed = pictures.flatten(0, 1).index_select(0, _beside(planes.flatten(), pictures)).view(pictures.shape)
+        self._gray(mixed, outcomes)
+        return _like_format(mixed, pictures)
+
+    def _draw(self, batch: int, generator: torch.Generator) -> np.ndarray:
+        return (_uniform((batch,), generator) * len(CHANNEL_ORDERS)).astype(np.int64)
+
+    def _gray(self, pictures: torch.Tensor, outcomes: np.ndarray) -> None:
+        """Make gray, in place, the pictures [B, 3, H, W] whose outcome says so."""
+        for row in np.flatnonzero(outcomes == GRAY_OUTCOME).tolist():
+            red, green, blue = pictures[row]
+            gray = red * GRAY_WEIGHTS[0]
+            pictures[row] = gray.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
 
 
 class ChannelRandomErasing:
@@ -206,34 +241,35 @@ class ChannelRandomErasing:
             [B, 3, H, W] of the same type and memory format, a new tensor.
         """
         _check_pictures(pictures)
-        generator = generator or self.generator
-        batch = len(pictures)
-        erased = self._erased_pixels(pictures, generator)
-        if self.fill == 'random':
-            fill = torch.randn((batch, 3), generator=generator, device=generator.device)
-            fill = fill.to(pictures.device, pictures.dtype, non_blocking=True)
-        else:
-            fill = _constant(self.fill, pictures).expand(batch, 3)
-        return _like_format(torch.where(erased[:, None], fill[:, :, None, None], pictures), pictures)
+        erased = pictures.clone()
+        self._erase(erased, *self._draw(pictures.shape, generator or self.generator))
+        return erased
 
-    def _erased_pixels(self, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Which pixels the rectangles cover, [B, H, W] bool."""
-        batch, _, height, width = pictures.shape
-        device = pictures.device
-        chosen = _uniform((batch,), generator, device) < self.probability
-        area, aspect, top, left = _uniform((4, batch, _ERASING_CANDIDATES), generator, device)
+    def _draw(self, shape: torch.Size, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which pictures, [E]; top, bottom, left and right of each one's rectangle, [E, 4]; its fill, [E, 3]."""
+        batch, _, height, width = shape
+        chosen = _uniform((batch,), generator) < self.probability
+        area, aspect, top, left = _uniform((4, batch, _ERASING_CANDIDATES), generator)
+        if self.fill == 'random':
+            fill = torch.randn((batch, 3), generator=generator, device=generator.device).cpu().numpy()
+        else:
+            fill = np.broadcast_to(np.float32(self.fill), (batch, 3))
         area = (self.area[0] + area * (self.area[1] - self.area[0])) * (height * width)
         aspect = self.aspect[0] + aspect * (self.aspect[1] - self.aspect[0])
-        tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        tall, wide = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
         fits = (tall < height) & (wide < width)
         # A place for every candidate, uniform over all where it lies inside the picture.
-        top, left = (top * (height - tall + 1)).floor(), (left * (width - wide + 1)).floor()
-        first = fits.int().argmax(dim=1, keepdim=True)
-        top, tall, left, wide = (values.gather(1, first) for values in (top, tall, left, wide))  # [B, 1] each
-        row, column = torch.arange(height, device=device), torch.arange(width, device=device)
-        rows = (row >= top) & (row < top + tall) & (chosen & fits.any(dim=1))[:, None]  # [B, H]
-        columns = (column >= left) & (column < left + wide)  # [B, W]
-        return rows[:, :, None] & columns[:, None, :]
+        top, left = np.floor(top * (height - tall + 1)), np.floor(left * (width - wide + 1))
+        edges = np.stack((top, top + tall, left, left + wide), axis=2).astype(np.int64)  # [B, candidates, 4]
+        erased = np.flatnonzero(chosen & fits.any(axis=1))
+        return erased, edges[erased, fits[erased].argmax(axis=1)], fill[erased]
+
+    def _erase(self, pictures: torch.Tensor, erased: np.ndarray, edges: np.ndarray, fill: np.ndarray) -> None:
+        """Erase in place in [B, 3, H, W]."""
+        # One by one: a mask over the batch would be a pass over all of it, on a CPU the most expensive of all.
+        fills = _beside(fill, pictures)[:, :, None, None].unbind()
+        for row, (top, bottom, left, right), value in zip(erased.tolist(), edges.tolist(), fills, strict=True):
+            pictures[row, :, top:bottom, left:right] = value
 
 
 class Augment:
@@ -284,7 +320,7 @@ class Augment:
         """Turn stored pictures into network input.
 
         Args:
-            pictures: uint8, [B, H, W, 3] as stored or [B, 3, H, W].
+            pictures: [B, 3, H, W] uint8, as stored.
             generator: Where the draws come from.
 
         Returns:
@@ -293,17 +329,22 @@ class Augment:
         Raises:
             ValueError: Not a batch of uint8 pictures.
         """
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or 3 not in (pictures.shape[1], pictures.shape[3]):
-            raise ValueError(
-                f'uint8 pictures [B, H, W, 3] or [B, 3, H, W] expected, got {pictures.dtype} {list(pictures.shape)}'
-            )
+        _check_pictures(pictures, floating=False)
+        if pictures.dtype != torch.uint8:
+            raise ValueError(f'uint8 pictures expected, as a picture store has them, got {pictures.dtype}')
         generator = generator or self.generator
-        if pictures.shape[3] == 3:
-            pictures = pictures.permute(0, 3, 1, 2)
-        # Planes, not pixels, are contiguous from here on: on the CPU the float steps are two to four times as fast,
-        # which more than pays for a later conversion to channels_last.
-        pictures = self.crop(pictures, generator).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        cuts = self.crop._draw(len(pictures), generator)
+        outcomes = orders = None
         if self.combination is not None:
-            pictures = self.combination(pictures, generator)
-        pictures = normalize(pictures, self.mean, self.std)
-        return pictures if self.erasing is None else self.erasing(pictures, generator)
+            outcomes = self.combination._draw(len(pictures), generator)
+            orders = CHANNEL_ORDERS[outcomes]
+        # Moved as bytes, of which there are four times fewer; all that comes after changes the one float tensor.
+        augmented = self.crop._cut(pictures, cuts, orders).float()
+        if outcomes is not None:
+            self.combination._gray(augmented, outcomes)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            plane = augmented[:, channel]
+            torch.add(plane.new_full((), -mean / std), plane, alpha=1 / (255 * std), out=plane)  # in one pass
+        if self.erasing is not None:
+            self.erasing._erase(augmented, *self.erasing._draw(augmented.shape, generator))
+        return augmented

@@ -1,7 +1,9 @@
 """From a run's settings to augmented batches on the training device."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from timm.data import resolve_model_data_config
 from .augment import Augment
 from .config import TrainConfig
 from .datasets import create_dataset, split_identities
-from .pictures import PictureStore, picture_store
+from .device import process
+from .pictures import PictureStore, in_order, picture_store
 from .records import INFRARED, VISIBLE, Dataset, Records, class_map_of
 from .sampler import IdentityModalitySampler
 
@@ -39,20 +42,46 @@ class TrainData:
     validation: Dataset | None
 
 
-def load_data(config: TrainConfig, size: tuple[int, int, int]) -> TrainData:
+class Batch(NamedTuple):
+    """What the network sees at one step.
+
+    Attributes:
+        step: Number of the batch in its epoch, from 0.
+        inputs: (visible, infrared), [B, 3, H, W] each.
+        labels: Class labels of the visible, then of the infrared pictures, [2 B] long.
+        rows: Rows of `TrainData.records` in the same order, [2 B].
+    """
+
+    step: int
+    inputs: tuple[torch.Tensor, torch.Tensor]
+    labels: torch.Tensor
+    rows: list[int]
+
+
+def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.device) -> TrainData:
     """Read the records, hold out validation identities, decode the pictures and set up the batches.
 
     Args:
         config: The run's settings.
         size: Channels, height and width of the network's input.
+        device: Where batches will be wanted.
 
     Raises:
         ValueError: Data that cannot be trained on.
+        OSError: The picture store cannot be written.
     """
+    rank, world_size = process()
     dataset = create_dataset(config.dataset, config.data_dir or None, **config.dataset_kwargs)
     records, held_out = split_identities(dataset.train, config.val_share, config.seed)
     validation = Dataset('validation', dataset.root, records, held_out) if len(held_out) else None
-    store = picture_store(records, size[1:], cache=config.cache, skip_broken=config.skip_broken, workers=config.workers)
+    store = picture_store(
+        records,
+        size[1:],
+        cache=config.cache,
+        device=device,
+        skip_broken=config.skip_broken,
+        workers=config.workers,
+    )
     sampled = records[store.intact()]
     sampler = IdentityModalitySampler(
         sampled.identity,
@@ -60,29 +89,87 @@ def load_data(config: TrainConfig, size: tuple[int, int, int]) -> TrainData:
         identities_per_batch=config.identities_per_batch,
         pictures_per_modality=config.pictures_per_modality,
         seed=config.seed,
+        rank=rank,
+        world_size=world_size,
     )
     class_map = class_map_of(sampled[~np.isin(sampled.identity, sampler.skipped)])
     labels = torch.tensor([class_map.get(name, -1) for name in sampled.identity.tolist()])
     return TrainData(dataset, sampled, store, labels, class_map, sampler, validation)
 
 
+def step_seed(seed: int, epoch: int, step: int, rank: int, stream: int = 0) -> int:
+    """Seed of all that is drawn at random for one batch, so that no batch depends on those before it.
+
+    Args:
+        seed: Of the run.
+        epoch: From 0.
+        step: The batch's number in the epoch, from 0.
+        rank: Number of the process.
+        stream: 0 for what the network draws (dropout), 1 for augmentation; they have no number in common.
+
+    Returns:
+        An integer of 32 bits.
+    """
+    return int(np.random.SeedSequence((seed, epoch, step, rank, stream)).generate_state(1)[0])
+
+
 def batches(
     data: TrainData,
     augments: dict[str, Augment],
     device: torch.device,
-    generator: torch.Generator,
-) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, list[int]]]:
-    """Augmented batches of the sampler's current epoch.
+    *,
+    epoch: int,
+    first_step: int = 0,
+    seed: int,
+) -> Iterator[Batch]:
+    """Augmented batches of one epoch, those of this process.
+
+    They follow from (seed, epoch, step, rank) alone, so that any of them can be made again. Pictures are read ahead in
+    the background; to end that with the loop rather than with the garbage collector, close the generator
+    (`contextlib.closing`).
+
+    Args:
+        data: The pictures and the order in which they come; the sampler is set to this epoch and step.
+        augments: Of each modality.
+        device: Where batches are augmented and given out.
+        epoch: From 0.
+        first_step: Batches of this epoch that are already done.
+        seed: Of augmentation; the sampler has its own.
 
     Yields:
-        (visible [B, 3, H, W], infrared [B, 3, H, W]), labels of both [2 B], rows of `data.records` [2 B].
+        The batches from `first_step` to the end of the epoch.
+
+    Raises:
+        PictureError: A picture that cannot be read, where pictures are decoded on access.
+        OSError: The picture store is gone or damaged.
     """
-    intact = data.store.intact()
-    for rows in data.sampler:
-        pictures = torch.from_numpy(data.store[intact[rows]]).to(device, non_blocking=True)
-        visible, infrared = pictures.chunk(2)
-        inputs = (augments[VISIBLE](visible, generator), augments[INFRARED](infrared, generator))
-        yield inputs, data.labels[torch.as_tensor(rows)].to(device, non_blocking=True), rows
+    data.sampler.set_epoch(epoch, first_step)
+    generator = torch.Generator()  # on the CPU: nothing waits for what is drawn, whatever the device
+    with closing(_pictures_ahead(data, device)) as pictures_ahead:
+        for step, (rows, pictures) in enumerate(pictures_ahead, first_step):
+            generator.manual_seed(step_seed(seed, epoch, step, data.sampler.rank, stream=1))
+            visible, infrared = pictures.to(device, non_blocking=True).chunk(2)
+            inputs = (augments[VISIBLE](visible, generator), augments[INFRARED](infrared, generator))
+            yield Batch(step, inputs, data.labels[rows].to(device, non_blocking=True), rows)
+
+
+def _pictures_ahead(data: TrainData, device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Rows and stored pictures [B, 3, H, W] of the sampler's batches, read while earlier ones are used."""
+    store, intact = data.store, data.store.intact()
+
+    def read(rows: list[int]) -> tuple[list[int], torch.Tensor]:
+        pictures = torch.from_numpy(store[intact[rows]]).permute(0, 3, 1, 2)
+        if device.type != 'cuda':
+            return rows, pictures
+        with torch.cuda.device(device):  # a thread starts on the first GPU, whatever this process computes on
+            return rows, pictures.pin_memory()
+
+    if store.held is None:
+        yield from in_order(read, data.sampler, workers=2)
+    else:  # nothing to read: the device gathers its own
+        for rows in data.sampler:
+            index = torch.from_numpy(intact[rows]).to(store.held.device, non_blocking=True)
+            yield rows, store.held.index_select(0, index)
 
 
 def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]:

@@ -15,7 +15,17 @@ from .config import add_arguments, load_yaml
 from .convert import SOURCES, convert_checkpoint
 from .datasets import READERS, create_dataset
 from .demo import run_demo
-from .device import autocast_dtype, end_distributed, init_distributed, is_primary, resolve_device
+from .device import (
+    autocast_dtype,
+    end_distributed,
+    has_lost_contact,
+    init_distributed,
+    is_announced,
+    is_primary,
+    keep_memory,
+    resolve_device,
+)
+from .dry_run import dry_run
 from .evaluate import RERANKINGS, evaluate
 from .features import CROPS, FEATURES
 from .hub import load_model, round_to_half, save_model_folder, save_run
@@ -23,6 +33,7 @@ from .pictures import CACHES
 from .protocols import DRAWS
 from .publish import check_model, push_folder
 from .report import GROUPINGS, Report, breakdown_table, compare, failures_table
+from .stopping import Stopped
 from .synth import LAYOUT_NAMES, write_layout
 from .synthetic import SPECTRA
 from .train import train
@@ -35,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the process when None.
 
     Returns:
-        Exit status: 0, 1 after an error that the user can mend, 130 after Ctrl-C.
+        Exit status: 0, 1 after an error that the user can mend, 130 after Ctrl-C, 143 where SIGTERM ended a training.
     """
     args = vars(_parser().parse_args(arguments))
     command = args.pop('command')
+    keep_memory()
     logger = logging.getLogger('vireid_timm')
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter('%(message)s'))
@@ -48,8 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f'vireid: error: {error}', file=sys.stderr)
+        if is_primary() or not is_announced(error):
+            print(f'vireid: error: {error}', file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not has_lost_contact(error):
+            raise
+        if is_primary():
+            print('vireid: error: another process is gone; its own message says why', file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        if is_primary():
+            print(f'vireid: {stopped}', file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print('vireid: stopped', file=sys.stderr)
         return 130
@@ -77,18 +100,29 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         'train',
         help='train or fine-tune a model',
-        description='Train or fine-tune a model. Flags win over --config, which wins over the defaults.',
+        description='Train or fine-tune a model. Flags win over --config, which wins over the defaults. '
+        'With several GPUs: torchrun --nproc-per-node N -m vireid_timm train ...',
     )
     parser.add_argument('-c', '--config', default=argparse.SUPPRESS, metavar='FILE', help='YAML file of settings')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='say what would be done, and what it would take; train and write nothing'
+    )
     add_arguments(parser)
     parser.set_defaults(command=_train)
 
 
 def _train(args: dict[str, Any]) -> None:
-    config = args.pop('config', None)
-    result = train({**(load_yaml(config) if config else {}), **args})
-    print(f'Run: {result.folder}')
-    print(f'Model: {result.best}')
+    config, dry = args.pop('config', None), args.pop('dry_run')
+    settings = {**(load_yaml(config) if config else {}), **args}
+    if dry:
+        said = dry_run(settings)
+        if is_primary():
+            print(said)
+        return
+    result = train(settings)
+    if is_primary():
+        print(f'Run: {result.folder}')
+        print(f'Model: {result.best}')
 
 
 def _add_eval(commands: Any) -> None:
@@ -121,7 +155,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16')
-    parser.add_argument('--cache', choices=CACHES, default='disk')
+    parser.add_argument('--cache', choices=CACHES, default='auto')
     parser.add_argument('--skip-broken', action='store_true', help='leave out pictures that cannot be read')
     parser.add_argument('--workers', type=int, default=None, help='pictures decoded at a time')
     parser.set_defaults(command=_eval)
@@ -277,7 +311,7 @@ def _hub_convert(args: dict[str, Any]) -> None:
     chosen = {name: args[name] for name in ('half', 'license', 'data_terms')}
     save_model_folder(conversion.model, args['folder'], facts=facts, **chosen)
     for group, count in conversion.dropped.items():
-        print(f'Not used: {group} ({count} tensors)')
+        print(f'Not used: {group} ({count} tensor{"s" if count > 1 else ""})')
     print(*conversion.notes, *check_model(args['folder']), sep='\n')
     print(f'Model: {args["folder"]}')
 

@@ -7,6 +7,7 @@ SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.utils import ParseKwargs
 
 from .losses import MUTUAL_LEARNING_MODES
 from .pictures import CACHES
+from .task import DIST_BN
 
 
 def _setting(default: Any, group: str, text: str, **argument: Any) -> Any:
@@ -36,7 +38,7 @@ class TrainConfig:
     dataset_kwargs: dict = _setting({}, 'data', 'options of the reader, e.g. trial=3 for regdb')
     val_share: float = _setting(0.1, 'data', 'share of the training identities held out to choose the best epoch')
     skip_broken: bool = _setting(False, 'data', 'leave out pictures that cannot be read instead of stopping')
-    cache: str = _setting('disk', 'data', 'where decoded pictures are kept', choices=CACHES)
+    cache: str = _setting('auto', 'data', 'where decoded pictures are kept', choices=CACHES)
     identities_per_batch: int | None = _setting(None, 'data', 'P of a batch; 8 or all there are if unset', type=int)
     pictures_per_modality: int = _setting(4, 'data', 'K of a batch: pictures per identity and modality', minimum=1)
     workers: int | None = _setting(None, 'data', 'pictures decoded at a time; one per core if unset', type=int)
@@ -49,6 +51,9 @@ class TrainConfig:
     )
     drop: float = _setting(0.0, 'model', 'dropout before the classifiers')
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
+    freeze_bn: bool = _setting(
+        False, 'model', 'batch norm keeps the statistics that were loaded: for fine-tuning on few pictures'
+    )
 
     id_branches: list | None = _setting(
         None, 'loss', 'branches with an identity loss; all if unset (L_id of table 3)', type=str, nargs='+'
@@ -102,16 +107,41 @@ class TrainConfig:
     channels_last: bool = _setting(True, 'device', 'memory format')
     torchcompile: bool = _setting(False, 'device', 'compile the network')
 
+    gather_features: bool = _setting(
+        False, 'scale', 'the triplet loss compares the pictures of all processes (torchrun), not those of each'
+    )
+    cached_triplet: bool = _setting(
+        False, 'scale', 'the triplet loss compares the pictures of all batches of --grad-accum-steps'
+    )
+    sync_bn: bool = _setting(False, 'scale', 'batch norm over the batches of all processes')
+    dist_bn: str = _setting(
+        'reduce',
+        'scale',
+        'running statistics of several processes: their mean, or those of one',
+        choices=DIST_BN,
+    )
+
     model_ema: bool = _setting(False, 'averaging', 'keep, evaluate and save an average of the weights')
     model_ema_decay: float = _setting(0.9998, 'averaging', 'its decay per step')
     model_ema_warmup: bool = _setting(False, 'averaging', 'raise the decay from 0 at the start')
 
     seed: int = _setting(42, 'run', 'decides initial weights, batches and augmentation')
     val_interval: int = _setting(5, 'run', 'epochs between validations; the last is always validated', minimum=1)
-    log_interval: int = _setting(50, 'run', 'steps between updates of the progress line', minimum=1)
+    log_interval: int = _setting(50, 'run', 'steps between lines of progress', minimum=1)
+    tensorboard: bool = _setting(False, 'run', 'also write curves for TensorBoard (needs the extra `tensorboard`)')
+    checkpoint_interval: str = _setting(
+        '30m',
+        'run',
+        'optimiser steps (500) or minutes (10m) between checkpoints within an epoch; there is one after every epoch',
+        pattern=r'|[1-9]\d*|\d+(\.\d+)?m',
+        example='500, 10m, or nothing for none',
+    )
     output: str = _setting('output/train', 'run', 'where run folders go')
     experiment: str = _setting('', 'run', 'name of the run folder; time, model and data if unset')
-    resume: str = _setting('', 'run', 'run folder to continue')
+    resume: str = _setting('', 'run', 'run folder to continue; auto: that of --experiment, or a new run if it has none')
+    deterministic: bool = _setting(
+        False, 'run', 'the same weights again on the same machine, where torch can; slower on a GPU'
+    )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = 'configuration') -> 'TrainConfig':
@@ -154,11 +184,16 @@ def _checked_value(setting: dataclasses.Field, value: Any, source: str) -> Any:
         value = _as_float(value)  # YAML reads 5e-4 as text
     if expected is list and isinstance(value, tuple):
         value = list(value)
+    if expected is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # YAML reads 500 as a number
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f'{source}: {setting.name} must be of type {expected.__name__}, got {value!r}')
     minimum = setting.metadata.get('minimum')
     if minimum is not None and value < minimum:
         raise ValueError(f'{source}: {setting.name} must be at least {minimum}, got {value}')
+    pattern = setting.metadata.get('pattern')
+    if pattern and not re.fullmatch(pattern, value):
+        raise ValueError(f'{source}: {setting.name} must be {setting.metadata["example"]}, got {value!r}')
     choices = setting.metadata.get('choices')
     if choices and value not in choices:
         raise ValueError(f'{source}: {setting.name} must be one of {", ".join(choices)}, got {value!r}')
@@ -193,7 +228,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in SETTINGS.values():
         metadata = dict(setting.metadata)
         name, text = metadata.pop('group'), metadata.pop('help')
-        metadata.pop('minimum', None)
+        for check in ('minimum', 'pattern', 'example'):
+            metadata.pop(check, None)
         group = groups.setdefault(name, parser.add_argument_group(name))
         default = setting.default if setting.default is not dataclasses.MISSING else setting.default_factory()
         argument = {'default': argparse.SUPPRESS, 'dest': setting.name, 'help': f'{text} (default: {default})'}

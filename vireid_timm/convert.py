@@ -5,6 +5,7 @@ to be unused, or the conversion stops: a network that is nearly the one in the f
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -106,7 +107,7 @@ def convert_checkpoint(
         else:
             conversion = _convert_resnet(state, model, num_classes or 0)
     except ValueError as error:
-        raise ValueError(f'cannot convert {path} from {source}: {error}') from error
+        raise ValueError(f'cannot convert {path} from {source}: {error}{_hint(content, source)}') from error
     if rest:
         conversion.notes.append(f'Not converted, beside the weights: {_few(rest)}.')
     return conversion
@@ -121,7 +122,8 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_stand_ins()):
+        with torch.serialization.safe_globals(_stand_ins()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about the form of a pickle
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged file
         found = re.search(r'GLOBAL (\S+)', str(error))
@@ -130,7 +132,9 @@ def _read(path: Path) -> Any:
                 f'{path} needs {found.group(1)} to be read, which could run a program and is not done here. If you '
                 "trust the file, save its weights alone where it came from: torch.save({'net': state_dict}, FILE)"
             ) from error
-        raise ValueError(f'{path} is damaged, or not a file of weights') from error
+        raise ValueError(
+            f'{path} is damaged, or not a file of weights that can be read without running what is in it'
+        ) from error
 
 
 class _Ignored:
@@ -167,6 +171,22 @@ def _weights(content: Any) -> tuple[State, list[str]]:
     if others:
         raise ValueError(f'it has no state dict; no tensors are {_few(others)}')
     return {str(name).removeprefix('module.'): value for name, value in state.items()}, rest
+
+
+def _hint(content: Any, source: str) -> str:
+    """Whose checkpoint it looks like, where that is not what was said."""
+    try:
+        state, _ = _weights(content)
+    except ValueError:
+        return ''
+    looks = [
+        (AGW_SHARED + 'conv1.weight', AGW_FAMILY),
+        ('stem.visible.conv1.weight', ('vireid',)),
+        ('stem.visible.conv1.0.weight', ('vireid',)),
+        ('layer1.0.conv1.weight', ('torchvision', 'timm')),
+    ]
+    sources = next((sources for key, sources in looks if key in state), (source,))
+    return '' if source in sources else f'. It looks like one from {" or ".join(sources)} (--from)'
 
 
 # Sources

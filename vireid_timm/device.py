@@ -1,5 +1,6 @@
 """Which device computes, in which precision, and how several processes (torchrun) go about one job together."""
 
+import ctypes
 import logging
 import os
 from argparse import Namespace
@@ -13,6 +14,8 @@ from torch import distributed
 _logger = logging.getLogger(__name__)
 
 _Result = TypeVar('_Result')
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt (malloc.h)
 
 
 def named_device(name: torch.device | str) -> torch.device:
@@ -56,11 +59,26 @@ def autocast_dtype(device: torch.device, amp: bool | None, amp_dtype: str = 'bfl
     return getattr(torch, amp_dtype) if amp else None
 
 
+def keep_memory() -> None:
+    """Let glibc's allocator keep what is freed, for a process of one's own that computes on the CPU; a no-op elsewhere.
+
+    By default every large tensor gets fresh pages from the kernel and gives them back. A training step makes and frees
+    thousands of them, of the same sizes every time (docs/performance.md has figures).
+    """
+    try:
+        allocator = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):  # another system, or another C library
+        return
+    allocator(_M_MMAP_MAX, 0)
+    allocator(_M_TRIM_THRESHOLD, -1)  # never
+
+
 def init_distributed(name: str = 'cuda') -> torch.device:
     """Join the other processes if `torchrun` started this one, and choose this process's device.
 
     `torchrun --nproc-per-node N` starts N processes that differ in their environment alone. With GPUs each gets its own
-    and they talk by NCCL, else by Gloo. A process that was started alone only resolves its device.
+    and they talk by NCCL (and by Gloo about what is not on a GPU), else by Gloo. A process that was started alone only
+    resolves its device, and one that has joined already does not join again.
 
     Args:
         name: As for `resolve_device`; among several processes the number of a GPU (`cuda:1`) is ignored.
@@ -78,7 +96,11 @@ def init_distributed(name: str = 'cuda') -> torch.device:
             f'process {local_rank} of this machine finds no GPU of its own among {torch.cuda.device_count()}: start no '
             'more processes (--nproc-per-node) than there are GPUs, or compute on the CPU (--device cpu)'
         )
-    return init_distributed_device(Namespace(device=device.type))
+    if _has_joined():
+        return torch.device(device.type, local_rank) if device.type == 'cuda' else device
+    # A flag that is exchanged on the processor need not wait for what the GPU still has to do.
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else None
+    return init_distributed_device(Namespace(device=device.type, dist_backend=backend))
 
 
 def end_distributed() -> None:
@@ -97,10 +119,38 @@ def is_primary() -> bool:
     return (process()[0] if _has_joined() else world_info_from_env()[1]) == 0
 
 
+def any_process(flag: bool) -> bool:
+    """Whether it is so in at least one process; all of them have to ask, and wait for each other.
+
+    Cheap enough for every step: nothing waits for a GPU.
+    """
+    if not _has_joined():
+        return flag
+    flags = torch.tensor(int(flag), device=_exchange_device())
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Mean of the processes' values, the same in all of them: NaN everywhere if it is NaN in one.
+
+    Args:
+        values: Of any shape, the same one in every process; left as they are.
+    """
+    count = process()[1]
+    if count == 1:
+        return values
+    everyone = values.new_empty(count * values.numel())
+    distributed.all_gather_into_tensor(everyone, values.flatten())
+    # Added up in the order of the processes, whatever the shape: an exchange that adds up divides its work by shape.
+    return sum(everyone.view(count, *values.shape)) / count
+
+
 def together(work: Callable[[], _Result]) -> _Result:
     """Do what every process does at this point, and fail in all of them if it fails in one.
 
     Otherwise those that succeeded would wait for the failed one at their next exchange, until a timeout ends them.
+    While nothing fails it costs no more than `any_process`.
 
     Args:
         work: This process's share; it must not exchange anything itself.
@@ -109,7 +159,7 @@ def together(work: Callable[[], _Result]) -> _Result:
         What the work returned here.
 
     Raises:
-        Exception: What the work raised here.
+        Exception: What the work raised here; `is_announced` says so of it.
         ValueError: What it raised in another process, named by its number.
     """
     number, count = process()
@@ -120,18 +170,57 @@ def together(work: Callable[[], _Result]) -> _Result:
         result = work()
     except Exception as caught:  # raised again as soon as the others know
         error = caught
+    if not any_process(error is not None):
+        return result
     problems = [None] * count
     distributed.all_gather_object(problems, None if error is None else str(error) or type(error).__name__)
-    if error is not None:
-        raise error
-    for other, problem in enumerate(problems):
-        if problem is not None:
-            raise ValueError(f'process {other} of {count}: {problem}')
-    return result
+    if error is None:
+        other = next(other for other, problem in enumerate(problems) if problem is not None)
+        error = ValueError(f'process {other} of {count}: {problems[other]}')
+    error.announced = True
+    raise error
+
+
+def on_primary(work: Callable[[], _Result]) -> _Result:
+    """Do what one process does for all of them, and fail in all of them if it fails.
+
+    Args:
+        work: What process 0 does while the others wait; it must not exchange anything itself.
+
+    Returns:
+        What the work returned there, in every process; it is sent as a pickle.
+
+    Raises:
+        Exception: What the work raised, in process 0.
+        ValueError: The same in the others, naming process 0.
+    """
+    result = [together(lambda: work() if is_primary() else None)]
+    if process()[1] > 1:
+        distributed.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def is_announced(error: BaseException) -> bool:
+    """Whether every process knows of this error, so that it is enough if process 0 prints it."""
+    return getattr(error, 'announced', False)
+
+
+def has_lost_contact(error: BaseException) -> bool:
+    """Whether an exchange failed since another process is gone; that one knows why, if it had the time to say so."""
+    # torch has a type of its own for NCCL's errors only; Gloo's name the file that they come from.
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and 'gloo/transport' in str(error)
+    )
 
 
 def _has_joined() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+def _exchange_device() -> torch.device:
+    """Where small exchanges happen: on the CPU if the processes can, else on the device that they can use."""
+    kinds = [backend.split(':')[0] for backend in distributed.get_backend_config().split(',')]
+    return torch.device('cpu' if 'cpu' in kinds else kinds[0])
 
 
 def _fast_at_bfloat16(device: torch.device) -> bool:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import resolve_model_data_config
-from timm.utils import world_info_from_env
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -41,7 +39,8 @@ class Extraction:
         batch_size: Pictures per forward pass.
         device: Where to compute; None where the model is.
         amp_dtype: Type that autocast computes in, bfloat16 or float16; None for full precision.
-        cache: Where decoded pictures are kept, see `picture_store`. Several processes share `disk` alone.
+        cache: Where decoded pictures are kept, see `picture_store`; `device` is `disk` here. Several processes share
+            `disk` alone.
         cache_dir: Folder of the disk cache.
         skip_broken: Leave unreadable pictures out rather than stop.
         workers: Pictures decoded at a time; None for one per core.
@@ -55,7 +54,7 @@ class Extraction:
     batch_size: int = 128
     device: torch.device | str | None = None
     amp_dtype: torch.dtype | None = None
-    cache: str = 'disk'
+    cache: str = 'auto'
     cache_dir: str | Path | None = None
     skip_broken: bool = False
     workers: int | None = None
@@ -145,25 +144,24 @@ def picture_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
 def open_store(model: nn.Module, records: Records, extraction: Extraction) -> PictureStore:
     """The pictures of a table as the extraction wants them, see `picture_store`.
 
-    Of several processes on a machine, the first decodes to disk while the others wait; they then find the file whole.
+    Of several processes that share a disk cache, one decodes while the others wait; they then find the file whole.
 
     Raises:
         PictureError: If a picture is broken, unless such pictures are to be skipped.
         OSError: If the store cannot be written.
     """
-    make = partial(
-        picture_store,
-        records,
-        picture_size(model, extraction),
-        cache=extraction.cache,
-        cache_dir=extraction.cache_dir,
-        skip_broken=extraction.skip_broken,
-        workers=extraction.workers,
-        progress=extraction.progress and is_primary(),
+    return together(
+        lambda: picture_store(
+            records,
+            picture_size(model, extraction),
+            # Every picture is needed once: a copy of all of them on the device would save nothing.
+            cache='disk' if extraction.cache == 'device' else extraction.cache,
+            cache_dir=extraction.cache_dir,
+            skip_broken=extraction.skip_broken,
+            workers=extraction.workers,
+            progress=extraction.progress,
+        )
     )
-    first = extraction.cache == 'disk' and world_info_from_env()[0] == 0
-    store = together(lambda: make() if first else None)
-    return together(lambda: make() if store is None else store)
 
 
 def extract(
@@ -273,7 +271,7 @@ def _as_records(pictures: Pictures, modality: str | None) -> tuple[Records, list
 
 
 def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
-    """PIL pictures as bytes [N, H, W, 3], resized as `picture_store` does."""
+    """PIL pictures as bytes [N, 3, H, W], resized as `picture_store` does."""
     for i, image in enumerate(images):
         if image.mode not in ('RGB', 'L'):
             raise ValueError(
@@ -281,7 +279,7 @@ def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
                 'path instead, which is read with all that its format needs'
             )
     squashed = [image.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
-    return np.stack([np.asarray(image) for image in squashed])
+    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in squashed])
 
 
 def _batches(records: Records, batch_size: int) -> list[tuple[str, np.ndarray]]:

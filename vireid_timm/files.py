@@ -1,49 +1,129 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and locks that end with the process that holds them."""
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_LEFTOVER = re.compile(r'\..+\.[0-9a-f]{8}\.(part|old)')
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it takes its place when the block ends without an error."""
+def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; it takes its place when the block ends without an error.
+
+    Args:
+        path: The file.
+        previous: Where the file goes that was there before, instead of being replaced. At every moment there is a
+            whole file under one of the two names, if there was one.
+
+    Raises:
+        OSError: It cannot be written; the error names the file, and what was there before is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.part')
+    temporary = _beside(path, 'part')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, 'rb') as written:
             os.fsync(written.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if not _is_nameless(error, temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; it replaces whatever was there when the block ends without an error."""
+    """Give a temporary folder beside `path`; it replaces whatever was there when the block ends without an error.
+
+    Raises:
+        OSError: It cannot be written; the error names the folder or a file in it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.part')
-    temporary.mkdir()
-    old = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.old')
+    temporary, old = _beside(path, 'part'), _beside(path, 'old')
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
+    except OSError as error:
+        if not _is_nameless(error, temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder; only for whoever is sure to be its only writer."""
+    for path in sorted(folder.iterdir()):
+        if _LEFTOVER.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file against every other process that asks; the lock ends when the file is closed.
+
+    The kernel keeps it, so that a process that is killed leaves none behind.
+
+    Args:
+        file: Open in any mode.
+        wait: Until the other one is done, rather than not at all.
+
+    Returns:
+        Whether it is locked now; True where the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return True
+    return True
 
 
 def save_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.{kind}')
+
+
+def _is_nameless(error: OSError, temporary: Path) -> bool:
+    """Whether an error does not say by a name that the user knows where it happened: a full disk never does."""
+    return error.errno is not None and error.filename in (None, str(temporary))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the folder's new entries on the disk, where the system can: a file's own fsync does not cover its name."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,6 @@ def save_model_folder(
             sample=SAMPLE if sample else '',
         )
         (temporary / CARD).write_text(card, encoding='utf-8')
-        for path in temporary.glob('*.safetensors'):  # safetensors gives its files to their owner alone
-            shutil.copymode(temporary / CONFIG, path)
 
 
 def save_run(
@@ -108,6 +105,7 @@ def save_run(
     folder: str | Path,
     *,
     report: Report | None = None,
+    note: str = '',
     half: bool = False,
     license: str = '',
     data_terms: str = '',
@@ -118,6 +116,7 @@ def save_run(
         run: A run's folder, or a Hub-ready one.
         folder: Where to write; an earlier folder of this kind is replaced.
         report: Of an evaluation of these very weights, rounded as with `round_to_half` where `half` is set.
+        note: What the card says below the results, e.g. what other runs of the same recipe scored.
         half: Store the weights in half precision.
         license: As for `save_model_folder`; empty for what the folder states already.
         data_terms: Likewise.
@@ -132,11 +131,12 @@ def save_run(
     if report is not None:
         _check_report(report, model, half)
         facts['evaluation'] = evaluation_facts(report)
+    table = str(report) if report is not None else _validation_text(facts)
     save_model_folder(
         model,
         folder,
         facts=facts,
-        table=str(report) if report is not None else _validation_text(facts),
+        table='\n\n'.join(filter(None, (table, note))),
         half=half,
         license=license or config.get('pretrained_cfg', {}).get('license') or '',
         data_terms=data_terms or facts.get('data_terms', ''),
@@ -236,7 +236,7 @@ def _save_weights(model: nn.Module, path: Path, half: bool) -> None:
     state = model.state_dict()
     if half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    safetensors.torch.save_file(state, path)
+    path.write_bytes(safetensors.torch.save(state))  # not its own writing: a full disk has to be an OSError
 
 
 def _complete(facts: dict[str, Any], model: nn.Module, weights: Path, half: bool) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def _save_reference(model: nn.Module, folder: Path) -> None:
         pictures = torch.randint(256, (PICTURES, *cfg['input_size']), dtype=torch.uint8, generator=generator)
         before, after = reference_features(model, cfg, modality, pictures)
         tensors |= {modality: pictures, f'{modality}_before_bn': before, f'{modality}_after_bn': after}
-    safetensors.torch.save_file(tensors, folder / REFERENCE)
+    (folder / REFERENCE).write_bytes(safetensors.torch.save(tensors))
 
 
 def reference_features(

@@ -62,7 +62,7 @@ class BranchOutput(NamedTuple):
     logits: dict[str, torch.Tensor]
 
 
-def _set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
+def set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
     """Undo layer4's stride, as re-ID does by convention; timm's `output_stride=16` would add dilation."""
     if last_stride == 2:
         return
@@ -155,7 +155,7 @@ class DualStreamResNet(nn.Module):
         # Both streams start from the same values, as they do from ImageNet weights.
         other.load_state_dict(trunk.state_dict())
         self.stem = DualStem(Stem(trunk), Stem(other), in_chans)
-        _set_last_stride(trunk.layer4, last_stride)
+        set_last_stride(trunk.layer4, last_stride)
         for i, count in enumerate(non_local_blocks, start=1):
             channels = trunk.feature_info[i]['num_chs']
             layer = _with_non_local(getattr(trunk, f'layer{i}'), count, channels, non_local_width, dd)

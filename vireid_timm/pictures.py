@@ -2,7 +2,8 @@
 
 A store keeps every picture of a record table as bytes of one size, so that an epoch costs a memory copy instead of a
 decode. On disk it is keyed by what it was made from (path, byte size and modification time of every file, the address
-of every rendered picture, the picture size): a changed file gives another key, so that stale bytes are never read.
+of every rendered picture, the picture size): a changed file gives another key, so that stale bytes are never read. It
+is written by one process at a time, for which others that need it wait.
 """
 
 import errno
@@ -10,24 +11,30 @@ import hashlib
 import importlib.resources
 import json
 import logging
+import math
+import mmap
 import os
 import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from .files import lock
 from .records import Records
 from .synthetic import render_address
 
@@ -35,15 +42,17 @@ _logger = logging.getLogger(__name__)
 
 ADDRESS_PREFIX = 'synthvi:'
 RENDERER_SOURCES = ('figure.py', 'pedestrian.py', 'scenery.py', 'sketch.py', 'synthetic.py')  # what decides their look
-CACHES = ('disk', 'ram', 'off')
+CACHES = ('auto', 'disk', 'ram', 'device', 'off')
 PICTURE_SUFFIXES = ('.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # plain pictures, none that runs a program
 MAX_PIXELS = 64 * 1024 * 1024  # twice an 8K frame; a file that claims more is refused before it is decoded
 STRETCH_PERCENTILES = (0.1, 99.9)
 
-_STORE_VERSION = 1  # raise it when the same file would give other bytes
+_PIXELS, _ABOUT = 'pixels.bin', 'about.json'  # a store's files
+_STORE_VERSION = 2  # raise it when the same file would give other bytes
 CHUNK = 32  # pictures per unit of work: enough to hide its overhead, few enough for a smooth progress bar
 PROCESSES_FROM = 4000  # rendered pictures that pay for starting processes (each imports the library anew)
+_DEVICE_SHARE, _RAM_SHARE = 1 / 4, 1 / 2  # of the free memory, that pictures may take without being asked to
 _STALE_AFTER = 6 * 3600  # seconds without a write after which a temporary folder belongs to a run that was killed
 
 _ORIENTATION_TAG = 0x0112
@@ -154,13 +163,14 @@ class PictureStore:
     Attributes:
         size: Height and width of every picture.
         broken: Row -> what is wrong with that picture; empty unless broken pictures were to be skipped.
+        held: All pictures on an accelerator, [N, 3, H, W] uint8, broken ones black; None if they are not.
     """
 
     def __init__(
         self,
         paths: Sequence[str],
         size: tuple[int, int],
-        pixels: np.ndarray | Path | None,
+        planes: np.ndarray | Path | None,
         broken: dict[int, str],
         workers: int = 0,
     ) -> None:
@@ -169,16 +179,20 @@ class PictureStore:
         Args:
             paths: What each row shows, [N].
             size: Height and width.
-            pixels: The pictures [N, H, W, 3], a file that holds them, or None to decode on every access.
+            planes: The pictures [N, 3, H, W], a file that holds them, or None to decode on every access.
             broken: Row -> why that picture cannot be read.
             workers: Threads that decode, where pictures are decoded on access.
+
+        Raises:
+            OSError: The file is gone or too short.
         """
         self.size = size
         self.broken = broken
+        self.held: torch.Tensor | None = None
         self._paths = np.asarray(paths, dtype=np.str_)
         self._workers = workers
-        self._file = pixels if isinstance(pixels, Path) else None
-        self._pixels = self._map() if self._file else pixels
+        self._file = _MappedFile(planes, (len(self._paths), 3, *size)) if isinstance(planes, Path) else None
+        self._planes = None if self._file is not None else planes
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -187,44 +201,143 @@ class PictureStore:
         """Pictures of the given rows: a slice, integer rows [B] or a mask [N].
 
         Returns:
-            A new array of bytes [B, H, W, 3]; `torch.from_numpy(...).permute(0, 3, 1, 2)` is channels-last at no cost.
+            A new array of bytes [B, H, W, 3]. Its memory holds plane after plane: as a tensor,
+            `torch.from_numpy(...).permute(0, 3, 1, 2)` is contiguous at no cost.
 
         Raises:
             PictureError: If one of them is broken.
+            OSError: If the file that holds them was cut short.
         """
         rows = np.arange(len(self))[rows]
         for row in rows if self.broken else ():
             if row in self.broken:
                 raise PictureError(self.broken[row])
-        if self._pixels is not None:
-            return np.take(self._pixels, rows, axis=0)
-        load = partial(load_picture, size=self.size)
-        pictures = list(in_order(load, self._paths[rows].tolist(), workers=self._workers))
-        return np.stack(pictures) if pictures else np.empty((0, *self.size, 3), np.uint8)
+        return self._read(rows).transpose(0, 2, 3, 1)
 
     def intact(self) -> np.ndarray:
         """Rows that are not broken, sorted, [K]."""
         return np.setdiff1d(np.arange(len(self)), np.fromiter(self.broken, np.int64, len(self.broken)))
 
+    def hold(self, device: torch.device) -> None:
+        """Copy all pictures to a device, into `held`.
+
+        Raises:
+            OSError: If the file that holds them was cut short.
+            torch.OutOfMemoryError: If the device has no room for them.
+        """
+        held = torch.empty((len(self), 3, *self.size), dtype=torch.uint8, device=device)
+        for start in range(0, len(self), CHUNK):
+            rows = np.arange(start, min(start + CHUNK, len(self)))
+            held[start : start + CHUNK] = torch.from_numpy(self._read(rows)).to(device)
+        self.held = held
+
     def __getstate__(self) -> dict[str, object]:
-        # A mapped file is opened again on the other side: worker processes share its pages instead of getting a copy.
-        return {**self.__dict__, '_pixels': None if self._file else self._pixels}
+        return {**self.__dict__, 'held': None}  # another process holds its own, or none
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        if self._file:
-            self._pixels = self._map()
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        """New array [B, 3, H, W]."""
+        planes = self._planes if self._file is None else self._file.planes()
+        if planes is not None:
+            return np.take(planes, rows, axis=0)
+        load = partial(load_picture, size=self.size)
+        pictures = list(in_order(load, self._paths[rows].tolist(), workers=self._workers))
+        return np.stack(pictures).transpose(0, 3, 1, 2) if pictures else np.empty((0, 3, *self.size), np.uint8)
 
-    def _map(self) -> np.ndarray:
-        return np.asarray(np.memmap(self._file, np.uint8, 'r', shape=(len(self), *self.size, 3)))
+
+class _MappedFile:
+    """Pictures [N, 3, H, W] in a file; a process that it is sent to opens the file again and shares its pages."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
+        self._path = path
+        self._shape = shape
+        self._open()
+
+    def planes(self) -> np.ndarray:
+        """The mapped pictures.
+
+        Raises:
+            OSError: If the file was cut short: reading beyond its end would end the whole process.
+        """
+        found = self._mapped.size()  # of the file as it is now; one that was removed stays whole while it is mapped
+        if found < self._planes.nbytes:
+            raise OSError(
+                f'{self._path}: this picture store has {found:,} of {self._planes.nbytes:,} bytes, because something '
+                'changed it since it was opened; start again, and it is written anew'
+            )
+        return self._planes
+
+    def __getstate__(self) -> tuple[Path, tuple[int, int, int, int]]:
+        return self._path, self._shape
+
+    def __setstate__(self, state: tuple[Path, tuple[int, int, int, int]]) -> None:
+        self._path, self._shape = state
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            with open(self._path, 'rb') as file:
+                self._mapped = mmap.mmap(file.fileno(), math.prod(self._shape), access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f'{self._path}: this picture store is gone or was cut short ({error}); start again, and it is written '
+                'anew'
+            ) from error
+        self._planes = np.frombuffer(self._mapped, np.uint8).reshape(self._shape)
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What `picture_store` would do.
+
+    Attributes:
+        cache: `disk`, `ram`, `device` or `off`, whatever `auto` came to.
+        num_bytes: Size of all pictures.
+        folder: Where `disk` and `device` keep them; None for the others.
+        found: Whether they are there already.
+        reason: Why `auto` does not use the disk; empty if it does.
+    """
+
+    cache: str
+    num_bytes: int
+    folder: Path | None
+    found: bool
+    reason: str = ''
+
+
+def plan_store(
+    records: Records,
+    size: tuple[int, int],
+    *,
+    cache: str = 'auto',
+    cache_dir: str | os.PathLike | None = None,
+    device: torch.device | None = None,
+) -> StorePlan:
+    """What `picture_store` would do with the same arguments; nothing is decoded and nothing is written.
+
+    Args:
+        records: The table.
+        size: Height and width that every picture is squashed to.
+        cache: One of `CACHES`.
+        cache_dir: Where the disk cache is; None is `$VIREID_CACHE` or `~/.cache/vireid_timm`.
+        device: That pictures may be held on.
+
+    Raises:
+        ValueError: An unknown cache; or `device`, without a device or with one that has too little memory.
+        OSError: The disk cannot hold the store.
+    """
+    paths = records.path.tolist()
+    folder = _store_folder(paths, size, cache, cache_dir)
+    found = folder is not None and _stored(folder, paths, _num_bytes(paths, size)) is not None
+    return _plan(cache, _num_bytes(paths, size), folder, found, device)
 
 
 def picture_store(
     records: Records,
     size: tuple[int, int],
     *,
-    cache: str = 'disk',
+    cache: str = 'auto',
     cache_dir: str | os.PathLike | None = None,
+    device: torch.device | None = None,
     skip_broken: bool = False,
     workers: int | None = None,
     progress: bool = True,
@@ -234,33 +347,43 @@ def picture_store(
     Args:
         records: The table; row i of the store is row i of the table.
         size: Height and width that every picture is squashed to.
-        cache: `disk` keeps the bytes in a memory-mapped file for this and later runs, `ram` in this process,
-            `off` decodes on every access.
-        cache_dir: Where `disk` writes; None is `$VIREID_CACHE` or `~/.cache/vireid_timm`.
+        cache: `disk` keeps the bytes in a memory-mapped file for this and later runs, `ram` in this process; `device`
+            is `disk` and a copy of all of them in the memory of the device; `off` decodes on every access. `auto` is
+            `device` on an accelerator whose free memory is at least four times as large, else `disk`; where the disk
+            cannot hold them it is `ram`, if they take at most half of the free memory.
+        cache_dir: Where the disk cache is; None is `$VIREID_CACHE` or `~/.cache/vireid_timm`.
+        device: That pictures may be held on; None for none.
         skip_broken: Name broken pictures in one warning and go on; use the rows of `PictureStore.intact` only.
         workers: How many decode at a time; None is one per core, at most 8; 0 decodes in the calling thread.
         progress: Show a progress bar, if the output is a terminal.
 
     Raises:
+        ValueError: An unknown cache; or `device`, without a device or with one that has too little memory.
         PictureError: If a picture is broken, unless `skip_broken`; if all of them are, in any case.
         OSError: If the store cannot be written; nothing is left behind.
     """
-    if cache not in CACHES:
-        raise ValueError(f'unknown cache {cache!r}; expected one of {", ".join(CACHES)}')
     size = (int(size[0]), int(size[1]))
     paths = records.path.tolist()
     workers = default_workers() if workers is None else workers
     decode = partial(_decode_all, paths, size, skip_broken=skip_broken, workers=workers, progress=progress)
-    pixels: np.ndarray | Path | None = None
+    folder = _store_folder(paths, size, cache, cache_dir)
+    planes: np.ndarray | Path | None = None
     broken: dict[int, str] = {}
-    if cache == 'ram' or not paths:
-        pixels, broken = _decode_to_ram(len(paths), size, decode)
-    elif cache == 'disk':
-        pixels, broken = _decode_to_disk(paths, size, decode, Path(cache_dir or default_cache_dir()))
-    elif skip_broken:
+    if folder is None:
+        plan = _plan(cache, _num_bytes(paths, size), None, False, device)
+    else:
+        plan, broken = _find_or_write(folder, paths, size, decode, cache, device, skip_broken)
+        planes = None if plan.folder is None else plan.folder / _PIXELS
+    if plan.cache == 'ram':
+        planes, broken = _decode_to_ram(len(paths), size, decode)
+    elif plan.cache == 'off' and skip_broken:
         broken = decode(lambda chunk: None)  # decoded and dropped: what is broken has to be known beforehand
     _report_broken(broken, len(paths), skip_broken)
-    return PictureStore(paths, size, pixels, broken, workers)
+    store = PictureStore(paths, size, planes, broken, workers)
+    if plan.cache == 'device':
+        store.hold(device)
+    _report_plan(plan, len(paths), size, device)
+    return store
 
 
 def default_cache_dir() -> Path:
@@ -276,7 +399,7 @@ def default_workers() -> int:
 
 def in_order(
     function: Callable,
-    items: Sequence,
+    items: Iterable,
     *,
     workers: int,
     processes: bool = False,
@@ -314,15 +437,15 @@ def in_order(
 
 
 def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, dict[int, str]]:
-    """Pictures [B, H, W, 3] of one unit of work, black where broken, and offset -> why."""
-    pixels = np.zeros((len(paths), *size, 3), np.uint8)
+    """Pictures [B, 3, H, W] of one unit of work, black where broken, and offset -> why."""
+    planes = np.zeros((len(paths), 3, *size), np.uint8)
     broken = {}
     for offset, path in enumerate(paths):
         try:
-            pixels[offset] = load_picture(path, size)
+            planes[offset] = load_picture(path, size).transpose(2, 0, 1)
         except PictureError as error:
             broken[offset] = error.args[0]
-    return pixels, broken
+    return planes, broken
 
 
 def _decode_all(
@@ -341,12 +464,12 @@ def _decode_all(
     broken = {}
     bar = tqdm(total=len(paths), desc='reading pictures', unit='pic', disable=None if progress else True)
     with bar, closing(results):
-        for index, (pixels, errors) in enumerate(results):
+        for index, (planes, errors) in enumerate(results):
             if errors and not skip_broken:
                 raise PictureError(next(iter(errors.values())))
             broken.update({index * CHUNK + offset: reason for offset, reason in errors.items()})
-            write(pixels)
-            bar.update(len(pixels))
+            write(planes)
+            bar.update(len(planes))
     return broken
 
 
@@ -355,59 +478,200 @@ def _decode_to_ram(
     size: tuple[int, int],
     decode: Callable[..., dict[int, str]],
 ) -> tuple[np.ndarray, dict[int, str]]:
-    pixels = np.empty((count, *size, 3), np.uint8)
+    planes = np.empty((count, 3, *size), np.uint8)
     position = 0
 
     def write(chunk: np.ndarray) -> None:
         nonlocal position
-        pixels[position : position + len(chunk)] = chunk
+        planes[position : position + len(chunk)] = chunk
         position += len(chunk)
 
-    return pixels, decode(write)
+    return planes, decode(write)
 
 
-def _decode_to_disk(
+def _store_folder(
+    paths: list[str], size: tuple[int, int], cache: str, cache_dir: str | os.PathLike | None
+) -> Path | None:
+    """The folder that would hold this store, if that cache has one."""
+    if cache not in CACHES:
+        raise ValueError(f'unknown cache {cache!r}; expected one of {", ".join(CACHES)}')
+    if cache in ('ram', 'off') or not paths:
+        return None
+    return Path(cache_dir or default_cache_dir()).expanduser() / f'pictures-{_content_key(paths, size)}'
+
+
+def _num_bytes(paths: list[str], size: tuple[int, int]) -> int:
+    return len(paths) * size[0] * size[1] * 3
+
+
+def _plan(cache: str, num_bytes: int, folder: Path | None, found: bool, device: torch.device | None) -> StorePlan:
+    """Settle what `auto` is, and refuse what cannot be."""
+    if cache == 'device':
+        _check_room(num_bytes, device)
+    if folder is None:
+        return StorePlan('off' if cache == 'off' else 'ram', num_bytes, None, False)
+    problem = None if found else _disk_problem(folder.parent, num_bytes)
+    if problem is not None:
+        if cache != 'auto' or num_bytes > _RAM_SHARE * _free_memory():
+            raise _unwritable(problem, folder, num_bytes)
+        return StorePlan('ram', num_bytes, None, False, problem.strerror)
+    if cache == 'auto':
+        cache = 'device' if num_bytes <= _DEVICE_SHARE * _free_device_memory(device) else 'disk'
+    return StorePlan(cache, num_bytes, folder, found)
+
+
+def _check_room(num_bytes: int, device: torch.device | None) -> None:
+    if device is None:
+        raise ValueError("cache='device' needs the device that is to hold the pictures; give it, or use cache='disk'")
+    free = _free_memory() if device.type == 'cpu' else _free_device_memory(device)
+    if free and num_bytes > free:  # 0 where it cannot be known
+        raise ValueError(
+            f'{device} has {_amount(free)} of free memory, too little for pictures of {_amount(num_bytes)}; use '
+            'cache="disk" (--cache)'
+        )
+
+
+def _disk_problem(cache_dir: Path, num_bytes: int) -> OSError | None:
+    """Why a disk cannot hold a store of this size; None if it can."""
+    existing = next(folder for folder in (cache_dir.absolute(), *cache_dir.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        return OSError(errno.EACCES, f'{existing} cannot be written to')
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        return OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)}: {_amount(free)} are free')
+    return None
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take, 0 where the system does not say."""
+    try:
+        with open('/proc/meminfo') as file:
+            free = next(1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable:'))
+    except (OSError, StopIteration):
+        return 0
+    with suppress(OSError, ValueError):  # a container's own limit; the text `max` where it has none
+        limit, used = (int(Path('/sys/fs/cgroup', name).read_text()) for name in ('memory.max', 'memory.current'))
+        free = min(free, limit - used)
+    return max(free, 0)
+
+
+def _free_device_memory(device: torch.device | None) -> int:
+    """Free bytes on an accelerator with memory of its own, else 0."""
+    if device is None or device.type == 'cpu':
+        return 0
+    memory_info = getattr(torch.get_device_module(device), 'mem_get_info', None)
+    return memory_info(device)[0] if memory_info else 0
+
+
+def _amount(num_bytes: int) -> str:
+    return f'{num_bytes / 1e9:.2f} GB' if num_bytes >= 1e8 else f'{num_bytes / 1e6:.1f} MB'
+
+
+def _find_or_write(
+    folder: Path,
     paths: list[str],
     size: tuple[int, int],
     decode: Callable[..., dict[int, str]],
-    cache_dir: Path,
-) -> tuple[Path, dict[int, str]]:
-    """Find or write the store's folder; it appears under its final name only when it is complete."""
-    folder = cache_dir.expanduser() / f'pictures-{_content_key(paths, size)}'
-    pixels_file = folder / 'pixels.bin'
-    num_bytes = len(paths) * size[0] * size[1] * 3
-    broken = _find_store(folder, paths, num_bytes)
+    cache: str,
+    device: torch.device | None,
+    skip_broken: bool,
+) -> tuple[StorePlan, dict[int, str]]:
+    """The plan, carried out as far as it concerns the disk, and the broken rows of a store that is there."""
+    num_bytes = _num_bytes(paths, size)
+    broken = _stored(folder, paths, num_bytes)
     if broken is not None:
-        return pixels_file, broken
+        return _plan(cache, num_bytes, folder, True, device), broken
+    with _sole_writer(folder, skip_broken):
+        broken = _stored(folder, paths, num_bytes)  # another process may have written it in the meantime
+        plan = _plan(cache, num_bytes, folder, broken is not None, device)
+        if plan.folder is not None and broken is None:
+            broken = _write_store(folder, paths, size, decode)
+    return plan, broken or {}
+
+
+@contextmanager
+def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[None]:
+    """Keep other processes from writing this store, after waiting for one that does.
+
+    Raises:
+        PictureError: If that one ended because of a broken picture, unless such pictures are to be skipped.
+    """
+    path = folder.with_name(f'{folder.name}.lock')
+    with ExitStack() as stack:
+        file = _locked(path, folder, skip_broken)
+        if file is not None:
+            stack.enter_context(file)
+            stack.callback(path.unlink, missing_ok=True)  # first this, then the lock ends
+        try:
+            yield
+        except PictureError as error:
+            if file is not None:  # those who wait need not find out for themselves, one after the other
+                file.write(json.dumps(error.args[0]))
+                file.flush()
+            raise
+
+
+def _locked(path: Path, folder: Path, skip_broken: bool) -> IO[str] | None:
+    """The lock file, open and locked; None where none can be made: nor can a store then, which will say more."""
+    while True:
+        with ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
+            except OSError:
+                return None
+            if not lock(file):
+                _logger.info(f'Waiting for another process, which is storing the same pictures in {folder}')
+                lock(file, wait=True)
+            # Whoever had the lock removed the file: by now there may be another one, and only that counts.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    stack.pop_all()
+                    return file
+            file.seek(0)
+            problem = file.read()
+            if problem and not skip_broken:
+                raise PictureError(json.loads(problem))
+
+
+def _write_store(
+    folder: Path,
+    paths: list[str],
+    size: tuple[int, int],
+    decode: Callable[..., dict[int, str]],
+) -> dict[int, str]:
+    """Decode into the store's folder, which appears under its final name only when it is complete; the broken rows."""
+    num_bytes = _num_bytes(paths, size)
     temporary = folder.with_name(f'{folder.name}.{uuid.uuid4().hex}.tmp')
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder.parent)
-        _logger.info(
-            f'Storing {len(paths):,} pictures of {size[0]}x{size[1]} once: {num_bytes / 1e9:.2f} GB in {folder}'
-        )
-        if num_bytes > shutil.disk_usage(folder.parent).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        shutil.rmtree(folder, ignore_errors=True)  # incomplete, or no longer true
+        _remove_leftovers(folder)
+        _logger.info(f'Storing {len(paths):,} pictures of {size[0]}x{size[1]} once: {_amount(num_bytes)} in {folder}')
         temporary.mkdir()
         # Written with write() and mapped afterwards: a full disk is then an error, not the end of the process.
-        with open(temporary / pixels_file.name, 'wb') as file:
+        with open(temporary / _PIXELS, 'wb') as file:
             broken = decode(file.write)
             file.flush()
             os.fsync(file.fileno())
         about = {'pictures': len(paths), 'size': size, 'first': paths[0], 'broken': broken}
-        (temporary / 'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
+        (temporary / _ABOUT).write_text(json.dumps(about, indent=1), encoding='utf-8')
         _publish(temporary, folder)
     except ChildProcessError:  # an OSError that is not about the disk
         raise
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f'cannot write a picture store of {num_bytes / 1e9:.2f} GB to {folder.parent} ({error.strerror}); choose '
-            f'another folder with the environment variable VIREID_CACHE, or cache="ram" or "off" (--cache)',
-        ) from error
+        raise _unwritable(error, folder, num_bytes) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return pixels_file, broken
+    return broken
+
+
+def _unwritable(error: OSError, folder: Path, num_bytes: int) -> OSError:
+    return OSError(
+        error.errno,
+        f'cannot write a picture store of {_amount(num_bytes)} to {folder.parent} ({error.strerror}); choose '
+        f'another folder with the environment variable VIREID_CACHE, or cache="ram" or "off" (--cache)',
+    )
 
 
 def _content_key(paths: list[str], size: tuple[int, int]) -> str:
@@ -433,21 +697,16 @@ def _file_stamp(path: str | Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _find_store(folder: Path, paths: list[str], num_bytes: int) -> dict[int, str] | None:
+def _stored(folder: Path, paths: list[str], num_bytes: int) -> dict[int, str] | None:
     """Broken rows of a store that is complete and still true, else None."""
-    if not folder.is_dir():
-        return None
     try:
-        about = json.loads((folder / 'about.json').read_text(encoding='utf-8'))
+        about = json.loads((folder / _ABOUT).read_text(encoding='utf-8'))
         broken = {int(row): problem for row, problem in about['broken'].items()}
-        complete = (folder / 'pixels.bin').stat().st_size == num_bytes
-    except (FileNotFoundError, ValueError, KeyError):
-        broken, complete = {}, False
+        complete = (folder / _PIXELS).stat().st_size == num_bytes
+    except (OSError, ValueError, KeyError):
+        return None
     # A picture may have been unreadable for a reason that leaves no trace in its size and time (its permissions).
-    if complete and not any(_is_readable(paths[row]) for row in broken):
-        return broken
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
+    return broken if complete and not any(_is_readable(paths[row]) for row in broken) else None
 
 
 def _is_readable(path: str) -> bool:
@@ -462,15 +721,16 @@ def _publish(temporary: Path, folder: Path) -> None:
     try:
         os.rename(temporary, folder)
     except OSError:
-        if not folder.is_dir():  # else another run wrote the same store in the meantime, and either will do
+        # Where the file system has no locks, another run may have written the same store, and either will do.
+        if not folder.is_dir():
             raise
 
 
-def _remove_stale(cache_dir: Path) -> None:
-    """Remove what killed runs left behind."""
-    for temporary in sorted(cache_dir.glob('pictures-*.tmp')):
-        newest = max(_file_stamp(temporary)[1], _file_stamp(temporary / 'pixels.bin')[1])
-        if time.time() - newest / 1e9 > _STALE_AFTER:
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left behind: of this store, whose only writer we are, and what is old of others."""
+    for temporary in sorted(folder.parent.glob('pictures-*.tmp')):
+        newest = max(_file_stamp(temporary)[1], _file_stamp(temporary / _PIXELS)[1])
+        if temporary.name.startswith(f'{folder.name}.') or time.time() - newest / 1e9 > _STALE_AFTER:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -484,3 +744,15 @@ def _report_broken(broken: dict[int, str], count: int, skip_broken: bool) -> Non
         raise ValueError(f'none of the {count} pictures can be read; the first: {problems[0]}')
     more = f' and {len(problems) - 5} more' if len(problems) > 5 else ''
     _logger.warning(f'{len(broken)} of {count} pictures are broken and skipped: {"; ".join(problems[:5])}{more}')
+
+
+def _report_plan(plan: StorePlan, count: int, size: tuple[int, int], device: torch.device | None) -> None:
+    """Say which cache was chosen."""
+    where = {
+        'disk': f'from {plan.folder}',
+        'device': f'from {plan.folder} and held by {device}',
+        'ram': 'from memory' + (f', since the disk cannot hold them ({plan.reason})' if plan.reason else ''),
+        'off': 'from their files, decoded each time',
+    }[plan.cache]
+    amount = '' if plan.cache == 'off' else f' ({_amount(plan.num_bytes)})'
+    _logger.info(f'{count:,} pictures of {size[0]}x{size[1]}{amount} are read {where}')

@@ -8,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -137,7 +137,8 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         status = getattr(getattr(error, 'response', None), 'status_code', None)
         hint = '; log in with a token that may do this (`hf auth login`)' if status in (401, 403) else ''
         cause = f' ({one_line(error.__cause__)})' if isinstance(error, RuntimeError) and error.__cause__ else ''
-        raise ValueError(f'{name}: {one_line(error)}{cause}{hint}') from error
+        asked = '' if status else f' (asking {constants.ENDPOINT})'
+        raise ValueError(f'{name}: {one_line(error)}{cause}{asked}{hint}') from error
 
 
 def _publishable(folder: Path) -> list[str]:
@@ -165,6 +166,8 @@ def _fetched(name: str) -> tuple[Path, list[str]]:
             raise ValueError(f'no folder {folder}')
         return folder, sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
     repo_id, revision = repo_and_revision(name)
+    if '/' not in repo_id:
+        raise ValueError(f'there is no folder {name}, and names on the Hub are OWNER/NAME')
     wanted = files = [CONFIG, WEIGHTS, REFERENCE]
     with _hub_errors(repo_id, revision):
         try:

@@ -244,7 +244,7 @@ def breakdown_table(result: ProtocolResult, by: str, limit: int = 20) -> str:
         [group.name, str(group.num_valid_queries), *(f'{100 * getattr(group, name):.2f}' for name in COLUMN_OF)]
         for group in shown
     ]
-    lines = _aligned([[by, 'queries', *(HEADER_OF[name] for name in COLUMN_OF)], *rows])
+    lines = aligned([[by, 'queries', *(HEADER_OF[name] for name in COLUMN_OF)], *rows])
     if len(shown) < len(groups):
         lines.append(f'{len(groups) - len(shown)} more, with a higher mAP')
     silent = len(set(result.queries[by])) - len(groups)
@@ -270,7 +270,7 @@ def failures_table(result: ProtocolResult) -> str:
         for failure in result.failures
     ]
     header = ['query', 'identity', 'camera', 'modality', 'AP', 'first right', 'first answers']
-    return '\n'.join(_aligned([header, *rows], left=(0, 1, 3, 6)))
+    return '\n'.join(aligned([header, *rows], left=(0, 1, 3, 6)))
 
 
 @dataclass(frozen=True)
@@ -330,9 +330,9 @@ class Comparison:
     def __str__(self) -> str:
         lines = ['no setting differs']
         if self.settings:
-            lines = _aligned([['setting', 'first', 'second'], *map(list, self.settings)], left=(0, 1, 2))
+            lines = aligned([['setting', 'first', 'second'], *map(list, self.settings)], left=(0, 1, 2))
         if self.protocols:
-            lines += ['', *_aligned(_comparison_rows(self.protocols), left=(0, 1)), '']
+            lines += ['', *aligned(_comparison_rows(self.protocols), left=(0, 1)), '']
             lines += [f'{name}: {comparison.verdict}' for name, comparison in self.protocols.items()]
         for which, names in (('first', self.only_first), ('second', self.only_second)):
             if names:
@@ -508,7 +508,7 @@ def _table(report: Report) -> list[str]:
         rows.append([name, trials, queries, str(result.gallery_size), *means, _range(result.intervals['mAP'])])
         if len(result.trials) > 1:
             rows.append(['', '', '', 'std', *(f'{100 * result.std[metric]:.2f}' for metric in METRICS), ''])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _range(interval: tuple[float, float], sign: str = '') -> str:
@@ -516,7 +516,7 @@ def _range(interval: tuple[float, float], sign: str = '') -> str:
     return f'{100 * low:{sign}.2f} to {100 * high:{sign}.2f}'
 
 
-def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
+def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
     """Rows as lines whose columns stand below each other, the named ones to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [

@@ -1,7 +1,8 @@
-"""What a training run leaves behind: its folder, checkpoints, summary and curves."""
+"""What a training run leaves behind: its folder, checkpoints, log, summary and curves."""
 
 import csv
 import logging
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 import yaml
 
-from .files import whole_file
+from .files import lock, remove_leftovers, whole_file
 
 _logger = logging.getLogger(__name__)
 
 LAST = 'last.pth'
+PREVIOUS = 'previous.pth'
+DAMAGED = 'damaged.pth'
 BEST = 'best'
 SUMMARY = 'summary.csv'
 CONFIG = 'args.yaml'
@@ -24,36 +27,131 @@ LOG = 'train.log'
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the run's `last` checkpoint; the previous one stays until the new one is on disk."""
-    with whole_file(folder / LAST) as temporary:
-        torch.save(state, temporary)
+    """Make a state the run's `last` checkpoint and the one before it the `previous` one.
+
+    Whenever the process dies, there is a whole checkpoint under one of the two names.
+
+    Raises:
+        OSError: It cannot be written, on a full disk for example; the checkpoint before it is intact.
+    """
+    with whole_file(folder / LAST, previous=folder / PREVIOUS) as temporary, open(temporary, 'wb') as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides what the disk said
+                raise error.__context__ from error
+            raise
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint of this library, a run folder's `last.pth`, on the CPU.
+    """Read a training checkpoint of this library on the CPU.
+
+    Args:
+        path: A checkpoint, or a run's folder: its `last` one then, and where that is damaged, saying so, the
+            `previous` one.
 
     Raises:
-        ValueError: No such file, or one that is not such a checkpoint.
+        ValueError: No such file, or none that is such a checkpoint and undamaged.
     """
     path = Path(path)
-    path = path / LAST if path.is_dir() else path
+    return newest_checkpoint(path)[1] if path.is_dir() else _read_checkpoint(path)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest undamaged checkpoint of a run, and where it was; as `load_checkpoint` of a folder."""
+    problems = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            state = _read_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            _logger.warning(f'{problems[0]}; using {path.name}, the one before it')
+        return path, state
+    if problems:
+        raise ValueError(f'{"; ".join(problems)}; no whole checkpoint is left in {folder}')
+    raise ValueError(f'no checkpoint in {folder}: a run writes the first one after an epoch or --checkpoint-interval')
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has written a checkpoint there, damaged or not."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
+def set_damaged_aside(used: Path) -> None:
+    """Rename the `last` checkpoint if a run goes on from the `previous` one: the next one must not push that out."""
+    if used.name == PREVIOUS and (last := used.with_name(LAST)).exists():
+        last.replace(used.with_name(DAMAGED))
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f'no checkpoint {path}; a run writes it after its first epoch')
+        raise ValueError(f'no checkpoint {path}')
     try:
+        _check_archive(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch.load raises many types for a damaged file
+    except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f'{path} is damaged or not a checkpoint of this library: {error}') from error
     if not isinstance(state, dict) or not {'state_dict', 'epoch', 'arch'} <= set(state):
         raise ValueError(f'{path} is not a training checkpoint of this library')
     return state
 
 
+def _check_archive(path: Path) -> None:
+    """What torch.load does not look at: the checksums, and whether each record is a file."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f'the checksum of {damaged} in it is wrong')
+        folders = [record.filename for record in archive.infolist() if record.external_attr & 0x10]
+        if folders:  # torch would give back uninitialised memory
+            raise ValueError(f'{folders[0]} in it is no record')
+
+
 @contextmanager
-def log_file(folder: Path) -> Iterator[None]:
-    """Keep what this package logs, from INFO on, in the run's `train.log` as long as the block runs."""
+def run_folder(folder: Path) -> Iterator[None]:
+    """Make a run's folder this process's own as long as the block runs, and keep its `train.log`.
+
+    The log holds what this package logs, from INFO on. Half-written files of a process that was killed are removed.
+
+    Raises:
+        ValueError: Another process is training there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = _LogFile(folder / LOG, encoding='utf-8')
+    try:
+        if not lock(handler.stream):
+            raise ValueError(f'another process is training in {folder}; wait for it, or choose another --experiment')
+        remove_leftovers(folder)
+        with _logging_to(handler):
+            yield
+    finally:
+        handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk leaves incomplete, instead of a traceback for every line; checkpoints report the disk."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what could not be written before cannot be now
+            self.stream = None
+
+
+@contextmanager
+def _logging_to(handler: logging.Handler) -> Iterator[None]:
     package = logging.getLogger(__package__)
-    handler = logging.FileHandler(folder / LOG, encoding='utf-8')
-    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
     level = package.level
     package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO:
@@ -63,7 +161,6 @@ def log_file(folder: Path) -> Iterator[None]:
     finally:
         package.setLevel(level)
         package.removeHandler(handler)
-        handler.close()
 
 
 def save_config(folder: Path, settings: dict[str, Any]) -> None:

@@ -25,9 +25,13 @@ class IdentityModalitySampler(Sampler[list[int]]):
     Batches depend on (seed, epoch) alone: `set_epoch(epoch, start_batch)` continues a run at any batch. An identity
     that is present in only one modality cannot be sampled; it is skipped and named in `skipped`.
 
+    Of several processes that train together each has its own `rank` among `world_size`. All of them draw the same
+    batch of world_size·P distinct identities, and each keeps its own P: joined in the order of the ranks, their batches
+    are those of a single process with that many identities per batch.
+
     Attributes:
-        identities_per_batch: P as resolved.
-        batches_per_epoch: Length of a whole epoch, wherever iteration starts.
+        identities_per_batch: P as resolved, of this process.
+        batches_per_epoch: Length of a whole epoch, wherever iteration starts; the same in every process.
         skipped: Names of the identities with only one modality, sorted.
     """
 
@@ -43,18 +47,23 @@ class IdentityModalitySampler(Sampler[list[int]]):
         identities_per_batch: int | None = _DEFAULT_IDENTITIES_PER_BATCH,
         pictures_per_modality: int = 4,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Group the rows and settle P; nothing is drawn yet.
 
         Args:
             identities: Label or name of every picture, [N].
             modalities: `visible` or `infrared` for every picture, [N].
-            identities_per_batch: P; None takes 8, or all there are if fewer.
+            identities_per_batch: P; None takes 8, or as many as there are for every process if fewer.
             pictures_per_modality: K.
             seed: Together with the epoch it decides every draw.
+            rank: Number of this process, from 0.
+            world_size: How many processes train together.
 
         Raises:
-            ValueError: Columns of unequal length, an unknown modality, P or K below 1, or fewer than P identities.
+            ValueError: Columns of unequal length, an unknown modality, P or K below 1, a rank outside the world, or
+                fewer than world_size·P identities.
         """
         super().__init__()
         identities, modalities = np.asarray(identities), np.asarray(modalities)
@@ -70,8 +79,12 @@ class IdentityModalitySampler(Sampler[list[int]]):
                 'at least one identity per batch and one picture per modality expected, '
                 f'got {identities_per_batch} and {pictures_per_modality}'
             )
+        if not 0 <= rank < world_size:
+            raise ValueError(f'a rank in 0..world_size - 1 expected, got {rank} of {world_size}')
         self.pictures_per_modality = pictures_per_modality
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self._rows = {modality: _rows_of(identities, modalities == modality) for modality in MODALITIES}
         both = self._rows[VISIBLE].keys() & self._rows[INFRARED].keys()
         either = self._rows[VISIBLE].keys() | self._rows[INFRARED].keys()
@@ -92,20 +105,22 @@ class IdentityModalitySampler(Sampler[list[int]]):
                 ', '.join(self.skipped[:10]),
                 ', ...' if len(self.skipped) > 10 else '',
             )
-        if available == 0 or (wanted is not None and wanted > available):
+        needed = (wanted or 1) * self.world_size
+        if available < needed:
+            joined = f' ({wanted or 1} in each of {self.world_size} processes)' if self.world_size > 1 else ''
             raise ValueError(
-                f'a batch needs {wanted or 1} identities with pictures of both modalities, but there are {available}; '
-                'ask for fewer identities per batch or add data'
+                f'a batch needs {needed} identities with pictures of both modalities{joined}, but there are '
+                f'{available}; ask for fewer identities per batch or add data'
             )
         if wanted is None:
-            wanted = min(_DEFAULT_IDENTITIES_PER_BATCH, available)
+            wanted = min(_DEFAULT_IDENTITIES_PER_BATCH, available // self.world_size)
             _logger.info('%d identities per batch (%d available)', wanted, available)
         return wanted
 
     def _epoch_length(self) -> int:
         """Batches per epoch as AGW counts them: as many as the larger modality fills, and one more."""
         sizes = [sum(len(rows[name]) for name in self._identities) for rows in self._rows.values()]
-        return max(sizes) // (self.identities_per_batch * self.pictures_per_modality) + 1
+        return max(sizes) // (self.world_size * self.identities_per_batch * self.pictures_per_modality) + 1
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose what the next iteration yields.
@@ -133,18 +148,17 @@ class IdentityModalitySampler(Sampler[list[int]]):
         decks = {
             modality: {name: _Deck(rows) for name, rows in self._rows[modality].items()} for modality in MODALITIES
         }
+        own = self.identities_per_batch * self.pictures_per_modality
         for batch in range(self.batches_per_epoch):
-            chosen = random.choice(len(self._identities), self.identities_per_batch, replace=False)
+            chosen = random.choice(len(self._identities), self.world_size * self.identities_per_batch, replace=False)
             names = [self._identities[position] for position in chosen]
-            # Dealt for the skipped batches too: what they took decides what is left.
-            rows = [
-                row
+            # Dealt for other processes and for skipped batches too: what they took decides what is left.
+            halves = [
+                [row for name in names for row in decks[modality][name].deal(self.pictures_per_modality, random)]
                 for modality in (VISIBLE, INFRARED)
-                for name in names
-                for row in decks[modality][name].deal(self.pictures_per_modality, random)
             ]
             if batch >= self.start_batch:
-                yield rows
+                yield [row for half in halves for row in half[self.rank * own :][:own]]
 
 
 def _rows_of(identities: np.ndarray, selected: np.ndarray) -> dict[int | str, list[int]]:

@@ -1,0 +1,104 @@
+"""Training in processes of its own, to be killed, and what has to be left of it."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vireid_timm.runs import LAST
+
+# A network of few weights, for what is saved many times.
+THIN = {'resnet_args': dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=[8, 16, 24, 32])}
+EXPERIMENT = 'run'
+
+
+def train_command(output: Path, *arguments: str) -> list[str]:
+    """`vireid train` on enough rendered people for some sixty short steps per epoch, saving every few of them."""
+    return [
+        *(sys.executable, '-m', 'vireid_timm', 'train', '--dataset', 'synthetic'),
+        *('--dataset-kwargs', 'identities=120', 'test_identities=2', 'pictures_per_modality=2', 'size=(64,32)'),
+        *('--model', 'vireid_dml_r10t', '--model-kwargs', f'resnet_args={THIN["resnet_args"]}'),
+        *('--input-size', '3', '64', '32', '--identities-per-batch', '4', '--pictures-per-modality', '1', '--pad', '2'),
+        *('--epochs', '2', '--warmup-epochs', '0', '--lr', '0.01', '--val-share', '0.05', '--val-interval', '1'),
+        *('--model-ema', '--model-ema-decay', '0.9', '--drop', '0.1', '--workers', '0', '--device', 'cpu', '--no-amp'),
+        *('--deterministic', '--checkpoint-interval', '4', '--resume', 'auto'),
+        *('--output', str(output), '--experiment', EXPERIMENT, *arguments),
+    ]
+
+
+class Training:
+    """A process that trains into `folder` / `EXPERIMENT`, with a picture store of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.run = folder / EXPERIMENT
+        self.cache = folder / 'cache'
+        self._output = folder / f'{len(list(folder.glob("*.txt")))}.txt'
+        environment = {**os.environ, 'VIREID_CACHE': str(self.cache), 'OMP_NUM_THREADS': '1'}
+        with open(self._output, 'w', encoding='utf-8') as output:
+            self.process = subprocess.Popen(
+                train_command(folder, *arguments), env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def said(self) -> str:
+        """What this process has printed."""
+        return self._output.read_text(encoding='utf-8')
+
+    def kill_when(self, moment: Callable[[], Any], number: int, timeout: float = 120.0) -> int:
+        """Send a signal as soon as something is so; the exit status."""
+        deadline = time.monotonic() + timeout
+        while not moment():
+            assert self.process.poll() is None, f'it ended before it could be killed: {self.said()}'
+            assert time.monotonic() < deadline, f'the moment did not come: {self.said()}'
+            time.sleep(0.001)
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self, timeout: float = 240.0) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(timeout)
+        finally:
+            self.process.kill()
+
+    def stores_pictures(self) -> bool:
+        """Whether the picture store is being written."""
+        return self.cache.is_dir() and any(path.suffix == '.tmp' for path in self.cache.iterdir())
+
+    def writes(self, name: str) -> Callable[[], bool]:
+        """Whether a file or folder of the run is being written, other than what killed processes left of it."""
+        pattern = f'.{name}.*.part'
+        before = set(self.run.glob(pattern))
+        return lambda: bool(set(self.run.glob(pattern)) - before)
+
+    def replaces_checkpoint(self) -> Callable[[], bool]:
+        """Whether a checkpoint is being written while there is one already."""
+        writes = self.writes(LAST)
+        return lambda: (self.run / LAST).exists() and writes()
+
+    def checkpoints(self) -> Iterator[bool]:
+        """Whether a checkpoint was written since this was called first."""
+        before = self._stamp()
+        while True:
+            yield self._stamp() != before
+
+    def _stamp(self) -> int:
+        return (self.run / LAST).stat().st_mtime_ns if (self.run / LAST).exists() else 0
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two checkpoints are the same, bit for bit; pictures per second aside, which are wall-clock time."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        keys = first.keys() - {'train_pictures_per_second'}
+        return keys == second.keys() - {'train_pictures_per_second'} and all(
+            equal(first[key], second[key]) for key in keys
+        )
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
