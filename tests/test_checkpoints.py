@@ -16,10 +16,12 @@ from vireid_timm.config import TrainConfig
 from vireid_timm.runs import (
     DAMAGED,
     LAST,
+    LOG,
     PREVIOUS,
     has_checkpoint,
     load_checkpoint,
     newest_checkpoint,
+    run_folder,
     save_checkpoint,
     set_damaged_aside,
 )
@@ -149,6 +151,15 @@ def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.filename == str(tmp_path / LAST)
     assert [path.name for path in tmp_path.iterdir()] == [LAST] and _number(tmp_path) == 1
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / LOG).symlink_to('/dev/full')
+    done = False
+    with run_folder(tmp_path):
+        logging.getLogger('vireid_timm').info('a line')
+        done = True
+    assert done and 'Traceback' not in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_due_every_so_many_steps_or_minutes() -> None:

@@ -1,0 +1,486 @@
+"""How fast training is beside a bare ResNet, beside its own step, and beside the way that re-ID code trains.
+
+    python benchmarks/training_speed.py                                     on the CPU, some minutes
+    python benchmarks/training_speed.py --device cuda --torchcompile --batches 64 128 256 512 --full-size DIR
+    python benchmarks/training_speed.py --save benchmarks/results/training_speed.cpu.json
+
+Parts, each measured side by side in this one run (`--parts` chooses):
+
+    data        batches from the store to network input, against a chain of PIL and torchvision for each picture
+    step        an optimiser step with all losses, against one of timm's bare ResNet of the same depth, size, last
+                stride, precision and memory format
+    loop        a whole epoch of the training loop, against its steps alone on one batch that is there already
+    peers       the same network in float32, contiguous, with the fused map built in full, pictures augmented one by one
+                in worker processes, and the loss read back after every step
+    batches     rate and memory of other batch sizes
+    profile     where the time of a step goes, by kind of operation (torch's profiler)
+    full-size   an epoch of SYSU-MM01's size, on SynthVI pictures that are written to DIR unless they are there, and
+                what the recipe's 80 epochs would take
+
+Prints a table and, as its last line, one JSON object. Ratios are medians over repeats that alternate.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import vireid_timm
+from vireid_timm.batches import Batch, batches
+from vireid_timm.checkpoints import CheckpointInterval
+from vireid_timm.config import TrainConfig
+from vireid_timm.device import keep_memory, resolve_device
+from vireid_timm.factory import Run, set_up
+from vireid_timm.files import save_json
+from vireid_timm.loop import train_one_epoch, train_step
+from vireid_timm.models import set_last_stride
+from vireid_timm.pictures import default_workers
+from vireid_timm.stopping import StopRequest
+from vireid_timm.synth import write_layout
+from vireid_timm.tracking import Tracker, peak_memory
+
+PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'batches', 'full-size')
+EPOCHS = 80  # of the recipe
+
+# What torch's profiler calls the operations of a step; the first that fits counts.
+OPERATIONS = {
+    'convolutions': ('conv',),
+    'batch norms': ('norm',),
+    'ReLU': ('relu', 'threshold', 'clamp_min_'),
+    'sums of maps': ('aten::add',),
+    'power means': ('PowerSum', 'aten::pow', 'aten::bmm', 'aten::clamp_'),
+    'maximum pooling': ('max_pool',),
+    'optimiser': ('sgd', 'Optimizer'),
+    'copies and conversions': (
+        'copy',
+        'contiguous',
+        'aten::cat',
+        'aten::fill_',
+        'aten::zero',
+    ),
+}
+
+
+def finish(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call."""
+    finish(device)
+    start = time.perf_counter()
+    work()
+    finish(device)
+    return time.perf_counter() - start
+
+
+def alternate(works: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Times of all, in turn, after one call of each that does not count."""
+    for work in works.values():
+        work()
+    times = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(seconds(work, device))
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over the repeats: what was measured together is divided."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+@contextmanager
+def training(args: argparse.Namespace, pictures: int, **settings: Any) -> Iterator[Run]:
+    """A run on rendered people, as `vireid train` sets it up with its defaults."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            'dataset': 'synthetic',
+            'dataset_kwargs': {
+                'identities': args.identities,
+                'test_identities': 2,
+                'pictures_per_modality': pictures,
+                'size': args.size,
+            },
+            'model': args.model,
+            'input_size': [3, *args.size],
+            'identities_per_batch': args.identities,
+            'pictures_per_modality': args.batch_size // (2 * args.identities),
+            'val_share': 0.0,
+            'cache': 'auto' if args.device.type == 'cuda' else 'ram',
+            'output': folder,
+            'torchcompile': args.torchcompile,
+            **settings,
+        }
+        yield set_up(TrainConfig.from_mapping(values), args.device)
+        gc.collect()
+
+
+def drawn(run: Run, count: int) -> list[Batch]:
+    """The first batches of the first epoch."""
+    with closing(batches(run.data, run.augments, run.device, epoch=0, seed=0)) as all_of_them:
+        return list(islice(all_of_them, count))
+
+
+def picture_chain(run: Run) -> Callable[[Image.Image], torch.Tensor]:
+    """What re-ID code does to one picture: border, crop, flip, channels, normalisation, erasing."""
+    augment = run.augments['visible']
+    return transforms.Compose(
+        [
+            transforms.Pad(10),
+            transforms.RandomCrop(run.size[1:]),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomGrayscale(1 / 7),
+            transforms.ToTensor(),
+            transforms.Normalize(augment.mean, augment.std),
+            transforms.RandomErasing(0.5, (0.02, 0.4), (0.3, 3.33), 'random'),
+        ]
+    )
+
+
+def data(args: argparse.Namespace) -> dict[str, float]:
+    """Pictures per second from the store to network input."""
+    with training(args, pictures=args.pictures, cache='disk') as run:
+        total = sum(len(batch.labels) for batch in drawn(run, run.batches_per_epoch))
+        chain = picture_chain(run)
+        decoded = [Image.fromarray(np.ascontiguousarray(picture)) for picture in run.data.store[: args.batch_size]]
+
+        def ours() -> None:
+            for _ in drawn_one_by_one(run):
+                pass
+
+        def per_picture() -> None:
+            torch.stack([chain(picture) for picture in decoded])
+
+        times = alternate({'ours': ours, 'chain': per_picture}, args.device, 2 * args.repeats + 1)
+        rate, chain_rate = (
+            total / statistics.median(times['ours']),
+            len(decoded) / statistics.median(times['chain']),
+        )
+    per_batch = 1000 * args.batch_size / rate
+    return {
+        'data_pictures_per_s': rate,
+        'data_ms_per_batch': per_batch,
+        'chain_pictures_per_s': chain_rate,
+        'data_over_chain': rate / chain_rate,
+    }
+
+
+def drawn_one_by_one(run: Run) -> Iterator[Batch]:
+    """A whole epoch's batches, none of which is kept."""
+    with closing(batches(run.data, run.augments, run.device, epoch=0, seed=0)) as all_of_them:
+        yield from all_of_them
+
+
+def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
+    """An optimiser step of timm's ResNet alone: one stem for all pictures, one classifier, one loss."""
+    depth = run.config.model.partition('.')[0].rpartition('_r')[2]
+    network = timm.create_model(f'resnet{depth}', num_classes=num_classes)
+    set_last_stride(network.layer4, 1)
+    network = network.to(run.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    forward = torch.compile(network) if run.config.torchcompile else network
+
+    def step(batch: Batch) -> None:
+        pictures = torch.cat(batch.inputs)
+        with torch.autocast(
+            run.device.type,
+            dtype=run.dtype or torch.bfloat16,
+            enabled=run.dtype is not None,
+        ):
+            loss = F.cross_entropy(forward(pictures), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step(args: argparse.Namespace) -> dict[str, Any]:
+    """The network with all losses against a bare ResNet, on the same batch."""
+    with training(args, pictures=args.batch_size // (2 * args.identities)) as run:
+        (batch,) = drawn(run, 1)
+        bare = bare_step(run, len(run.data.class_map))
+        works = {'bare': lambda: bare(batch), 'ours': lambda: train_step(run, [batch])}
+        run.task.train()
+        times = alternate(works, args.device, args.repeats)
+        precision = str(run.dtype or torch.float32).removeprefix('torch.')
+    return {
+        'precision': precision,
+        'bare_step_s': statistics.median(times['bare']),
+        'step_s': statistics.median(times['ours']),
+        'step_over_bare': ratio(times, 'ours', 'bare'),
+    }
+
+
+def loop(args: argparse.Namespace) -> dict[str, float]:
+    """Epochs of the training loop, from stored pictures on, against as many steps on one batch."""
+    with training(args, pictures=args.pictures) as run:
+        count = run.batches_per_epoch
+        (batch,) = drawn(run, 1)
+        run.task.train()
+        works = {
+            'steps': lambda: [train_step(run, [batch]) for _ in range(count)],
+            'epoch': lambda: epoch(run),
+        }
+        times = alternate(works, args.device, args.repeats)
+    return {
+        'loop_steps': count,
+        'loop_s': statistics.median(times['epoch']),
+        'loop_over_step_rate': ratio(times, 'steps', 'epoch'),
+    }
+
+
+def epoch(run: Run) -> None:
+    """One epoch, always the first."""
+    pictures = 2 * run.data.sampler.identities_per_batch * run.data.sampler.pictures_per_modality
+    tracker = Tracker(
+        num_epochs=1,
+        steps_per_epoch=run.batches_per_epoch,
+        pictures_per_step=pictures,
+        device=run.device,
+    )
+    with closing(tracker):
+        train_one_epoch(run, tracker, CheckpointInterval(''), StopRequest())
+    run.progress.step = 0
+
+
+class PerPicture(Dataset):
+    """Stored pictures that a worker augments one by one."""
+
+    def __init__(self, run: Run) -> None:
+        self.pictures = np.ascontiguousarray(run.data.store[:])
+        self.labels, self.chain = run.data.labels, picture_chain(run)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.chain(Image.fromarray(self.pictures[row])), int(self.labels[row])
+
+
+def peers(args: argparse.Namespace) -> dict[str, float]:
+    """Whole loops from stored pictures on: this library's defaults, and the way of the field's code."""
+    plain = {
+        'model_kwargs': {'plain_fusion': True},
+        'amp': False,
+        'channels_last': False,
+        'torchcompile': False,
+    }
+    options = {'fused': False, 'foreach': False}
+    with (
+        training(args, pictures=args.pictures) as run,
+        training(args, pictures=args.pictures, cache='ram', opt_kwargs=options, **plain) as other,
+    ):
+        count = max(2, args.steps)
+        other.task.train()
+        run.task.train()
+
+        def theirs() -> None:
+            other.data.sampler.set_epoch(0)
+            order = list(islice(other.data.sampler, count))
+            loader = DataLoader(PerPicture(other), batch_sampler=order, num_workers=args.workers)
+            for pictures, labels in loader:
+                inputs = tuple(pictures.to(args.device).chunk(2))
+                (result,) = train_step(other, [Batch(0, inputs, labels.to(args.device), [])])
+                result['loss'].item()
+
+        def ours() -> None:
+            with closing(drawn_one_by_one(run)) as all_of_them:
+                for batch in islice(all_of_them, count):
+                    train_step(run, [batch])
+
+        times = alternate({'peers': theirs, 'ours': ours}, args.device, args.repeats)
+    pictures = count * args.batch_size
+    return {
+        'peers_pictures_per_s': pictures / statistics.median(times['peers']),
+        'pictures_per_s': pictures / statistics.median(times['ours']),
+        'over_peers': ratio(times, 'peers', 'ours'),
+    }
+
+
+def profile(args: argparse.Namespace) -> dict[str, Any]:
+    """Shares of a step's time by kind of operation."""
+    with training(args, pictures=args.batch_size // (2 * args.identities)) as run:
+        (batch,) = drawn(run, 1)
+        run.task.train()
+        train_step(run, [batch])
+        with torch.profiler.profile() as profiler:
+            train_step(run, [batch])
+            finish(args.device)
+    on_gpu = args.device.type == 'cuda'
+    times = dict.fromkeys([*OPERATIONS, 'the rest'], 0.0)
+    for event in profiler.key_averages():
+        kinds = (kind for kind, names in OPERATIONS.items() if any(name in event.key for name in names))
+        times[next(kinds, 'the rest')] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    return {'profile': {kind: value / sum(times.values()) for kind, value in times.items()}}
+
+
+def other_batches(args: argparse.Namespace) -> dict[str, Any]:
+    """Rate and peak memory of other batch sizes; on a CPU the memory is the process's, so give one size at a time."""
+    sizes = {}
+    for size in args.batches:
+        args_of_size = argparse.Namespace(**{**vars(args), 'batch_size': size})
+        with training(args_of_size, pictures=size // (2 * args.identities)) as run:
+            if args.device.type == 'cuda':
+                torch.cuda.reset_peak_memory_stats(args.device)
+            (batch,) = drawn(run, 1)
+            run.task.train()
+            times = alternate(
+                {'step': lambda run=run, batch=batch: train_step(run, [batch])},
+                args.device,
+                args.repeats,
+            )
+            memory = peak_memory(args.device)
+        sizes[size] = {
+            'pictures_per_s': size / statistics.median(times['step']),
+            'peak_gib': memory / 2**30,
+        }
+    return {'batches': sizes}
+
+
+def full_size(args: argparse.Namespace) -> dict[str, float]:
+    """An epoch of SYSU-MM01's size after one of warm-up, as `vireid train` runs it."""
+    if not args.full_size.exists():
+        write_layout(args.full_size, 'sysu_mm01', full_size=True, size=args.size)
+    real = {
+        'dataset': 'sysu_mm01',
+        'data_dir': str(args.full_size),
+        'dataset_kwargs': {},
+        'cache': 'auto',
+    }
+    with training(args, 0, identities_per_batch=8, pictures_per_modality=4, **real) as run:
+        epoch(run)
+        taken = seconds(lambda: epoch(run), args.device)
+        count = run.batches_per_epoch
+    return {
+        'full_size_batches': count,
+        'full_size_epoch_s': taken,
+        'full_size_projected_min': EPOCHS * taken / 60,
+        'full_size_peak_gib': peak_memory(args.device) / 2**30,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of what was measured."""
+    rows = (
+        (
+            'data_pictures_per_s',
+            'augmented batches from the store, pictures/s',
+            '{:,.0f}',
+        ),
+        ('data_ms_per_batch', '... ms per batch', '{:.2f}'),
+        (
+            'chain_pictures_per_s',
+            'PIL and torchvision for each picture, pictures/s',
+            '{:,.0f}',
+        ),
+        ('data_over_chain', '... times faster', '{:.1f}'),
+        ('bare_step_s', "a step of timm's bare ResNet, s", '{:.3f}'),
+        ('step_s', 'a step with both stems, all branches and losses, s', '{:.3f}'),
+        ('step_over_bare', '... times the bare one', '{:.2f}'),
+        ('loop_over_step_rate', "the whole loop's rate, share of the step's", '{:.3f}'),
+        ('pictures_per_s', 'the whole loop, pictures/s', '{:.1f}'),
+        ('peers_pictures_per_s', "the field's way, pictures/s", '{:.1f}'),
+        ('over_peers', '... times faster', '{:.2f}'),
+        ('full_size_epoch_s', "an epoch of SYSU-MM01's size, s", '{:.1f}'),
+        (
+            'full_size_projected_min',
+            '... the 80 epochs of the recipe, projected, min',
+            '{:.1f}',
+        ),
+    )
+    lines = [f'| {text} | {form.format(result[name])} |' for name, text, form in rows if name in result]
+    for kind, share in result.get('profile', {}).items():
+        lines.append(f'| share of a step: {kind} | {share:.1%} |')
+    for size, measured in result.get('batches', {}).items():
+        rate, memory = measured['pictures_per_s'], measured['peak_gib']
+        lines.append(f'| batch of {size}: pictures/s, peak memory | {rate:,.1f}, {memory:.1f} GiB |')
+    return '\n'.join(['| | |', '|---|---|', *lines])
+
+
+def arguments() -> argparse.Namespace:
+    """Those of the command line, completed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=['data', 'step', 'loop', 'peers'])
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--model', default='vireid_dml_r50')
+    parser.add_argument('--size', nargs=2, type=int, default=[288, 144], metavar=('H', 'W'))
+    parser.add_argument('--batch-size', type=int, default=64, help='pictures, half of them infrared')
+    parser.add_argument('--batches', nargs='*', type=int, default=[], help='further batch sizes')
+    parser.add_argument('--identities', type=int, default=8, help='in a batch')
+    parser.add_argument(
+        '--steps',
+        type=int,
+        help='of an epoch that is measured; 4 on a CPU, 60 elsewhere',
+    )
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--workers', type=int, default=default_workers())
+    parser.add_argument('--torchcompile', action='store_true')
+    parser.add_argument('--full-size', type=Path, metavar='DIR')
+    parser.add_argument('--save', type=Path, help='write the JSON there, too')
+    args = parser.parse_args()
+    args.device = resolve_device(args.device)
+    args.steps = args.steps or (4 if args.device.type == 'cpu' else 60)
+    # An epoch has one batch more than the pictures fill.
+    args.pictures = max(1, args.steps - 1) * args.batch_size // (2 * args.identities)
+    args.parts += [part for part, given in (('batches', args.batches), ('full-size', args.full_size)) if given]
+    return args
+
+
+def main() -> None:
+    """Measure the parts that were asked for."""
+    args = arguments()
+    logging.basicConfig(level=logging.WARNING)
+    keep_memory()
+    measure = {
+        'data': data,
+        'step': step,
+        'loop': loop,
+        'peers': peers,
+        'profile': profile,
+    }
+    measure |= {'batches': other_batches, 'full-size': full_size}
+    result: dict[str, Any] = {
+        'batch_size': args.batch_size,
+        'size': args.size,
+        'torchcompile': args.torchcompile,
+    }
+    for part in dict.fromkeys(args.parts):
+        result |= measure[part](args)
+    on_gpu = args.device.type == 'cuda'
+    result['versions'] = {
+        'vireid_timm': vireid_timm.__version__,
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'numpy': np.__version__,
+    }
+    result['hardware'] = (
+        torch.cuda.get_device_name(args.device)
+        if on_gpu
+        else f'{platform.machine()}, {torch.get_num_threads()} threads'
+    )
+    print(table(result))
+    if args.save:
+        save_json(args.save, result)
+    print(json.dumps(result))
+
+
+if __name__ == '__main__':
+    main()
