@@ -13,7 +13,6 @@ and continues what was interrupted. Prints a table in per cent and, as its last 
 import argparse
 import json
 import logging
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from measuring import publish
 
 import vireid_timm
+from vireid_timm.device import resolve_device
 from vireid_timm.files import save_json
 from vireid_timm.pictures import picture_store
 from vireid_timm.runs import LAST
@@ -155,13 +156,8 @@ def main() -> None:
         'protocol': PROTOCOL,
         'rows': rows,
         'seeds': args.seeds,
-        'versions': {'vireid_timm': vireid_timm.__version__, 'torch': torch.__version__, 'timm': timm.__version__},
-        'hardware': f'{platform.machine()}, {torch.get_num_threads()} threads',
     }
-    print(table(rows))
-    if args.save:
-        save_json(args.save, result)
-    print(json.dumps(result))
+    publish(result, table(rows), resolve_device(), args.save)
 
 
 if __name__ == '__main__':

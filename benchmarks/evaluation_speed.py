@@ -10,7 +10,6 @@ loop have to agree. Prints a table and, as its last line, one JSON object. Ratio
 """
 
 import argparse
-import json
 import platform
 import resource
 import statistics
@@ -21,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import publish, seconds
 
 import vireid_timm
-from vireid_timm.files import save_json
 from vireid_timm.synth import plan_layout
 
 DIMENSION = 2816
@@ -91,20 +90,6 @@ def loop(
         precision = [count / (place + 1.0) for place, count in enumerate(found)]
         precisions.append((np.asarray(precision) * right).sum() / right.sum())
     return np.mean(curves, axis=0), float(np.mean(precisions)), float(np.mean(penalties))
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call."""
-    _finish(device)
-    start = time.perf_counter()
-    work()
-    _finish(device)
-    return time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
@@ -210,21 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     # The memory of the first two is measured before anything larger raises the high-water mark.
     result = {**all_protocols(args.device, args.repeats), **one_trial(args.device, args.repeats), **large(args.device)}
-    result['versions'] = {
-        'vireid_timm': vireid_timm.__version__,
-        'torch': torch.__version__,
-        'numpy': np.__version__,
-    }
-    on_gpu = args.device.type == 'cuda'
-    result['hardware'] = (
-        torch.cuda.get_device_name(args.device)
-        if on_gpu
-        else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    )
-    print(table(result))
-    if args.save:
-        save_json(args.save, result)
-    print(json.dumps(result))
+    publish(result, table(result), args.device, args.save)
 
 
 if __name__ == '__main__':

@@ -22,12 +22,9 @@ Prints a table and, as its last line, one JSON object. Ratios are medians over r
 
 import argparse
 import gc
-import json
 import logging
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -38,17 +35,16 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from measuring import finish, publish, seconds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import vireid_timm
 from vireid_timm.batches import Batch, batches
 from vireid_timm.checkpoints import CheckpointInterval
 from vireid_timm.config import TrainConfig
 from vireid_timm.device import keep_memory, resolve_device
 from vireid_timm.factory import Run, set_up
-from vireid_timm.files import save_json
 from vireid_timm.loop import train_one_epoch, train_step
 from vireid_timm.models import set_last_stride
 from vireid_timm.pictures import default_workers
@@ -76,21 +72,6 @@ OPERATIONS = {
         'aten::zero',
     ),
 }
-
-
-def finish(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call."""
-    finish(device)
-    start = time.perf_counter()
-    work()
-    finish(device)
-    return time.perf_counter() - start
 
 
 def alternate(works: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -455,8 +436,9 @@ def main() -> None:
         'loop': loop,
         'peers': peers,
         'profile': profile,
+        'batches': other_batches,
+        'full-size': full_size,
     }
-    measure |= {'batches': other_batches, 'full-size': full_size}
     result: dict[str, Any] = {
         'batch_size': args.batch_size,
         'size': args.size,
@@ -464,22 +446,7 @@ def main() -> None:
     }
     for part in dict.fromkeys(args.parts):
         result |= measure[part](args)
-    on_gpu = args.device.type == 'cuda'
-    result['versions'] = {
-        'vireid_timm': vireid_timm.__version__,
-        'torch': torch.__version__,
-        'timm': timm.__version__,
-        'numpy': np.__version__,
-    }
-    result['hardware'] = (
-        torch.cuda.get_device_name(args.device)
-        if on_gpu
-        else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    )
-    print(table(result))
-    if args.save:
-        save_json(args.save, result)
-    print(json.dumps(result))
+    publish(result, table(result), args.device, args.save)
 
 
 if __name__ == '__main__':

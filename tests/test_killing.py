@@ -1,6 +1,7 @@
 """A run that is killed and told to stop again and again ends as the run that was not, bit for bit."""
 
 import signal
+from functools import partial
 from pathlib import Path
 
 from killing import Training, equal
@@ -28,7 +29,7 @@ def test_a_run_that_is_killed_at_bad_moments_ends_as_one_that_was_not(tmp_path: 
     for number, status, name in ((signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'Ctrl-C')):
         training = Training(killed)
         written = training.checkpoints()
-        assert training.kill_when(lambda: next(written), number) == status  # noqa: B023
+        assert training.kill_when(partial(next, written), number) == status
         said = training.said()
         assert f'Continuing {training.run} from epoch 0, step' in said
         assert f'stopped by {name}: go on with: vireid train --resume {training.run}' in said
