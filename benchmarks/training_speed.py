@@ -12,11 +12,13 @@ Parts, each measured side by side in this one run (`--parts` chooses):
     loop        a whole epoch of the training loop, against its steps alone on one batch that is there already
     peers       the same network in float32, contiguous, with the fused map built in full, pictures augmented one by one
                 in worker processes, and the loss read back after every step
+    saving      what `--grad-checkpointing`, and `--cached-triplet` over two batches, cost in time
     batches     rate and memory of other batch sizes
     profile     where the time of a step goes, by kind of operation (torch's profiler)
     full-size   an epoch of SYSU-MM01's size, on SynthVI pictures that are written to DIR unless they are there, and
                 what the recipe's 80 epochs would take
 
+`--settings` go to every run of this library's, as flags of `vireid train` would: `amp=False grad_checkpointing=True`.
 Prints a table and, as its last line, one JSON object. Ratios are medians over repeats that alternate.
 """
 
@@ -37,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from measuring import finish, publish, seconds
 from PIL import Image
+from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -52,7 +55,7 @@ from vireid_timm.stopping import StopRequest
 from vireid_timm.synth import write_layout
 from vireid_timm.tracking import Tracker, peak_memory
 
-PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'batches', 'full-size')
+PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches', 'full-size')
 EPOCHS = 80  # of the recipe
 
 # What torch's profiler calls the operations of a step; the first that fits counts.
@@ -64,13 +67,7 @@ OPERATIONS = {
     'power means': ('PowerSum', 'aten::pow', 'aten::bmm', 'aten::clamp_'),
     'maximum pooling': ('max_pool',),
     'optimiser': ('sgd', 'Optimizer'),
-    'copies and conversions': (
-        'copy',
-        'contiguous',
-        'aten::cat',
-        'aten::fill_',
-        'aten::zero',
-    ),
+    'copies and conversions': ('copy', 'contiguous', 'aten::cat', 'aten::fill_', 'aten::zero'),
 }
 
 
@@ -110,6 +107,7 @@ def training(args: argparse.Namespace, pictures: int, **settings: Any) -> Iterat
             'cache': 'auto' if args.device.type == 'cuda' else 'ram',
             'output': folder,
             'torchcompile': args.torchcompile,
+            **args.settings,
             **settings,
         }
         yield set_up(TrainConfig.from_mapping(values), args.device)
@@ -153,14 +151,10 @@ def data(args: argparse.Namespace) -> dict[str, float]:
             torch.stack([chain(picture) for picture in decoded])
 
         times = alternate({'ours': ours, 'chain': per_picture}, args.device, 2 * args.repeats + 1)
-        rate, chain_rate = (
-            total / statistics.median(times['ours']),
-            len(decoded) / statistics.median(times['chain']),
-        )
-    per_batch = 1000 * args.batch_size / rate
+    rate, chain_rate = total / statistics.median(times['ours']), len(decoded) / statistics.median(times['chain'])
     return {
         'data_pictures_per_s': rate,
-        'data_ms_per_batch': per_batch,
+        'data_ms_per_batch': 1000 * args.batch_size / rate,
         'chain_pictures_per_s': chain_rate,
         'data_over_chain': rate / chain_rate,
     }
@@ -183,11 +177,7 @@ def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
 
     def step(batch: Batch) -> None:
         pictures = torch.cat(batch.inputs)
-        with torch.autocast(
-            run.device.type,
-            dtype=run.dtype or torch.bfloat16,
-            enabled=run.dtype is not None,
-        ):
+        with torch.autocast(run.device.type, dtype=run.dtype or torch.bfloat16, enabled=run.dtype is not None):
             loss = F.cross_entropy(forward(pictures), batch.labels)
         loss.backward()
         optimizer.step()
@@ -219,10 +209,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
         count = run.batches_per_epoch
         (batch,) = drawn(run, 1)
         run.task.train()
-        works = {
-            'steps': lambda: [train_step(run, [batch]) for _ in range(count)],
-            'epoch': lambda: epoch(run),
-        }
+        works = {'steps': lambda: [train_step(run, [batch]) for _ in range(count)], 'epoch': lambda: epoch(run)}
         times = alternate(works, args.device, args.repeats)
     return {
         'loop_steps': count,
@@ -235,10 +222,7 @@ def epoch(run: Run) -> None:
     """One epoch, always the first."""
     pictures = 2 * run.data.sampler.identities_per_batch * run.data.sampler.pictures_per_modality
     tracker = Tracker(
-        num_epochs=1,
-        steps_per_epoch=run.batches_per_epoch,
-        pictures_per_step=pictures,
-        device=run.device,
+        num_epochs=1, steps_per_epoch=run.batches_per_epoch, pictures_per_step=pictures, device=run.device
     )
     with closing(tracker):
         train_one_epoch(run, tracker, CheckpointInterval(''), StopRequest())
@@ -258,12 +242,7 @@ class PerPicture(Dataset):
 
 def peers(args: argparse.Namespace) -> dict[str, float]:
     """Whole loops from stored pictures on: this library's defaults, and the way of the field's code."""
-    plain = {
-        'model_kwargs': {'plain_fusion': True},
-        'amp': False,
-        'channels_last': False,
-        'torchcompile': False,
-    }
+    plain = {'model_kwargs': {'plain_fusion': True}, 'amp': False, 'channels_last': False, 'torchcompile': False}
     options = {'fused': False, 'foreach': False}
     with (
         training(args, pictures=args.pictures) as run,
@@ -313,6 +292,26 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     return {'profile': {kind: value / sum(times.values()) for kind, value in times.items()}}
 
 
+def saving(args: argparse.Namespace) -> dict[str, float]:
+    """An optimiser step on two batches with what saves memory, against one without."""
+    pictures = args.batch_size // (2 * args.identities)
+    with (
+        training(args, pictures, grad_accum_steps=2) as run,
+        training(args, pictures, grad_accum_steps=2, grad_checkpointing=True) as checkpointing,
+        training(args, pictures, grad_accum_steps=2, cached_triplet=True) as cached,
+    ):
+        group = drawn(run, 2)
+        runs = {'plain': run, 'checkpointing': checkpointing, 'cached': cached}
+        for each in runs.values():
+            each.task.train()
+        works = {name: lambda each=each: train_step(each, group) for name, each in runs.items()}
+        times = alternate(works, args.device, args.repeats)
+    return {
+        'checkpointing_over_step': ratio(times, 'checkpointing', 'plain'),
+        'cached_triplet_over_step': ratio(times, 'cached', 'plain'),
+    }
+
+
 def other_batches(args: argparse.Namespace) -> dict[str, Any]:
     """Rate and peak memory of other batch sizes; on a CPU the memory is the process's, so give one size at a time."""
     sizes = {}
@@ -323,16 +322,10 @@ def other_batches(args: argparse.Namespace) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats(args.device)
             (batch,) = drawn(run, 1)
             run.task.train()
-            times = alternate(
-                {'step': lambda run=run, batch=batch: train_step(run, [batch])},
-                args.device,
-                args.repeats,
-            )
+            works = {'step': lambda run=run, batch=batch: train_step(run, [batch])}
+            times = alternate(works, args.device, args.repeats)
             memory = peak_memory(args.device)
-        sizes[size] = {
-            'pictures_per_s': size / statistics.median(times['step']),
-            'peak_gib': memory / 2**30,
-        }
+        sizes[size] = {'pictures_per_s': size / statistics.median(times['step']), 'peak_gib': memory / 2**30}
     return {'batches': sizes}
 
 
@@ -340,12 +333,7 @@ def full_size(args: argparse.Namespace) -> dict[str, float]:
     """An epoch of SYSU-MM01's size after one of warm-up, as `vireid train` runs it."""
     if not args.full_size.exists():
         write_layout(args.full_size, 'sysu_mm01', full_size=True, size=args.size)
-    real = {
-        'dataset': 'sysu_mm01',
-        'data_dir': str(args.full_size),
-        'dataset_kwargs': {},
-        'cache': 'auto',
-    }
+    real = {'dataset': 'sysu_mm01', 'data_dir': str(args.full_size), 'dataset_kwargs': {}, 'cache': 'auto'}
     with training(args, 0, identities_per_batch=8, pictures_per_modality=4, **real) as run:
         epoch(run)
         taken = seconds(lambda: epoch(run), args.device)
@@ -361,17 +349,9 @@ def full_size(args: argparse.Namespace) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     """Markdown of what was measured."""
     rows = (
-        (
-            'data_pictures_per_s',
-            'augmented batches from the store, pictures/s',
-            '{:,.0f}',
-        ),
+        ('data_pictures_per_s', 'augmented batches from the store, pictures/s', '{:,.0f}'),
         ('data_ms_per_batch', '... ms per batch', '{:.2f}'),
-        (
-            'chain_pictures_per_s',
-            'PIL and torchvision for each picture, pictures/s',
-            '{:,.0f}',
-        ),
+        ('chain_pictures_per_s', 'PIL and torchvision for each picture, pictures/s', '{:,.0f}'),
         ('data_over_chain', '... times faster', '{:.1f}'),
         ('bare_step_s', "a step of timm's bare ResNet, s", '{:.3f}'),
         ('step_s', 'a step with both stems, all branches and losses, s', '{:.3f}'),
@@ -380,12 +360,10 @@ def table(result: dict[str, Any]) -> str:
         ('pictures_per_s', 'the whole loop, pictures/s', '{:.1f}'),
         ('peers_pictures_per_s', "the field's way, pictures/s", '{:.1f}'),
         ('over_peers', '... times faster', '{:.2f}'),
+        ('checkpointing_over_step', 'a step with --grad-checkpointing, times one without', '{:.2f}'),
+        ('cached_triplet_over_step', '... with --cached-triplet over two batches', '{:.2f}'),
         ('full_size_epoch_s', "an epoch of SYSU-MM01's size, s", '{:.1f}'),
-        (
-            'full_size_projected_min',
-            '... the 80 epochs of the recipe, projected, min',
-            '{:.1f}',
-        ),
+        ('full_size_projected_min', '... the 80 epochs of the recipe, projected, min', '{:.1f}'),
     )
     lines = [f'| {text} | {form.format(result[name])} |' for name, text, form in rows if name in result]
     for kind, share in result.get('profile', {}).items():
@@ -406,14 +384,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=64, help='pictures, half of them infrared')
     parser.add_argument('--batches', nargs='*', type=int, default=[], help='further batch sizes')
     parser.add_argument('--identities', type=int, default=8, help='in a batch')
-    parser.add_argument(
-        '--steps',
-        type=int,
-        help='of an epoch that is measured; 4 on a CPU, 60 elsewhere',
-    )
+    parser.add_argument('--steps', type=int, help='of an epoch that is measured; 4 on a CPU, 60 elsewhere')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--workers', type=int, default=default_workers())
     parser.add_argument('--torchcompile', action='store_true')
+    parser.add_argument('--settings', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     parser.add_argument('--full-size', type=Path, metavar='DIR')
     parser.add_argument('--save', type=Path, help='write the JSON there, too')
     args = parser.parse_args()
@@ -436,6 +411,7 @@ def main() -> None:
         'loop': loop,
         'peers': peers,
         'profile': profile,
+        'saving': saving,
         'batches': other_batches,
         'full-size': full_size,
     }
@@ -443,6 +419,7 @@ def main() -> None:
         'batch_size': args.batch_size,
         'size': args.size,
         'torchcompile': args.torchcompile,
+        'settings': args.settings,
     }
     for part in dict.fromkeys(args.parts):
         result |= measure[part](args)

@@ -10,15 +10,17 @@ BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 
 def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
     small = '--model vireid_dml_r10t --size 64 32 --batch-size 8 --identities 2 --steps 2 --repeats 1 --workers 1'
-    parts = '--parts data step loop peers profile --batches 4'
+    parts = '--parts data step loop peers profile saving --batches 4 --settings smoothing=0.1'
     command = [sys.executable, str(BENCHMARKS / 'training_speed.py'), *small.split(), *parts.split()]
     saved = tmp_path / 'result.json'
     done = subprocess.run([*command, '--save', str(saved)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads(saved.read_text())
-    for name in ('data_over_chain', 'step_over_bare', 'loop_over_step_rate', 'over_peers'):
+    ratios = ('data_over_chain', 'step_over_bare', 'loop_over_step_rate', 'over_peers')
+    for name in (*ratios, 'checkpointing_over_step', 'cached_triplet_over_step'):
         assert result[name] > 0
+    assert result['settings'] == {'smoothing': 0.1}
     assert abs(sum(result['profile'].values()) - 1) < 1e-6 and result['profile']['convolutions'] > 0
     assert result['batches'].keys() == {'4'}
     assert '| ... times the bare one |' in done.stdout
