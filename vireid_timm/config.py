@@ -7,11 +7,13 @@ SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2
 import argparse
 import dataclasses
 import difflib
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from timm.utils import ParseKwargs
@@ -20,9 +22,11 @@ from .losses import MUTUAL_LEARNING_MODES
 from .pictures import CACHES
 from .task import DIST_BN
 
+_BOUNDS = {'minimum': ('at least', operator.ge), 'above': ('above', operator.gt), 'maximum': ('at most', operator.le)}
+
 
 def _setting(default: Any, group: str, text: str, **argument: Any) -> Any:
-    """A dataclass field that carries its help text and what argparse needs beyond the default's type."""
+    """A dataclass field that carries its help text, what argparse needs beyond its type, and bounds of its values."""
     metadata = {'group': group, 'help': text, **argument}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -35,70 +39,78 @@ class TrainConfig:
 
     dataset: str = _setting('folder', 'data', 'reader: folder, csv, sysu_mm01, regdb, llcm or synthetic')
     data_dir: str = _setting('', 'data', 'root folder of the data (the file itself for csv)')
-    dataset_kwargs: dict = _setting({}, 'data', 'options of the reader, e.g. trial=3 for regdb')
+    dataset_kwargs: dict[str, Any] = _setting({}, 'data', 'options of the reader, e.g. trial=3 for regdb')
     val_share: float = _setting(0.1, 'data', 'share of the training identities held out to choose the best epoch')
     skip_broken: bool = _setting(False, 'data', 'leave out pictures that cannot be read instead of stopping')
     cache: str = _setting('auto', 'data', 'where decoded pictures are kept', choices=CACHES)
-    identities_per_batch: int | None = _setting(None, 'data', 'P of a batch; 8 or all there are if unset', type=int)
+    identities_per_batch: int | None = _setting(None, 'data', 'P of a batch; 8 or all there are if unset', minimum=1)
     pictures_per_modality: int = _setting(4, 'data', 'K of a batch: pictures per identity and modality', minimum=1)
-    workers: int | None = _setting(None, 'data', 'pictures decoded at a time; one per core if unset', type=int)
+    workers: int | None = _setting(
+        None, 'data', 'pictures decoded at a time; one per core, at most 8, if unset', minimum=0
+    )
 
     model: str = _setting('vireid_dml_r50', 'model', 'name of the model, local-dir:FOLDER or hf-hub:OWNER/NAME')
     pretrained: bool = _setting(False, 'model', "start from the weights of the model's tag")
-    model_kwargs: dict = _setting({}, 'model', 'arguments of the model, e.g. spatial_weights=static')
-    input_size: list | None = _setting(
-        None, 'model', "channels, height and width; the model's default if unset", type=int, nargs=3
+    model_kwargs: dict[str, Any] = _setting({}, 'model', 'arguments of the model, e.g. spatial_weights=static')
+    input_size: list[int] | None = _setting(
+        None, 'model', "channels, height and width; the model's default if unset", nargs=3, minimum=1
     )
-    drop: float = _setting(0.0, 'model', 'dropout before the classifiers')
+    drop: float = _setting(0.0, 'model', 'dropout before the classifiers', minimum=0, maximum=1)
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
     freeze_bn: bool = _setting(
         False, 'model', 'batch norm keeps the statistics that were loaded: for fine-tuning on few pictures'
     )
 
-    id_branches: list | None = _setting(
-        None, 'loss', 'branches with an identity loss; all if unset (L_id of table 3)', type=str, nargs='+'
+    id_branches: list[str] | None = _setting(
+        None, 'loss', 'branches with an identity loss; all if unset (L_id of table 3)', nargs='+'
     )
     mutual: str = _setting(
         'joint-to-both', 'loss', 'pairs that learn from each other (table 4)', choices=tuple(MUTUAL_LEARNING_MODES)
     )
-    global_weight: float = _setting(0.6, 'loss', 'theta_1, the weight of joint-global mutual learning (eq. 9)')
-    fusion_weight: float = _setting(1.8, 'loss', 'theta_2, the weight of joint-fusion mutual learning (eq. 10)')
-    triplet_weight: float = _setting(1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13: 1)')
-    smoothing: float = _setting(0.0, 'loss', 'label smoothing of the identity losses')
+    global_weight: float = _setting(
+        0.6, 'loss', 'theta_1, the weight of joint-global mutual learning (eq. 9)', minimum=0
+    )
+    fusion_weight: float = _setting(
+        1.8, 'loss', 'theta_2, the weight of joint-fusion mutual learning (eq. 10)', minimum=0
+    )
+    triplet_weight: float = _setting(
+        1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13: 1)', minimum=0
+    )
+    smoothing: float = _setting(0.0, 'loss', 'label smoothing of the identity losses', minimum=0, maximum=1)
 
-    pad: int = _setting(10, 'augmentation', 'black border before the random crop, in pixels')
-    hflip: float = _setting(0.5, 'augmentation', 'probability of the horizontal flip')
+    pad: int = _setting(10, 'augmentation', 'black border before the random crop, in pixels', minimum=0)
+    hflip: float = _setting(0.5, 'augmentation', 'probability of the horizontal flip', minimum=0, maximum=1)
     channel_combination: bool = _setting(True, 'augmentation', 'random combination of channels on visible pictures')
-    reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing')
-    erasing_fill: list | None = _setting(
-        None, 'augmentation', 'fixed fill of the erased channels, normalised; random if unset', type=float, nargs=3
+    reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing', minimum=0, maximum=1)
+    erasing_fill: list[float] | None = _setting(
+        None, 'augmentation', 'fixed fill of the erased channels, normalised; random if unset', nargs=3
     )
 
     opt: str = _setting('sgd', 'optimiser', "any of timm's optimisers")
-    lr: float = _setting(0.1, 'optimiser', 'learning rate of everything new')
+    lr: float = _setting(0.1, 'optimiser', 'learning rate of everything new', minimum=0)
     backbone_lr_scale: float | None = _setting(
-        None, 'optimiser', 'factor on lr for what was pretrained; 0.1 with pretrained weights, else 1', type=float
+        None, 'optimiser', 'factor on lr for what was pretrained; 0.1 with pretrained weights, else 1', minimum=0
     )
-    momentum: float = _setting(0.9, 'optimiser', 'momentum')
-    weight_decay: float = _setting(5e-4, 'optimiser', 'weight decay, on every parameter')
-    opt_kwargs: dict = _setting({}, 'optimiser', 'further arguments of the optimiser')
-    clip_grad: float | None = _setting(None, 'optimiser', 'clip gradients at this value', type=float)
+    momentum: float = _setting(0.9, 'optimiser', 'momentum', minimum=0, maximum=1)
+    weight_decay: float = _setting(5e-4, 'optimiser', 'weight decay, on every parameter', minimum=0)
+    opt_kwargs: dict[str, Any] = _setting({}, 'optimiser', 'further arguments of the optimiser')
+    clip_grad: float | None = _setting(None, 'optimiser', 'clip gradients at this value', above=0)
     clip_mode: str = _setting('norm', 'optimiser', 'what is clipped', choices=('norm', 'value', 'agc'))
     grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step', minimum=1)
 
     sched: str = _setting('multistep', 'schedule', "any of timm's schedulers but plateau, which timm is giving up")
     epochs: int = _setting(80, 'schedule', 'epochs to train', minimum=1)
-    decay_milestones: list = _setting(
-        [21, 51], 'schedule', 'multistep: timm decays one epoch before each, here at 20 and 50', type=int, nargs='+'
+    decay_milestones: list[int] = _setting(
+        [21, 51], 'schedule', 'multistep: timm decays one epoch before each, here at 20 and 50', nargs='+', minimum=1
     )
-    decay_rate: float = _setting(0.1, 'schedule', 'factor of each decay')
+    decay_rate: float = _setting(0.1, 'schedule', 'factor of each decay', minimum=0)
     decay_epochs: float | None = _setting(
-        None, 'schedule', "step: epochs between decays; wsd, rsqrt: length of the decay; timm's if unset", type=float
+        None, 'schedule', "step: epochs between decays; wsd, rsqrt: length of the decay; timm's if unset", minimum=0
     )
-    warmup_epochs: int = _setting(9, 'schedule', 'epochs of linear warm-up')
-    warmup_lr: float | None = _setting(None, 'schedule', 'where the warm-up starts; a tenth of lr if unset', type=float)
-    min_lr: float = _setting(0.0, 'schedule', 'lower bound of cyclic schedules')
-    cooldown_epochs: int = _setting(0, 'schedule', 'epochs at min_lr at the end')
+    warmup_epochs: int = _setting(9, 'schedule', 'epochs of linear warm-up', minimum=0)
+    warmup_lr: float | None = _setting(None, 'schedule', 'where the warm-up starts; a tenth of lr if unset', minimum=0)
+    min_lr: float = _setting(0.0, 'schedule', 'lower bound of cyclic schedules', minimum=0)
+    cooldown_epochs: int = _setting(0, 'schedule', 'epochs at min_lr at the end', minimum=0)
     sched_on_updates: bool = _setting(False, 'schedule', 'advance the schedule after each step, not each epoch')
 
     device: str = _setting('cuda', 'device', 'falls back to the CPU, saying so')
@@ -122,10 +134,10 @@ class TrainConfig:
     )
 
     model_ema: bool = _setting(False, 'averaging', 'keep, evaluate and save an average of the weights')
-    model_ema_decay: float = _setting(0.9998, 'averaging', 'its decay per step')
+    model_ema_decay: float = _setting(0.9998, 'averaging', 'its decay per step', minimum=0, maximum=1)
     model_ema_warmup: bool = _setting(False, 'averaging', 'raise the decay from 0 at the start')
 
-    seed: int = _setting(42, 'run', 'decides initial weights, batches and augmentation')
+    seed: int = _setting(42, 'run', 'decides initial weights, batches and augmentation', minimum=0)
     val_interval: int = _setting(5, 'run', 'epochs between validations; the last is always validated', minimum=1)
     log_interval: int = _setting(50, 'run', 'steps between lines of progress', minimum=1)
     tensorboard: bool = _setting(False, 'run', 'also write curves for TensorBoard (needs the extra `tensorboard`)')
@@ -133,7 +145,7 @@ class TrainConfig:
         '30m',
         'run',
         'optimiser steps (500) or minutes (10m) between checkpoints within an epoch; there is one after every epoch',
-        pattern=r'|[1-9]\d*|\d+(\.\d+)?m',
+        pattern=r'|[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?m',
         example='500, 10m, or nothing for none',
     )
     output: str = _setting('output/train', 'run', 'where run folders go')
@@ -174,29 +186,42 @@ def checked_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _checked_value(setting: dataclasses.Field, value: Any, source: str) -> Any:
-    kinds = [kind.strip() for kind in str(getattr(setting.type, '__name__', setting.type)).split('|')]
-    if value is None and 'None' not in kinds and 'None' not in str(setting.type):
-        raise ValueError(f'{source}: {setting.name} needs a value')
+    kind, optional = _kind(setting)
+    where, metadata = f'{source}: {setting.name}', setting.metadata
     if value is None:
+        if not optional:
+            raise ValueError(f'{where} needs a value')
         return None
-    expected = next(kind for kind in (bool, int, float, str, list, dict) if kind.__name__ in str(setting.type))
-    if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if get_origin(kind) is list:
+        (element,), count = get_args(kind), metadata['nargs']
+        if not isinstance(value, (list, tuple)) or (count != '+' and len(value) != count):
+            number = 'a list of' if count == '+' else f'a list of {count}'
+            raise ValueError(f'{where} must be {number} {element.__name__} values, got {value!r}')
+        return [_checked_single(entry, element, metadata, where) for entry in value]
+    return _checked_single(value, kind, metadata, where)
+
+
+def _kind(setting: dataclasses.Field) -> tuple[Any, bool]:
+    """The type of a setting's values, and whether it may be unset."""
+    kinds = get_args(setting.type) if isinstance(setting.type, UnionType) else (setting.type,)
+    return kinds[0], NoneType in kinds
+
+
+def _checked_single(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:
+    kind = get_origin(kind) or kind
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _as_float(value)  # YAML reads 5e-4 as text
-    if expected is list and isinstance(value, tuple):
-        value = list(value)
-    if expected is str and isinstance(value, int) and not isinstance(value, bool):
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # YAML reads 500 as a number
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f'{source}: {setting.name} must be of type {expected.__name__}, got {value!r}')
-    minimum = setting.metadata.get('minimum')
-    if minimum is not None and value < minimum:
-        raise ValueError(f'{source}: {setting.name} must be at least {minimum}, got {value}')
-    pattern = setting.metadata.get('pattern')
-    if pattern and not re.fullmatch(pattern, value):
-        raise ValueError(f'{source}: {setting.name} must be {setting.metadata["example"]}, got {value!r}')
-    choices = setting.metadata.get('choices')
-    if choices and value not in choices:
-        raise ValueError(f'{source}: {setting.name} must be one of {", ".join(choices)}, got {value!r}')
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f'{where} must be of type {kind.__name__}, got {value!r}')
+    for bound, (text, holds) in _BOUNDS.items():
+        if bound in metadata and not holds(value, metadata[bound]):
+            raise ValueError(f'{where} must be {text} {metadata[bound]}, got {value}')
+    if 'pattern' in metadata and not re.fullmatch(metadata['pattern'], value):
+        raise ValueError(f'{where} must be {metadata["example"]}, got {value!r}')
+    if 'choices' in metadata and value not in metadata['choices']:
+        raise ValueError(f'{where} must be one of {", ".join(metadata["choices"])}, got {value!r}')
     return value
 
 
@@ -226,17 +251,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per setting; those not given are absent from the parsed namespace."""
     groups = {}
     for setting in SETTINGS.values():
-        metadata = dict(setting.metadata)
-        name, text = metadata.pop('group'), metadata.pop('help')
-        for check in ('minimum', 'pattern', 'example'):
-            metadata.pop(check, None)
-        group = groups.setdefault(name, parser.add_argument_group(name))
+        metadata, (kind, _) = setting.metadata, _kind(setting)
+        title = metadata['group']
+        group = groups.setdefault(title, parser.add_argument_group(title))
         default = setting.default if setting.default is not dataclasses.MISSING else setting.default_factory()
-        argument = {'default': argparse.SUPPRESS, 'dest': setting.name, 'help': f'{text} (default: {default})'}
-        if 'bool' in str(setting.type):
+        argument = {'default': argparse.SUPPRESS, 'dest': setting.name}
+        argument['help'] = f'{metadata["help"]} (default: {default})'
+        if kind is bool:
             argument['action'] = argparse.BooleanOptionalAction
-        elif isinstance(default, dict):
+        elif get_origin(kind) is dict:
             argument.update(nargs='*', action=ParseKwargs, metavar='KEY=VALUE')
         else:
-            argument.update({'type': type(default), **metadata})
+            argument['type'] = get_args(kind)[0] if get_origin(kind) is list else kind
+            argument.update({name: metadata[name] for name in ('nargs', 'choices') if name in metadata})
         group.add_argument(f'--{setting.name.replace("_", "-")}', **argument)
