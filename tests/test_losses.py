@@ -20,6 +20,7 @@ GROUPS = {
     'every picture alone': [0, 1, 2, 3, 4],
     'one against many': [5, 5, 5, 5, 5, 5, 9],
     'negative and large labels': [-1, 2**40, -1, 2**40],
+    'several blocks of rows': [name % 12 for name in range(70)],
 }
 
 

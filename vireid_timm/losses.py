@@ -21,6 +21,8 @@ MUTUAL_LEARNING_MODES = {
     'joint-to-both': (('joint', 'global', 'global_weight'), ('joint', 'fusion', 'fusion_weight')),
 }
 
+_ROWS = 64  # distances of as many rows at a time: on a GPU their gradient takes [rows, N, D] floats for a moment
+
 
 def identity_losses(
     logits: Mapping[str, torch.Tensor],
@@ -175,7 +177,10 @@ class WeightedRegularizedTriplet(nn.Module):
                 f'got {list(features.shape)} and {list(identities.shape)}'
             )
         features = full_precision(features)  # and no product of matrices below, which autocast would round
-        distance = torch.cdist(features, features, compute_mode='donot_use_mm_for_euclid_dist')  # [N, N]
+        rows_of_distances = [
+            torch.cdist(rows, features, compute_mode='donot_use_mm_for_euclid_dist') for rows in features.split(_ROWS)
+        ]
+        distance = torch.cat(rows_of_distances)  # [N, N]
         positive = identities[:, None] == identities[None, :]
         has_negative = ~positive.all(dim=1)
         # A row without negatives would be a softmax over nothing (NaN, in its gradient too): it gets every entry
