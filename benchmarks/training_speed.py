@@ -6,7 +6,8 @@
 
 Parts, each measured side by side in this one run (`--parts` chooses):
 
-    data        batches from the store to network input, against a chain of PIL and torchvision for each picture
+    data        batches from the store to network input, against a chain of PIL and torchvision for each picture in
+                worker processes
     step        an optimiser step with all losses, against one of timm's bare ResNet of the same depth, size, last
                 stride, precision and memory format
     loop        a whole epoch of the training loop, against its steps alone on one batch that is there already
@@ -54,6 +55,7 @@ from vireid_timm.pictures import default_workers
 from vireid_timm.stopping import StopRequest
 from vireid_timm.synth import write_layout
 from vireid_timm.tracking import Tracker, peak_memory
+from vireid_timm.train import lent
 
 PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches', 'full-size')
 EPOCHS = 80  # of the recipe
@@ -110,7 +112,9 @@ def training(args: argparse.Namespace, pictures: int, **settings: Any) -> Iterat
             **args.settings,
             **settings,
         }
-        yield set_up(TrainConfig.from_mapping(values), args.device)
+        config = TrainConfig.from_mapping(values)
+        with lent(config, args.device):
+            yield set_up(config, args.device)
         gc.collect()
 
 
@@ -136,27 +140,41 @@ def picture_chain(run: Run) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
+class PerPicture(Dataset):
+    """Stored pictures that a worker augments one by one."""
+
+    def __init__(self, run: Run) -> None:
+        self.pictures = np.ascontiguousarray(run.data.store[:])
+        self.labels, self.chain = run.data.labels, picture_chain(run)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.chain(Image.fromarray(self.pictures[row])), int(self.labels[row])
+
+
+def per_picture(run: Run, count: int, workers: int) -> DataLoader:
+    """The first batches of the first epoch the way re-ID code makes them; the workers stay."""
+    run.data.sampler.set_epoch(0)
+    order = list(islice(run.data.sampler, count))
+    return DataLoader(PerPicture(run), batch_sampler=order, num_workers=workers, persistent_workers=workers > 0)
+
+
 def data(args: argparse.Namespace) -> dict[str, float]:
     """Pictures per second from the store to network input."""
     with training(args, pictures=args.pictures, cache='disk') as run:
-        total = sum(len(batch.labels) for batch in drawn(run, run.batches_per_epoch))
-        chain = picture_chain(run)
-        decoded = [Image.fromarray(np.ascontiguousarray(picture)) for picture in run.data.store[: args.batch_size]]
-
-        def ours() -> None:
-            for _ in drawn_one_by_one(run):
-                pass
-
-        def per_picture() -> None:
-            torch.stack([chain(picture) for picture in decoded])
-
-        times = alternate({'ours': ours, 'chain': per_picture}, args.device, 2 * args.repeats + 1)
-    rate, chain_rate = total / statistics.median(times['ours']), len(decoded) / statistics.median(times['chain'])
+        count = run.batches_per_epoch
+        total = sum(len(batch.labels) for batch in drawn(run, count))
+        loader = per_picture(run, count, args.workers)
+        works = {
+            'ours': lambda: [None for _ in drawn_one_by_one(run)],
+            'chain': lambda: [None for _ in loader],
+        }
+        times = alternate(works, args.device, 2 * args.repeats + 1)
+    rate, chain_rate = (total / statistics.median(times[name]) for name in ('ours', 'chain'))
     return {
         'data_pictures_per_s': rate,
         'data_ms_per_batch': 1000 * args.batch_size / rate,
         'chain_pictures_per_s': chain_rate,
-        'data_over_chain': rate / chain_rate,
+        'data_over_chain': ratio(times, 'chain', 'ours'),
     }
 
 
@@ -229,17 +247,6 @@ def epoch(run: Run) -> None:
     run.progress.step = 0
 
 
-class PerPicture(Dataset):
-    """Stored pictures that a worker augments one by one."""
-
-    def __init__(self, run: Run) -> None:
-        self.pictures = np.ascontiguousarray(run.data.store[:])
-        self.labels, self.chain = run.data.labels, picture_chain(run)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self.chain(Image.fromarray(self.pictures[row])), int(self.labels[row])
-
-
 def peers(args: argparse.Namespace) -> dict[str, float]:
     """Whole loops from stored pictures on: this library's defaults, and the way of the field's code."""
     plain = {'model_kwargs': {'plain_fusion': True}, 'amp': False, 'channels_last': False, 'torchcompile': False}
@@ -252,10 +259,9 @@ def peers(args: argparse.Namespace) -> dict[str, float]:
         other.task.train()
         run.task.train()
 
+        loader = per_picture(other, count, args.workers)
+
         def theirs() -> None:
-            other.data.sampler.set_epoch(0)
-            order = list(islice(other.data.sampler, count))
-            loader = DataLoader(PerPicture(other), batch_sampler=order, num_workers=args.workers)
             for pictures, labels in loader:
                 inputs = tuple(pictures.to(args.device).chunk(2))
                 (result,) = train_step(other, [Batch(0, inputs, labels.to(args.device), [])])
@@ -286,7 +292,8 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
             finish(args.device)
     on_gpu = args.device.type == 'cuda'
     times = dict.fromkeys([*OPERATIONS, 'the rest'], 0.0)
-    for event in profiler.key_averages():
+    operators = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    for event in operators:  # kernels' own entries count a second time what their operators do
         kinds = (kind for kind, names in OPERATIONS.items() if any(name in event.key for name in names))
         times[next(kinds, 'the rest')] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     return {'profile': {kind: value / sum(times.values()) for kind, value in times.items()}}
@@ -335,6 +342,8 @@ def full_size(args: argparse.Namespace) -> dict[str, float]:
         write_layout(args.full_size, 'sysu_mm01', full_size=True, size=args.size)
     real = {'dataset': 'sysu_mm01', 'data_dir': str(args.full_size), 'dataset_kwargs': {}, 'cache': 'auto'}
     with training(args, 0, identities_per_batch=8, pictures_per_modality=4, **real) as run:
+        if args.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(args.device)
         epoch(run)
         taken = seconds(lambda: epoch(run), args.device)
         count = run.batches_per_epoch
@@ -351,7 +360,7 @@ def table(result: dict[str, Any]) -> str:
     rows = (
         ('data_pictures_per_s', 'augmented batches from the store, pictures/s', '{:,.0f}'),
         ('data_ms_per_batch', '... ms per batch', '{:.2f}'),
-        ('chain_pictures_per_s', 'PIL and torchvision for each picture, pictures/s', '{:,.0f}'),
+        ('chain_pictures_per_s', 'PIL and torchvision for each picture, in workers, pictures/s', '{:,.0f}'),
         ('data_over_chain', '... times faster', '{:.1f}'),
         ('bare_step_s', "a step of timm's bare ResNet, s", '{:.3f}'),
         ('step_s', 'a step with both stems, all branches and losses, s', '{:.3f}'),

@@ -1,7 +1,6 @@
 """Training in processes of its own, to be killed, and what has to be left of it."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import start
 
+from vireid_timm.cli import main
 from vireid_timm.runs import LAST
 
 # A network of few weights, for what is saved many times.
@@ -18,9 +19,9 @@ EXPERIMENT = 'run'
 
 
 def train_command(output: Path, *arguments: str) -> list[str]:
-    """`vireid train` on enough rendered people for some sixty short steps per epoch, saving every few of them."""
+    """Words of a training on enough rendered people for some sixty short steps per epoch, saving every few of them."""
     return [
-        *(sys.executable, '-m', 'vireid_timm', 'train', '--dataset', 'synthetic'),
+        *('train', '--dataset', 'synthetic'),
         *('--dataset-kwargs', 'identities=120', 'test_identities=2', 'pictures_per_modality=2', 'size=(64,32)'),
         *('--model', 'vireid_dml_r10t', '--model-kwargs', f'resnet_args={THIN["resnet_args"]}'),
         *('--input-size', '3', '64', '32', '--identities-per-batch', '4', '--pictures-per-modality', '1', '--pad', '2'),
@@ -31,6 +32,10 @@ def train_command(output: Path, *arguments: str) -> list[str]:
     ]
 
 
+def _train(arguments: list[str]) -> None:
+    sys.exit(main(arguments))
+
+
 class Training:
     """A process that trains into `folder` / `EXPERIMENT`, with a picture store of its own."""
 
@@ -38,11 +43,9 @@ class Training:
         self.run = folder / EXPERIMENT
         self.cache = folder / 'cache'
         self._output = folder / f'{len(list(folder.glob("*.txt")))}.txt'
-        environment = {**os.environ, 'VIREID_CACHE': str(self.cache), 'OMP_NUM_THREADS': '1'}
-        with open(self._output, 'w', encoding='utf-8') as output:
-            self.process = subprocess.Popen(
-                train_command(folder, *arguments), env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
+        self._output.touch()  # its number is taken
+        environment = {'VIREID_CACHE': str(self.cache)}
+        self.process = start(_train, train_command(folder, *arguments), output=self._output, environment=environment)
 
     def said(self) -> str:
         """What this process has printed."""
@@ -52,18 +55,19 @@ class Training:
         """Send a signal as soon as something is so; the exit status."""
         deadline = time.monotonic() + timeout
         while not moment():
-            assert self.process.poll() is None, f'it ended before it could be killed: {self.said()}'
+            assert self.process.exitcode is None, f'it ended before it could be killed: {self.said()}'
             assert time.monotonic() < deadline, f'the moment did not come: {self.said()}'
             time.sleep(0.001)
-        self.process.send_signal(number)
+        os.kill(self.process.pid, number)
         return self.wait()
 
     def wait(self, timeout: float = 240.0) -> int:
         """The exit status."""
-        try:
-            return self.process.wait(timeout)
-        finally:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
             self.process.kill()
+            raise TimeoutError(self.said())
+        return self.process.exitcode
 
     def stores_pictures(self) -> bool:
         """Whether the picture store is being written."""

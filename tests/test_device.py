@@ -5,17 +5,18 @@ import logging
 import math
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 
 from vireid_timm.device import (
     any_process,
     autocast_dtype,
     end_distributed,
+    has_lost_contact,
     init_distributed,
     is_announced,
     is_primary,
@@ -75,70 +76,84 @@ def test_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     end_distributed()
 
 
-# What each of two processes does and writes down, before, while and after it works with the other.
-PROGRAM = """if True:
-    import json, sys
-    from pathlib import Path
-    import torch
-    from vireid_timm import device
+def _work(folder: Path) -> None:
+    """What each of two processes does and writes down, before, while and after it works with the other."""
+    found = {'before': [is_primary(), *process()]}
+    found['device'] = [str(init_distributed('cpu')) for _ in range(2)]
+    number, count = process()
+    found['joined'] = [is_primary(), number, count]
 
-    found = {'before': [device.is_primary(), *device.process()]}
-    found['device'] = [str(device.init_distributed('cpu')) for _ in range(2)]
-    number, count = device.process()
-    found['joined'] = [device.is_primary(), number, count]
-
-    def outcome(share, failing=(), error=None):
-        def work():
+    def outcome(share: Callable, failing: Sequence[int] = (), error: Exception | None = None) -> str:
+        def work() -> str:
             if number in failing:
                 raise error
             return f'result {number}'
+
         try:
             return share(work)
         except Exception as caught:
-            return f'{type(caught).__name__}: {caught}' + ' (announced)' * device.is_announced(caught)
+            return f'{type(caught).__name__}: {caught}' + ' (announced)' * is_announced(caught)
 
-    found['success'] = outcome(device.together)
-    found['failure'] = outcome(device.together, [1], OSError('disk full'))
-    found['without words'] = outcome(device.together, [1], KeyError())
-    found['both'] = outcome(device.together, [0, 1], OSError(f'disk {number} full'))
-    found['primary'] = outcome(device.on_primary)
-    found['primary failure'] = outcome(device.on_primary, [0], OSError('disk full'))
-    found['other failure'] = outcome(device.on_primary, [1], OSError('never raised'))
-    found['afterwards'] = outcome(device.together)
-    found['any'] = [device.any_process(flags[number]) for flags in ([False, False], [False, True], [True, True])]
+    found['success'] = outcome(together)
+    found['failure'] = outcome(together, [1], OSError('disk full'))
+    found['without words'] = outcome(together, [1], KeyError())
+    found['both'] = outcome(together, [0, 1], OSError(f'disk {number} full'))
+    found['primary'] = outcome(on_primary)
+    found['primary failure'] = outcome(on_primary, [0], OSError('disk full'))
+    found['other failure'] = outcome(on_primary, [1], OSError('never raised'))
+    found['afterwards'] = outcome(together)
+    found['any'] = [any_process(flags[number]) for flags in ([False, False], [False, True], [True, True])]
     values = torch.tensor([1.0 + number, 4.0, float('nan') if number else 0.0])
-    found['mean'] = device.mean_over_processes(values).tolist()
+    found['mean'] = mean_over_processes(values).tolist()
     found['values'] = values.tolist()[:2]
-    device.end_distributed()
-    found['left'] = list(device.process())
-    Path(sys.argv[1], f'{number}.json').write_text(json.dumps(found))
-"""
+    end_distributed()
+    found['left'] = list(process())
+    (folder / f'{number}.json').write_text(json.dumps(found))
 
 
-@pytest.fixture(scope='module')
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp('processes')
+def _die(folder: Path) -> None:
+    """One of two processes dies while the other waits for it."""
+    init_distributed('cpu')
+    if process()[0] == 1:
+        os._exit(9)
+    with pytest.raises(RuntimeError) as raised:
+        any_process(False)
+    (folder / 'lost').write_text(str(has_lost_contact(raised.value)))
+    end_distributed()
+
+
+def _in_two_processes(work: Callable, folder: Path) -> list[int | None]:
+    """Exit statuses."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         # As SLURM's srun starts them; tests/test_distributed.py has torchrun.
         meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'SLURM_NTASKS': '2'}
     running = [
-        subprocess.Popen(
-            [sys.executable, '-c', PROGRAM, str(folder)],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **meeting, 'SLURM_PROCID': number, 'SLURM_LOCALID': number, 'OMP_NUM_THREADS': '1'},
-            stderr=subprocess.PIPE,
-            text=True,
+        start(
+            work,
+            folder,
+            output=folder / f'{number}.txt',
+            environment={**meeting, 'SLURM_PROCID': number, 'SLURM_LOCALID': number},
         )
         for number in ('0', '1')
     ]
-    try:
-        errors = [each.communicate(timeout=60)[1] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-    assert [each.returncode for each in running] == [0, 0], errors
+    for each in running:
+        each.join(60)
+        each.kill()
+    return [each.exitcode for each in running]
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp('processes')
+    statuses = _in_two_processes(_work, folder)
+    assert statuses == [0, 0], [(folder / f'{number}.txt').read_text() for number in range(2)]
     return [json.loads((folder / f'{number}.json').read_text(encoding='utf-8')) for number in range(2)]
+
+
+def test_a_process_that_died_is_noticed(tmp_path: Path) -> None:
+    assert _in_two_processes(_die, tmp_path) == [0, 9]
+    assert (tmp_path / 'lost').read_text() == 'True'
 
 
 def test_two_processes_join_and_leave(two_processes: list[dict]) -> None:
