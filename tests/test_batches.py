@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from vireid_timm import batches as batches_module
+from vireid_timm import pictures as pictures_module
 from vireid_timm.augment import Augment
 from vireid_timm.batches import Batch, TrainData, batches, load_data, step_seed
 from vireid_timm.config import TrainConfig
-from vireid_timm.pictures import CACHES, PictureError, load_picture
+from vireid_timm.evaluate import evaluate
+from vireid_timm.pictures import CACHES, PictureError, PictureStore, load_picture
 from vireid_timm.records import MODALITIES
+from vireid_timm.synth import write_layout
 
 CPU = torch.device('cpu')
 SIZE = (3, 32, 16)
@@ -55,6 +59,11 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.labels, other.labels)
         assert all(torch.equal(*pair) for pair in zip(one.inputs, other.inputs, strict=True))
+
+
+def assert_same_pictures(store: PictureStore, paths: np.ndarray) -> None:
+    """Whether the intact rows of a store show these files."""
+    assert np.array_equal(store[store.intact()], np.stack([load_picture(path, SIZE[1:]) for path in paths.tolist()]))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -105,6 +114,49 @@ def test_every_cache_gives_the_same_batches(tmp_path: Path, data: TrainData, cac
     other = load(tmp_path, cache=cache)
     assert (other.store.held is not None) == (cache == 'device')
     assert_same(list(draw(other)), list(draw(data)))
+
+
+def test_pictures_are_decoded_once_whoever_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, model = [], timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
+    monkeypatch.setattr(
+        pictures_module, 'load_picture', lambda path, size: (decoded.append(path), load_picture(path, size))[1]
+    )
+    runs = [load(tmp_path, cache='disk', val_share=share, seed=seed) for share, seed in ((0.2, 1), (0.3, 2), (0.0, 3))]
+    everybody = runs[0].dataset.train.path.tolist()
+    assert sorted(decoded) == sorted(everybody) and len([*tmp_path.glob('pictures-*')]) == 1
+    for run in runs:
+        assert len(run.records) == len(everybody) - (0 if run.validation is None else len(run.validation.test))
+        assert_same_pictures(run.store, run.records.path)
+    held_out = runs[0].validation
+    assert_same_pictures(runs[0].validation_store, held_out.test.path)
+    report = evaluate(model, held_out, store=runs[0].validation_store, size=SIZE[1:])
+    assert sorted(decoded) == sorted(everybody)
+    assert report == evaluate(model, held_out, size=SIZE[1:], cache='off')
+
+
+def test_broken_pictures_are_left_out_on_both_sides(tmp_path: Path) -> None:
+    write_layout(tmp_path / 'people', 'folder', identities=12, test_identities=2, size=SIZE[1:], workers=0)
+    settings = dict(dataset='folder', data_dir=str(tmp_path / 'people'), dataset_kwargs={}, val_share=0.3)
+    whole = load(tmp_path, **settings)
+    broken = [str(whole.records.path[3]), str(whole.validation.test.path[4])]
+    Path(broken[1]).write_bytes(b'no picture')
+    with pytest.raises(PictureError, match=broken[1]):  # before the training begins
+        load(tmp_path, **settings)
+    Path(broken[0]).write_bytes(b'no picture')
+    rest = load(tmp_path, **settings, skip_broken=True)
+    assert rest.records.path.tolist() == [path for path in whole.records.path.tolist() if path not in broken]
+    assert (list(rest.store.broken), list(rest.validation_store.broken)) == ([3], [4])
+    assert rest.validation.test.path.tolist() == whole.validation.test.path.tolist()
+    assert_same_pictures(rest.store, rest.records.path)
+    model = timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
+    assert evaluate(model, rest.validation, store=rest.validation_store, size=SIZE[1:]).skipped_pictures == 1
+
+
+def test_a_store_of_other_pictures_is_refused(data: TrainData) -> None:
+    model = timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
+    for store, size in ((data.store, (16, 16)), (data.store.select(np.arange(3)), SIZE[1:])):
+        with pytest.raises(ValueError, match='give the store of this table'):
+            evaluate(model, data.dataset, store=store, size=size)
 
 
 def test_seeds_are_their_own_for_every_step_rank_and_stream() -> None:

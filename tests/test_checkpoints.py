@@ -120,6 +120,38 @@ def _written(path: Path, content: bytes) -> Path:
     return path
 
 
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file can be opened, as on a network file system that is gone; then memory is short."""
+    for number in (1, 2):
+        save_checkpoint(tmp_path, _state(number))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match='Too many open files'):
+            newest_checkpoint(tmp_path)
+        with pytest.raises(OSError, match='Too many open files'):
+            set_damaged_aside(tmp_path / PREVIOUS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(torch, 'load', _raise_memory_error)
+        newest_checkpoint(tmp_path)
+    assert _number(tmp_path) == 2 and not (tmp_path / DAMAGED).exists()
+
+
+def _raise_memory_error(*args: Any, **options: Any) -> None:
+    raise MemoryError
+
+
+def test_a_whole_checkpoint_is_never_set_aside(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_checkpoint(tmp_path, _state(number))
+    set_damaged_aside(tmp_path / PREVIOUS)
+    assert _number(tmp_path) == 2
+
+
 def test_two_damaged_checkpoints_are_both_named(tmp_path: Path) -> None:
     for name in (LAST, PREVIOUS):
         _written(tmp_path / name, b'nothing')
@@ -189,6 +221,14 @@ def test_settings_given_win_over_those_of_the_resumed_run(tmp_path: Path) -> Non
     assert (automatic.resume, automatic.model, automatic.lr) == (str(run), 'vireid_base_r10t', 0.1)
     whole = TrainConfig(resume='auto', output=str(tmp_path / 'runs'), experiment='first')
     assert resolved_config(whole) == TrainConfig(resume=str(run), output=str(tmp_path / 'runs'), experiment='first')
+    save_checkpoint(run, _state(2))
+    back = resolved_config({'resume': str(run / PREVIOUS)})
+    assert (back.resume, back.lr) == (str(run / PREVIOUS), 0.5)
+
+
+def test_settings_given_as_an_object_are_checked_as_others_are() -> None:
+    with pytest.raises(ValueError, match='grad_accum_steps must be at least 1, got 0'):
+        resolved_config(TrainConfig(grad_accum_steps=0))
 
 
 def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -207,11 +247,15 @@ def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path: Path, caplog: p
         ({'resume': 'auto'}, '--experiment'),
         ({'resume': 'no/such/run'}, 'no/such/run.*args.yaml'),
         ({'resume': '{tmp}/empty'}, 'no checkpoint yet'),
+        ({'resume': '{tmp}/run/previous.pth'}, r'no such checkpoint.*--resume \S+/run$'),
+        ({'resume': '{tmp}/run/epoch3.pth'}, r'epoch3\.pth.*give a run folder.*or last\.pth or previous\.pth in it'),
         ({'resume': '{tmp}/empty', 'epoch': 3}, "did you mean 'epochs'"),
     ],
 )
 def test_what_cannot_be_resumed_is_named(tmp_path: Path, given: dict[str, Any], message: str) -> None:
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'empty/args.yaml').write_text('epochs: 7\n')
+    for name in ('empty', 'run'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'args.yaml').write_text('epochs: 7\n')
+    save_checkpoint(tmp_path / 'run', _state(1))
     with pytest.raises(ValueError, match=message):
         resolved_config({**given, 'resume': given['resume'].format(tmp=tmp_path)})

@@ -1,12 +1,15 @@
 """`vireid train --dry-run` as its users run it: what it says is so, and it leaves nothing behind."""
 
 import re
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
+from vireid_timm import pictures as pictures_module
 from vireid_timm.cli import main
 from vireid_timm.synth import write_layout
 
@@ -106,25 +109,54 @@ def test_held_out_people_accumulation_and_averages_are_counted(pictures: Path, c
     assert sizes['average'] == pytest.approx(sizes['parameters'], rel=0.01)  # and its own batch norm statistics
 
 
-def test_the_stores_are_those_that_training_makes(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unset_settings_are_shown_with_what_they_come_to(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', pictures, '--backbone-lr-scale', '0.3', '--lr', '0.02', '--warmup-epochs', '4']
+
+    def resolved(*more: object) -> dict[str, str]:
+        part = _dry_run(capsys, *words, *more).split('\n\n')[1]
+        return dict(re.findall(r'^  (\w[\w -]*?)  +(\S.*)$', part, flags=re.MULTILINE))
+
+    assert resolved() == {
+        **{'learning rate': '0.02, of what was pretrained 0.006', 'input size': '3 64 32', 'cache': 'disk'},
+        **{'warm-up': '4 epochs from 0.002, of what was pretrained 0.0006', 'device': 'cpu, computing in float32'},
+        **{'workers': '0'},
+    }
+    # Without a schedule nothing scales the rates, and nothing warms up.
+    constant = resolved('--sched', 'none', '--cache', 'ram', '--amp')
+    assert constant['learning rate'] == '0.02' and constant['cache'] == 'ram' and 'warm-up' not in constant
+    assert constant['device'] == 'cpu, computing in bfloat16'
+
+
+def test_the_store_is_the_one_that_training_makes(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     words = ['--data-dir', str(pictures), '--val-share', '0.4', '--cache', 'disk']
-    line = r'(to train on|held out): (\d+), ([\d.]+) MB, (would be written to|found in) (\S+)\n'
-    planned = re.findall(line, _dry_run(capsys, *words))
-    assert [(name, what) for name, _, _, what, _ in planned] == [
-        ('to train on', 'would be written to'),
-        ('held out', 'would be written to'),
-    ]
-    assert not (here / 'cache').exists()
+    line = r'Decoded pictures of 64x32\n  (\d+), ([\d.]+) MB, (would be written to|found in) (\S+)\n'
+    ((count, size, what, folder),) = re.findall(line, _dry_run(capsys, *words))
+    assert what == 'would be written to' and not (here / 'cache').exists()
     assert main(['train', *SMALL, *words, '--epochs', '1', '--output', str(here / 'runs')]) == 0
     capsys.readouterr()
-    stores = {path for path in (here / 'cache').iterdir() if path.is_dir()}
-    assert {Path(folder) for *_, folder in planned} == stores
-    for _, count, size, _, folder in planned:
-        size_on_disk = (Path(folder) / 'pixels.bin').stat().st_size
-        assert size_on_disk == 3 * 64 * 32 * int(count) and float(size) == pytest.approx(size_on_disk / 1e6, abs=0.01)
+    assert [path for path in (here / 'cache').iterdir() if path.is_dir()] == [Path(folder)]
+    size_on_disk = (Path(folder) / 'pixels.bin').stat().st_size
+    assert size_on_disk == 3 * 64 * 32 * int(count) and float(size) == pytest.approx(size_on_disk / 1e6, abs=0.01)
     before = _files(here)
-    assert {what for *_, what, _ in re.findall(line, _dry_run(capsys, *words))} == {'found in'}
+    other = _dry_run(capsys, *words, '--seed', '7', '--val-share', '0')  # of the same pictures, held out or not
+    assert re.findall(line, other) == [(count, size, 'found in', folder)]
     assert _files(here) == before
+
+
+def test_the_speed_of_reading_is_that_of_the_first_time(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, load = set(), pictures_module.load_picture
+
+    def load_from_slow_disk(path: str, size: tuple[int, int]) -> np.ndarray:
+        if path not in known:  # the system keeps what was read once
+            known.add(path)
+            time.sleep(0.02)
+        return load(path, size)
+
+    monkeypatch.setattr(pictures_module, 'load_picture', load_from_slow_disk)
+    said = _dry_run(capsys, '--data-dir', pictures)
+    assert int(re.search(r'read here at ([\d,]+) pictures/s', said)[1].replace(',', '')) <= 50
 
 
 def test_a_resumed_run_is_told_what_is_left(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,12 @@
 """Features of rendered pictures, against the same pictures taken through the network one by one."""
 
+import copy
 import dataclasses
 import json
+import logging
 import math
-import os
 import re
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,20 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import start
 
 from vireid_timm.datasets import create_dataset
-from vireid_timm.features import Extraction, check_finite, embed, extract, open_store, views, weights_fingerprint
+from vireid_timm.device import end_distributed, init_distributed
+from vireid_timm.features import (
+    Extraction,
+    _gather,
+    check_finite,
+    embed,
+    extract,
+    open_store,
+    views,
+    weights_fingerprint,
+)
 from vireid_timm.pictures import PictureError, load_picture
 from vireid_timm.records import INFRARED, VISIBLE, Records
 
@@ -303,20 +314,10 @@ def test_weights_fingerprint():
     assert weights_fingerprint(make_model(2).bfloat16()) != first
 
 
-# What each of two processes does: everything that can go right, or wrong in one of them. It writes down what happened.
-PROGRAM = """if True:
-    import copy, json, logging, sys
-    from pathlib import Path
-    import timm, torch
-    from vireid_timm import Records
-    from vireid_timm.device import end_distributed, init_distributed, process
-    from vireid_timm.features import _gather, embed
-
-    folder = Path(sys.argv[1])
+def extract_with_another(number, folder):
+    """What each of two processes does: all that can go right, or wrong in one. It writes down what happened."""
     logging.basicConfig(level=logging.INFO)
-    torch.set_num_threads(1)
     init_distributed('cpu')
-    number, _ = process()
     model = timm.create_model('vireid_dml_r10t', num_classes=0)
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
@@ -324,7 +325,7 @@ PROGRAM = """if True:
     torch.nn.init.constant_(changed_twin.joint_head.neck.weight, number)
     tables = {name: Records.from_rows(rows) for name, rows in json.loads((folder / 'tables.json').read_text()).items()}
     whole, one_batch, damaged = (tables[name] for name in ('whole', 'one batch', 'damaged'))
-    options = {'size': (64, 32), 'batch_size': 4}
+    options = {'size': SIZE, 'batch_size': 4}
 
     features = {
         'whole': embed(model, whole, cache='disk', flip_test=True, **options),
@@ -339,7 +340,7 @@ PROGRAM = """if True:
         'damaged, on disk': lambda: embed(model, damaged, cache='disk', **options),
         'not finite': lambda: embed(broken_twin, whole, **options),
         'pictures': lambda: embed(model, whole if number else one_batch, **options),
-        'settings': lambda: embed(model, whole, size=(64, 32), batch_size=4 + number, flip_test=number == 0),
+        'settings': lambda: embed(model, whole, size=SIZE, batch_size=4 + number, flip_test=number == 0),
         'weights': lambda: embed(changed_twin, whole, **options),
         'twice': lambda: _gather(torch.zeros(4, 2), [0, 1, 2] if number else [2, 3]),
         'never': lambda: _gather(torch.zeros(4, 2), [0] if number else [2, 3]),
@@ -352,39 +353,44 @@ PROGRAM = """if True:
             errors[name] = str(error)
     (folder / f'errors-{number}.json').write_text(json.dumps(errors))
     end_distributed()
-"""
 
 
 @pytest.fixture(scope='module')
 def by_two_processes(model, records, tmp_path_factory):
-    """What the program left: features and errors of both processes, and their log."""
+    """What they left: features and errors of both processes, and their logs."""
     folder = tmp_path_factory.mktemp('processes')
     (folder / 'broken.png').write_bytes(b'no picture')
     rows = list(zip(*(getattr(records, field.name).tolist() for field in dataclasses.fields(Records)), strict=True))
     damaged = [*rows[:13], (str(folder / 'broken.png'), *rows[13][1:]), *rows[14:]]
     tables = {'whole': rows, 'one batch': rows[:3], 'damaged': damaged}
     (folder / 'tables.json').write_text(json.dumps(tables), encoding='utf-8')
-    (folder / 'program.py').write_text(PROGRAM, encoding='utf-8')
     torch.save(model.state_dict(), folder / 'weights.pth')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    done = subprocess.run(
-        [*torchrun, str(folder / 'program.py'), str(folder)],
-        cwd=Path(__file__).parents[1],
-        env={
-            **os.environ,
-            'OMP_NUM_THREADS': '1',
-            'VIREID_CACHE': str(folder / 'cache'),
-            'PYTHONPATH': str(Path(__file__).parents[1]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    common = {
+        **{'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'},
+        'VIREID_CACHE': str(folder / 'cache'),
+    }
+    logs = [folder / f'{number}.log' for number in range(2)]
+    processes = [
+        start(
+            extract_with_another,
+            number,
+            folder,
+            output=logs[number],
+            environment={**common, 'RANK': str(number), 'LOCAL_RANK': str(number)},
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        process.join(120)
+        process.kill()
+    said = ''.join(log.read_text(encoding='utf-8') for log in logs)
+    assert [process.exitcode for process in processes] == [0, 0], said
     features = [torch.load(folder / f'features-{number}.pth', weights_only=True) for number in range(2)]
     errors = [json.loads((folder / f'errors-{number}.json').read_text(encoding='utf-8')) for number in range(2)]
-    return features, errors, done.stderr
+    return features, errors, said
 
 
 def test_processes_extract_what_one_does(model, records, by_two_processes):

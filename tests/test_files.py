@@ -1,13 +1,17 @@
 """Files and folders appear whole or not at all."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from vireid_timm import files
-from vireid_timm.files import lock, remove_leftovers, save_json, whole_file, whole_folder
+from vireid_timm.files import STALE_AFTER, is_locked, lock, remove_leftovers, save_json, whole_file, whole_folder
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -78,11 +82,80 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     kept = {'last.pth', '.last.pth.part', '.hidden', 'notes.0123abcd.part', '.a.0123abcg.part'}
     for name in (*kept, '.last.pth.0123abcd.part'):
         (tmp_path / name).write_text('x')
-    for name in ('.best.89abcdef.old', '.best.89abcdef.part'):
+    for name in ('best', '.best.89abcdef.old', '.best.89abcdef.part'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'model').write_text(name)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, 'best'}
+    assert (tmp_path / 'best/model').read_text() == 'best'
+
+
+def test_only_old_leftovers_are_removed_where_others_may_write(tmp_path: Path) -> None:
+    for name, age in (('.a.0123abcd.part', 60), ('.b.0123abcd.part', STALE_AFTER + 60)):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'model').write_text('x')
+        for path in (tmp_path / name / 'model', tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+    remove_leftovers(tmp_path, alone=False)
+    assert [path.name for path in tmp_path.iterdir()] == ['.a.0123abcd.part']
+    os.utime(tmp_path / '.a.0123abcd.part', (0, 0))
+    remove_leftovers(tmp_path, alone=False)
+    assert (tmp_path / '.a.0123abcd.part').exists(), 'a file in it is written to'
+
+
+# Writes a folder anew and is killed before the second of the two renames.
+REPLACER = """if True:
+    import os, runpy, signal, sys
+    files, replace = runpy.run_path(sys.argv[1]), os.replace
+    def once(source, target):
+        os.replace = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    with files['whole_folder'](sys.argv[2]) as temporary:
+        (temporary / 'model').write_text(sys.argv[3])
+        os.replace = once
+"""
+
+
+def test_a_folder_outlives_whoever_is_killed_while_replacing_it(tmp_path: Path) -> None:
+    target = tmp_path / 'best'
+    with whole_folder(target) as temporary:
+        (temporary / 'model').write_text('one')
+    for text in ('two', 'three'):
+        done = subprocess.run([sys.executable, '-c', REPLACER, files.__file__, target, text], check=False)
+        assert done.returncode == -signal.SIGKILL and not target.exists()
+        remove_leftovers(tmp_path, alone=False)
+        assert (target / 'model').read_text() == 'one'
     remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert [path.name for path in tmp_path.iterdir()] == ['best']
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, replace = tmp_path / 'best', os.replace
+    with whole_folder(target) as temporary:
+        (temporary / 'model').write_text('one')
+
+    def refuse(source: Path, destination: Path) -> None:
+        if source.name.endswith('.part'):
+            raise OSError(errno.EIO, 'Input/output error')
+        replace(source, destination)
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(OSError, match='Input/output error.*best'), whole_folder(target) as temporary:
+        (temporary / 'model').write_text('two')
+    assert (target / 'model').read_text() == 'one'
+    assert [path.name for path in tmp_path.iterdir()] == ['best']
+
+
+def test_a_system_without_locks_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip('fcntl')
+    with open(tmp_path / 'log', 'w') as first, open(tmp_path / 'log') as second:
+        assert lock(first) and is_locked(first) and not is_locked(second)
+
+        def refuse(file: object, operation: int) -> None:
+            raise OSError(errno.ENOLCK, 'No locks available')
+
+        monkeypatch.setattr(fcntl, 'flock', refuse)
+        assert lock(second) and not is_locked(second)
 
 
 def test_a_lock_ends_with_its_file_and_with_its_process(tmp_path: Path) -> None:

@@ -15,19 +15,19 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from collections import namedtuple
 from contextlib import contextmanager
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import start
 
 from vireid_timm import pictures
 from vireid_timm.pictures import (
@@ -322,6 +322,28 @@ def test_store_equals_decoding_one_by_one(tmp_path, files, cache, workers):
 
 
 @pytest.mark.parametrize('cache', CACHES)
+def test_a_part_of_a_store_shares_its_bytes(tmp_path, files, cache):
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    paths = [*files[:3], tmp_path / 'broken.png', *files[3:]]
+    store = picture_store(
+        records_of(paths), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU, skip_broken=True
+    )
+    rows = np.array([5, 3, 0, 9])
+    part = store.select(rows)
+    assert len(part) == 4 and part.size == SIZE
+    assert list(part.broken) == [1] and part.intact().tolist() == [0, 2, 3]
+    with pytest.raises(PictureError, match='broken.png'):
+        part[:]
+    for again in (part, copy.deepcopy(part)):
+        assert np.array_equal(again[[3, 0]], store[[9, 5]])
+    assert np.array_equal(part.select(np.array([2, 0]))[:], store[[0, 5]])
+    assert len(store.select(np.array([], np.int64))[:]) == 0
+    if cache == 'device':
+        assert part.held is store.held
+        assert np.array_equal(part.take_held(np.array([3, 0])).permute(0, 2, 3, 1).numpy(), store[[9, 5]])
+
+
+@pytest.mark.parametrize('cache', CACHES)
 def test_store_of_nothing(tmp_path, cache):
     store = picture_store(records_of([]), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU)
     assert len(store) == 0
@@ -496,58 +518,103 @@ def test_those_who_wait_learn_what_is_broken_from_the_one_who_tried(tmp_path, fi
     assert list(store.broken) == [len(files)]
 
 
-# Makes a store, slowly, when told to; ends itself before or after it publishes the store, if it is to.
-BUILDER = """
-import hashlib, os, signal, sys, time, types
-package = types.ModuleType('vireid_timm')  # without all that the package itself imports, which takes long
-sys.modules['vireid_timm'], package.__path__ = package, [sys.argv[1]]
-from vireid_timm import pictures, records
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system that knows no locks."""
+    fcntl = pytest.importorskip('fcntl')
 
-cache_dir, end, *paths = sys.argv[2:]
-load_picture, rename, decoded = pictures.load_picture, os.rename, []
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, 'No locks available')
 
-def slowly(path, size):
-    decoded.append(path)
-    time.sleep(0.01)
-    return load_picture(path, size)
+    monkeypatch.setattr(fcntl, 'flock', refuse)
 
-def fatally(source, target):
-    if end == 'after':
-        rename(source, target)
-    os.kill(os.getpid(), signal.SIGKILL)
 
-pictures.load_picture = slowly
-if end:
-    os.rename = fatally
-table = records.Records.from_rows([(path, 'anna', 0, 'visible', 'train') for path in paths])
-print('ready', flush=True)
-sys.stdin.readline()
-store = pictures.picture_store(table, (24, 12), cache='disk', cache_dir=cache_dir, workers=0)
-print(len(decoded), hashlib.sha256(store[:].tobytes()).hexdigest())
-"""
+def test_without_locks_each_writes_its_own_and_one_is_kept(tmp_path, files, monkeypatch, no_locks):
+    records, cache_dir, results = records_of(files), tmp_path / 'cache', {}
+    decoding = {name: threading.Event() for name in ('first', 'second')}
+
+    def load(path, size):
+        name = threading.current_thread().name
+        decoding[name].set()
+        if name == 'first':
+            assert decoding['second'].wait(30)
+        else:  # is done when the first one has published its store
+            threads['first'].join()
+        return load_picture(path, size)
+
+    def write():
+        store = picture_store(records, SIZE, cache_dir=cache_dir, workers=0)
+        results[threading.current_thread().name] = store[:]
+        (folder,) = (path for path in cache_dir.iterdir() if path.suffix != '.tmp')
+        published.append(os.stat(folder / 'pixels.bin').st_ino)
+
+    monkeypatch.setattr(pictures, 'load_picture', load)
+    threads, published = {name: threading.Thread(target=write, name=name) for name in decoding}, []
+    threads['first'].start()
+    assert decoding['first'].wait(30)
+    threads['second'].start()
+    for thread in threads.values():
+        thread.join()
+    assert sorted(results) == ['first', 'second']
+    assert all(np.array_equal(pixels, naive_pixels(files)) for pixels in results.values())
+    assert len(set(published)) == 1, 'what others may be reading already is not replaced'
+    assert [path.suffix for path in cache_dir.iterdir()] == ['']
+
+
+def test_without_locks_a_damaged_store_is_written_anew(tmp_path, files, no_locks):
+    make = functools.partial(picture_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    make()
+    os.truncate(next((tmp_path / 'cache').glob('*/pixels.bin')), 100)
+    assert np.array_equal(make()[:], naive_pixels(files))
+    assert [path.suffix for path in (tmp_path / 'cache').iterdir()] == ['']
+
+
+def build(connection, cache_dir, paths, end):
+    """Make a store in a process of its own, slowly, when told to; `end` it before or after it publishes the store."""
+    load, rename, decoded = pictures.load_picture, os.rename, []
+
+    def slowly(path, size):
+        decoded.append(path)
+        time.sleep(0.01)
+        return load(path, size)
+
+    def fatally(source, target):
+        if end == 'after':
+            rename(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pictures.load_picture = slowly
+    if end:
+        os.rename = fatally
+    connection.send('ready')
+    connection.recv()
+    store = picture_store(records_of(paths), SIZE, cache='disk', cache_dir=cache_dir, workers=0)
+    connection.send((len(decoded), hashlib.sha256(store[:].tobytes()).hexdigest()))
 
 
 @contextmanager
 def builder(cache_dir, paths, end=''):
-    """A process that is about to make a store."""
-    command = [sys.executable, '-c', BUILDER, Path(pictures.__file__).parent, cache_dir, end, *paths]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    """A process that is about to make a store, and the connection to it."""
+    ours, theirs = Pipe()
+    process = start(build, theirs, cache_dir, paths, end, output=paths[0].with_name('output.txt'), environment={})
+    theirs.close()  # now the other end is the process's alone: that it died ends the connection
+    with ours:
         try:
-            assert process.stdout.readline() == 'ready\n'
-            yield process
+            assert ours.recv() == 'ready'
+            yield process, ours
         finally:
             process.kill()
+            process.join()
 
 
 def test_one_of_two_processes_decodes_for_both(tmp_path, files):
     paths = files[:7] * 6
-    with builder(tmp_path, paths) as first, builder(tmp_path, paths) as second:
-        for process in (first, second):
-            process.stdin.write('\n')
-            process.stdin.flush()
-        answers = [process.communicate(timeout=60)[0].split() for process in (first, second)]
+    with builder(tmp_path, paths) as (_, first), builder(tmp_path, paths) as (_, second):
+        for connection in (first, second):
+            connection.send('go')
+        answers = [connection.recv() for connection in (first, second) if connection.poll(60)]
     digest = hashlib.sha256(naive_pixels(paths).tobytes()).hexdigest()
-    assert sorted(answers) == [['0', digest], [str(len(paths)), digest]]
+    assert sorted(answers) == [(0, digest), (len(paths), digest)]
     assert [path.suffix for path in tmp_path.glob('pictures-*')] == ['']
 
 
@@ -557,11 +624,11 @@ def test_killed_builder_leaves_nothing_that_matters(tmp_path, files, moment, cap
     paths, results = files[:7] * 6, []
     make = functools.partial(picture_store, records_of(paths), SIZE, cache='disk', cache_dir=tmp_path / 'cache')
     end = moment if moment in ('before', 'after') else ''
-    with builder(tmp_path / 'cache', paths, end) as process:
-        process.stdin.write('\n')
-        process.stdin.flush()
+    with builder(tmp_path / 'cache', paths, end) as (process, connection):
+        connection.send('go')
         if end:
-            assert process.wait(60) == -signal.SIGKILL
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
         else:
             deadline = time.monotonic() + 60
             while not list((tmp_path / 'cache').glob('*.tmp')) and time.monotonic() < deadline:
@@ -572,7 +639,7 @@ def test_killed_builder_leaves_nothing_that_matters(tmp_path, files, moment, cap
                 time.sleep(0.001)
             time.sleep(random.uniform(0, 0.1) if moment == 'decoding' else 0.1 + random.uniform(0, 0.1))
             process.kill()
-            process.wait(60)
+            process.join(60)
             waiting.join(60)  # the lock went with its holder
     left = sorted(path.suffix for path in (tmp_path / 'cache').iterdir())
     assert left == {'before': ['.lock', '.tmp'], 'after': ['', '.lock']}.get(moment, [''])
@@ -635,6 +702,8 @@ def machine(monkeypatch):
         ('device', 1.0, 0.9, 0.0, ValueError),
         ('device', 0.9, 9.0, 9.0, OSError),
         ('ram', 0.0, 0.0, 9.0, 'ram'),
+        ('ram', 9.0, 1.0, 9.0, 'ram'),
+        ('ram', 9.0, 0.9, 9.0, ValueError),
         ('off', 0.0, 0.0, 9.0, 'off'),
     ],
 )
@@ -653,6 +722,28 @@ def test_plan_by_what_is_free(tmp_path, files, machine, cache, disk, ram, device
         assert (plan.folder is not None) == (expected in ('disk', 'device'))
         assert bool(plan.reason) == (cache == 'auto' and expected == 'ram')
     assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize(
+    'environment',
+    [{'LOCAL_WORLD_SIZE': '3', 'SLURM_STEP_TASKS_PER_NODE': '1'}, {'SLURM_STEP_TASKS_PER_NODE': '3(x2),1'}],
+)
+@pytest.mark.parametrize(
+    ('cache', 'ram', 'expected'),
+    [('ram', 3.0, 'ram'), ('ram', 2.9, ValueError), ('auto', 6.0, 'ram'), ('auto', 5.9, OSError)],
+)
+def test_processes_of_a_machine_share_its_memory(
+    tmp_path, files, machine, monkeypatch, environment, cache, ram, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    machine(0, int(ram * len(files) * 24 * 12 * 3), 0)
+    make = functools.partial(plan_store, records_of(files), SIZE, cache=cache, cache_dir=tmp_path)
+    if isinstance(expected, str):
+        assert make().cache == expected
+    else:
+        with pytest.raises(expected, match='for each of 3 processes' if cache == 'ram' else '--cache'):
+            make()
 
 
 def test_auto_keeps_in_memory_what_the_disk_cannot_hold(tmp_path, files, machine, caplog):

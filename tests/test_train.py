@@ -1,11 +1,20 @@
 """The training loop on rendered pictures: it learns, resumes to the same weights, and says what is wrong."""
 
+import io
 import json
 import logging
 import os
 import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from datetime import timedelta
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,11 +22,15 @@ import timm
 import torch
 from killing import THIN, equal
 from PIL import Image
+from processes import METHOD
+from torch import distributed
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vireid_timm
 from vireid_timm import checkpoints, loop
 from vireid_timm.batches import batches, create_augments, load_data
+from vireid_timm.cli import main
 from vireid_timm.config import TrainConfig
 from vireid_timm.factory import Run, create_optimizer, create_scheduler, frozen_norms, parameter_groups, set_up
 from vireid_timm.meter import Meter
@@ -79,12 +92,15 @@ def test_validation_chooses_the_best_epoch(tmp_path: Path) -> None:
     assert 'infrared-to-visible' in (result.best / 'README.md').read_text()
 
 
+TRAIN = sys.modules[train.__module__]  # the package has a function of that name
+
+
 class _Killed(Exception):
     """Stands for the end of the process."""
 
 
-def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any]) -> Path:
-    """Start a run and end it right after a checkpoint within its epochs; its folder."""
+def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any], module: Any = loop) -> Path:
+    """Start a run and end it right after a checkpoint within its epochs, or with `TRAIN` between them; its folder."""
     folder = Path(settings['output']) / settings['experiment']
     left = saves
 
@@ -96,7 +112,7 @@ def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[st
             raise _Killed
 
     with monkeypatch.context() as patched, pytest.raises(_Killed):
-        patched.setattr(loop, 'save', save)
+        patched.setattr(module, 'save', save)
         train(settings)
     return folder
 
@@ -105,7 +121,7 @@ def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[st
     ('saves', 'settings'),
     [
         (1, dict(model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1)),
-        (4, dict(model_ema=True, model_ema_warmup=True, drop=0.1, opt='adamw', sched_on_updates=True, sched='cosine')),
+        (4, dict(model_ema=True, model_ema_warmup=True, drop=0.1, opt='lookahead_adamw', sched_on_updates=True)),
         (3, dict(grad_accum_steps=2, cached_triplet=True, drop=0.1, clip_grad=1.0, opt='lamb', sched='none')),
         (2, dict(amp=True, amp_dtype='float16', grad_accum_steps=2, epochs=1)),
     ],
@@ -135,6 +151,57 @@ def test_more_epochs_continue_a_finished_run(tmp_path: Path) -> None:
     resumed = train({'resume': str(part.folder), 'epochs': 3})
     assert resumed.folder == part.folder and resumed.best_epoch == 2
     assert equal(load_checkpoint(whole.folder), load_checkpoint(part.folder))
+
+
+@pytest.mark.parametrize(
+    ('module', 'saves', 'val_share', 'epochs'), [(TRAIN, 2, 0.0, 1), (TRAIN, 2, 0.25, 1), (loop, 3, 0.0, 2)]
+)
+def test_a_run_that_is_to_have_fewer_epochs_ends_as_one_that_was_begun_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, saves: int, val_share: float, epochs: int
+) -> None:
+    """After the first of three epochs, and within the second one, which is brought to its end."""
+    settings = {**SMALL, 'output': str(tmp_path), 'val_share': val_share, 'model_kwargs': THIN}
+    settings['checkpoint_interval'] = '1' if module is loop else ''
+    folder = _killed_after(monkeypatch, saves, {**settings, 'experiment': 'killed', 'epochs': 3}, module)
+    assert not (folder / 'best').exists()
+    resumed = train({'resume': str(folder), 'epochs': 1})
+    whole = train({**settings, 'experiment': 'whole', 'epochs': epochs})
+    assert equal(load_checkpoint(folder), load_checkpoint(whole.folder))
+    assert (resumed.best_epoch, resumed.best_mAP) == (whole.best_epoch, whole.best_mAP) and resumed.best.is_dir()
+    assert json.loads((resumed.best / 'config.json').read_text())['vireid']['epoch'] == epochs - 1
+
+
+def test_a_run_goes_back_to_its_previous_checkpoint_if_told_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, val_share=0.0)
+    previous, last = (load_checkpoint(first.folder / name) for name in ('previous.pth', 'last.pth'))
+    assert (previous['epoch'], last['epoch']) == (1, 2)
+    loaded = vireid_timm.load_model(first.folder / 'previous.pth').state_dict()
+    assert loaded and all(torch.equal(value, previous['state_dict'][name]) for name, value in loaded.items())
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        train({'resume': str(first.folder / 'previous.pth'), 'lr': 0.001})
+    assert f'Continuing {first.folder} from epoch 1 (previous.pth)' in caplog.text
+    now, before = (load_checkpoint(first.folder / name) for name in ('last.pth', 'previous.pth'))
+    assert now['epoch'] == 2 and not equal(now['state_dict'], last['state_dict']) and equal(before, last)
+    assert not (first.folder / 'damaged.pth').exists()
+
+
+def test_averaging_and_loss_scaling_can_be_switched_on_and_off_when_resuming(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, val_share=0.0, epochs=1)
+    begun = _weights(first.folder)
+    on = dict(model_ema=True, model_ema_decay=1.0, amp=True, amp_dtype='float16')  # an average that never moves
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        train({'resume': str(first.folder), 'epochs': 2, **on})
+    assert 'The run had no average of the weights: it begins with those of the checkpoint' in caplog.text
+    state = load_checkpoint(first.folder)
+    assert state['amp_scaler'] and not equal(state['state_dict'], begun)
+    for name in ('layer4.0.conv1.weight', 'joint_head.fc.weight'):
+        assert torch.equal(state['state_dict_ema'][name], begun[name])
+    train({'resume': str(first.folder), 'epochs': 3, 'model_ema': False, 'amp': False})
+    assert not {'state_dict_ema', 'amp_scaler'} & set(load_checkpoint(first.folder))
 
 
 def _numpy_state() -> np.ndarray:
@@ -325,6 +392,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'resume': 'no/such/run'}, 'no/such/run'),
         ({'cached_triplet': True}, '--grad-accum-steps'),
         ({'checkpoint_interval': '10 minutes'}, "500, 10m, or nothing for none, got '10 minutes'"),
+        ({'opt': 'sgdx'}, "cannot create the optimiser 'sgdx'.*list_optimizers"),
+        ({'opt': 'lookahead_adahessian'}, 'needs second derivatives'),
+        ({'opt_kwargs': {'foo': 1}}, "cannot create the optimiser 'sgd'.*foo.*--opt-kwargs"),
+        ({'opt_kwargs': {'lr': 1}}, '--opt-kwargs.* but lr'),
+        ({'sched': 'plateau'}, 'would never decay'),
+        ({'sched': 'cosin'}, "'cosin'"),
     ],
 )
 def test_settings_that_cannot_work_are_errors_before_anything_is_written(
@@ -356,11 +429,56 @@ def test_a_run_is_resumed_only_as_what_it_is(tmp_path: Path, caplog: pytest.LogC
     assert (again.folder, again.best_epoch, len(again.summary)) == (first.folder, first.best_epoch, 1)
 
 
-def test_todays_settings_of_the_optimiser_hold_after_resuming(tmp_path: Path) -> None:
+def test_what_a_run_has_left_is_never_overwritten(tmp_path: Path) -> None:
+    """Not even where its checkpoints were removed to save space."""
     first = _train(tmp_path, experiment='run', model_kwargs=THIN, epochs=1)
-    train({'resume': str(first.folder), 'epochs': 2, 'weight_decay': 0.25, 'momentum': 0.5})
-    for group in load_checkpoint(first.folder)['optimizer']['param_groups']:
-        assert (group['weight_decay'], group['momentum']) == (0.25, 0.5)
+    for name in ('last.pth', 'previous.pth'):
+        (first.folder / name).unlink()
+    for resume in ('', 'auto'):
+        with pytest.raises(ValueError, match='holds a run already; its checkpoints are gone'):
+            _train(tmp_path, experiment='run', resume=resume)
+    shutil.rmtree(first.best)
+    with pytest.raises(ValueError, match='checkpoints are gone'):
+        _train(tmp_path, experiment='run')
+    (first.folder / 'summary.csv').unlink()  # as one that was killed before its first checkpoint
+    assert _train(tmp_path, experiment='run', resume='auto', model_kwargs=THIN, epochs=1).folder == first.folder
+
+
+def test_a_run_that_is_killed_while_it_ends_its_first_epoch_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its best model is there already, which nothing may overwrite that is not this run."""
+
+    def write_summary(*args: Any) -> None:
+        raise _Killed
+
+    settings = dict(experiment='run', model_kwargs=THIN, epochs=1, val_share=0.0, resume='auto')
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(TRAIN, 'write_summary', write_summary)
+        _train(tmp_path, **settings)
+    assert (tmp_path / 'run/best').is_dir()
+    result = _train(tmp_path, **settings)
+    assert (result.best_epoch, len(result.summary)) == (0, 1)
+
+
+@pytest.mark.parametrize(('sched', 'rates'), [('multistep', [0.015, 0.03]), ('none', [0.03, 0.03])])
+def test_todays_settings_of_the_optimiser_hold_after_resuming(tmp_path: Path, sched: str, rates: list[float]) -> None:
+    first = _train(
+        tmp_path,
+        experiment='run',
+        model_kwargs=THIN,
+        epochs=1,
+        val_share=0.0,
+        sched=sched,
+        opt_kwargs={'nesterov': False},
+    )
+    today = dict(weight_decay=0.25, momentum=0.5, lr=0.03, backbone_lr_scale=0.5, opt_kwargs={})
+    train({'resume': str(first.folder), 'epochs': 2, **today})
+    groups = load_checkpoint(first.folder)['optimizer']['param_groups']
+    for group in groups:
+        assert (group['weight_decay'], group['momentum'], group['nesterov']) == (0.25, 0.5, True)
+    assert [group['lr_scale'] for group in groups] == [0.5, 1.0]
+    assert [group['lr'] for group in groups] == pytest.approx(rates)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(tmp_path: Path) -> None:
@@ -410,8 +528,8 @@ def test_a_failure_in_the_background_stops_the_run_with_its_reason(
     assert len(train({'resume': str(tmp_path / 'run')}).summary) == 4
 
 
-class _NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU: a value or a shape that is not known before it is computed."""
+class _NoUnknownShapes(TorchDispatchMode):
+    """Refuses operations that make the host wait for a GPU: their value or shape is not known before it is computed."""
 
     refused = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', '_unique2', 'is_nonzero')
 
@@ -419,6 +537,40 @@ class _NoWaiting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert name not in self.refused, f'{name} waits for the device'
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Refuses what makes the host wait for a GPU, also what reads a tensor on the CPU without an operation."""
+
+    def refusing(name: str) -> Callable[..., None]:
+        def refuse(*args: Any) -> None:
+            raise AssertionError(f'{name} waits for the device')
+
+        return refuse
+
+    with pytest.MonkeyPatch.context() as patched, _NoUnknownShapes():
+        for name in ('item', 'tolist', 'cpu', 'numpy', '__array__', '__bool__', '__int__', '__index__', '__float__'):
+            patched.setattr(torch.Tensor, name, refusing(name))
+        yield
+
+
+@pytest.mark.parametrize('read', [bool, float, np.asarray, torch.nonzero, methodcaller('tolist'), methodcaller('cpu')])
+def test_waiting_for_the_device_is_seen(read: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(AssertionError, match='waits for the device'), _no_waiting():
+        read(torch.ones(1))
+
+
+def test_drawing_batches_never_waits_for_the_device() -> None:
+    """Tensors on `meta` have no values that the host could read."""
+    config, meta = TrainConfig.from_mapping({**SMALL, 'val_share': 0.0}), torch.device('meta')
+    data = load_data(config, (3, 64, 32), torch.device('cpu'))
+    augments = create_augments(config, timm.create_model('vireid_dml_r10t', num_classes=8))
+    drawn = list(batches(data, augments, meta, epoch=0, seed=config.seed))
+    assert len(drawn) == 3
+    for batch in drawn:
+        assert all(pictures.is_meta and pictures.shape == (8, 3, 64, 32) for pictures in batch.inputs)
+        assert batch.labels.is_meta
 
 
 @pytest.mark.parametrize(
@@ -435,32 +587,39 @@ def test_the_host_never_waits_for_the_device_within_a_step(tmp_path: Path, setti
         loop.training_mode(run)
         meter = Meter()
         drawn = list(batches(run.data, run.augments, run.device, epoch=0, seed=config.seed))[:2]
-        with _NoWaiting():
+        with _no_waiting():
             for group in ([drawn[0]], [drawn[1]]) if config.grad_accum_steps == 1 else (drawn,):
                 for batch, result in zip(group, loop.train_step(run, group)):
                     meter.add(result, batch.labels)
                 run.progress.step += len(group)
-        with pytest.raises(AssertionError, match='waits'), _NoWaiting():  # these eyes do see
-            torch.ones(1).item()
         meter.read()
     assert meter.count == 2 and np.isfinite(meter.means()['loss'])
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', forward)
+    with pytest.raises(ValueError, match='a step of 16 pictures does not fit .* cpu; try fewer --identities-per-batch'):
+        _train(tmp_path, model_kwargs=THIN)
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_the_callers_switches_are_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
 ) -> None:
-    seen = []
+    seen, switches = [], torch.utils.deterministic
     real = loop.train_step
 
     def train_step(run: Run, group: Any) -> Any:
-        seen.append(torch.are_deterministic_algorithms_enabled())
+        seen.append((torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory))
         return real(run, group)
 
     monkeypatch.setattr(loop, 'train_step', train_step)
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
     _train(tmp_path, epochs=1, deterministic=deterministic)
-    assert set(seen) == {deterministic}
+    assert set(seen) == {(deterministic, not deterministic)} and switches.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
     assert 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
 
@@ -509,3 +668,54 @@ def test_freezing_leaves_norms_alone_that_imagenet_weights_do_not_fill() -> None
     names = {name for name, module in model.named_modules() if id(module) in frozen}
     assert names and all(name.startswith(('stem.', 'layer')) for name in names)
     assert not frozen_norms(TrainConfig(), model)
+
+
+def _two_runs(rank: int, folder: str) -> None:
+    """One of two processes: ranks whose scores differ in a last bit, a loss that only one cannot compute, SIGTERM."""
+    torch.set_num_threads(1)
+    meeting, patience = f'file://{folder}/meeting', timedelta(minutes=2)
+    distributed.init_process_group('gloo', init_method=meeting, rank=rank, world_size=2, timeout=patience)
+    found = {}
+
+    def run(name: str, **settings: Any) -> None:
+        config = Path(folder) / f'{name}-{rank}.json'  # which is YAML, too
+        small = {**SMALL, 'identities_per_batch': 2, 'device': 'cpu', 'model_kwargs': THIN, 'val_interval': 1}
+        config.write_text(json.dumps({**small, 'output': folder, 'experiment': name, **settings}))
+        with redirect_stderr(io.StringIO()) as said:
+            found[name] = [main(['train', '--config', str(config)])]
+        found[name].append(said.getvalue())
+
+    def scores(report: vireid_timm.Report) -> dict[str, float]:
+        """Process 1 believes in a second epoch that is better, process 0 does not."""
+        calls.append(report)
+        return {'rank1': 0.5, 'mAP': 0.5 + 1e-12 * rank * len(calls), 'mINP': 0.5}
+
+    def evaluate(*args: Any, **options: Any) -> vireid_timm.Report:
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **options)
+
+    calls, real = [], TRAIN.evaluate
+    with mock.patch.object(TRAIN, '_scores', scores):
+        run('differ')
+    with mock.patch.object(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=0, step=0 if rank == 1 else 1000)):
+        run('diverged', log_interval=1)
+    with mock.patch.object(TRAIN, 'evaluate', evaluate):
+        run('stopped')
+    (Path(folder) / f'{rank}.json').write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_decide_as_one_and_each_says_what_only_it_knows(tmp_path: Path) -> None:
+    start_processes(_two_runs, (str(tmp_path),), nprocs=2, start_method=METHOD)
+    first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
+    assert first['differ'][0] == second['differ'][0] == 0, (first['differ'], second['differ'])
+    assert load_checkpoint(tmp_path / 'differ')['progress']['best_epoch'] == 0
+
+    assert first['diverged'][0] == second['diverged'][0] == 1
+    assert 'at step 0, in process 1 of 2; what' in first['diverged'][1]
+    assert f'pictures are in {tmp_path / "diverged" / "nan-epoch0-step0-process*"}' in first['diverged'][1]
+    assert [path.name for path in (tmp_path / 'diverged').glob('nan-*')] == ['nan-epoch0-step0-process1']
+
+    assert second['stopped'] == [128 + signal.SIGTERM, 'process 1: stopped by SIGTERM\n']
+    assert first['stopped'][0] == 1 and 'another process is gone; its own message says why' in first['stopped'][1]

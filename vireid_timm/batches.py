@@ -25,12 +25,13 @@ class TrainData:
 
     Attributes:
         dataset: As read.
-        records: Pictures to train on.
-        store: Their bytes.
+        records: Pictures to train on, those that can be read.
+        store: Bytes of the pictures to train on; its intact rows are the rows of `records`.
         labels: Class label per row of `records`, [N] long; -1 for identities that batches skip.
         class_map: Identity name -> class label.
         sampler: Batches of rows of `records`.
         validation: Held-out identities as a dataset of their own; None if there are none.
+        validation_store: Bytes of their pictures; with `store`, a part of one store of all training pictures.
     """
 
     dataset: Dataset
@@ -40,6 +41,7 @@ class TrainData:
     class_map: dict[str, int]
     sampler: IdentityModalitySampler
     validation: Dataset | None
+    validation_store: PictureStore
 
 
 class Batch(NamedTuple):
@@ -74,14 +76,17 @@ def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.dev
     dataset = create_dataset(config.dataset, config.data_dir or None, **config.dataset_kwargs)
     records, held_out = split_identities(dataset.train, config.val_share, config.seed)
     validation = Dataset('validation', dataset.root, records, held_out) if len(held_out) else None
-    store = picture_store(
-        records,
+    # One store for every --seed and --val-share: those that are held out from one are trained on with another.
+    stored = picture_store(
+        dataset.train,
         size[1:],
         cache=config.cache,
         device=device,
         skip_broken=config.skip_broken,
         workers=config.workers,
     )
+    is_held_out = np.isin(dataset.train.identity, held_out.identities())
+    store, held_out_store = (stored.select(np.flatnonzero(rows)) for rows in (~is_held_out, is_held_out))
     sampled = records[store.intact()]
     sampler = IdentityModalitySampler(
         sampled.identity,
@@ -94,7 +99,7 @@ def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.dev
     )
     class_map = class_map_of(sampled[~np.isin(sampled.identity, sampler.skipped)])
     labels = torch.tensor([class_map.get(name, -1) for name in sampled.identity.tolist()])
-    return TrainData(dataset, sampled, store, labels, class_map, sampler, validation)
+    return TrainData(dataset, sampled, store, labels, class_map, sampler, validation, held_out_store)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int, stream: int = 0) -> int:
@@ -168,8 +173,7 @@ def _pictures_ahead(data: TrainData, device: torch.device) -> Iterator[tuple[lis
         yield from in_order(read, data.sampler, workers=2)
     else:  # nothing to read: the device gathers its own
         for rows in data.sampler:
-            index = torch.from_numpy(intact[rows]).to(store.held.device, non_blocking=True)
-            yield rows, store.held.index_select(0, index)
+            yield rows, store.take_held(intact[rows])
 
 
 def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .config import TrainConfig, checked_settings, load_yaml
 from .device import on_primary, process, together
 from .factory import Progress, Run
 from .records import Records
-from .runs import CONFIG, has_checkpoint, newest_checkpoint, save_checkpoint
+from .runs import CONFIG, LAST, PREVIOUS, folder_of, has_checkpoint, newest_checkpoint, save_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -26,28 +26,25 @@ def resolved_config(given: TrainConfig | Mapping[str, Any]) -> TrainConfig:
     """The settings of a run: those given, over those of the run that `resume` names, over the defaults.
 
     Args:
-        given: Settings by name, or all of them. `resume` names a run's folder, or is `auto` for that of `experiment`
-            if it has a checkpoint.
+        given: Settings by name, or all of them. `resume` names a run's folder or a checkpoint in it, or is `auto` for
+            the folder of `experiment` if it has a checkpoint.
 
     Returns:
-        Settings whose `resume` is a folder with a checkpoint, or empty.
+        Settings whose `resume` is a folder with a checkpoint, its `previous` checkpoint, or empty.
 
     Raises:
         ValueError: A setting that cannot be, or nothing to resume.
     """
-    if isinstance(given, TrainConfig):
-        folder = _resumed_folder(given.resume, given.output, given.experiment)
-        return replace(given, resume='' if folder is None else str(folder))
-    given = checked_settings(given, 'configuration')
+    given = checked_settings(asdict(given) if isinstance(given, TrainConfig) else given, 'configuration')
     output = given.get('output', TrainConfig.output)
-    folder = _resumed_folder(given.get('resume', ''), output, given.get('experiment', ''))
-    if folder is None:
+    resumed = _resumed(given.get('resume', ''), output, given.get('experiment', ''))
+    if resumed is None:
         return TrainConfig.from_mapping({**given, 'resume': ''})
-    return TrainConfig.from_mapping({**load_yaml(folder / CONFIG), **given, 'resume': str(folder)})
+    return TrainConfig.from_mapping({**load_yaml(folder_of(resumed) / CONFIG), **given, 'resume': str(resumed)})
 
 
-def _resumed_folder(resume: str, output: str, experiment: str) -> Path | None:
-    """The folder of the run to continue; None for a new run."""
+def _resumed(resume: str, output: str, experiment: str) -> Path | None:
+    """The folder of the run to continue, or the checkpoint in it to go back to; None for a new run."""
     if not resume:
         return None
     if resume == AUTO:
@@ -58,12 +55,19 @@ def _resumed_folder(resume: str, output: str, experiment: str) -> Path | None:
             _logger.info(f'No checkpoint in {folder}: a new run')
             return None
         return folder
-    folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    folder = folder_of(resume)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f'--resume {resume}: no {CONFIG} there; give a run folder that `vireid train` wrote')
+        raise ValueError(
+            f'--resume {resume}: no {CONFIG} there; give a run folder that `vireid train` wrote, or {LAST} or '
+            f'{PREVIOUS} in it'
+        )
     if not has_checkpoint(folder):
         raise ValueError(f'--resume {resume}: that run has no checkpoint yet; start it anew')
-    return folder
+    if Path(resume).name != PREVIOUS:
+        return folder
+    if not Path(resume).is_file():
+        raise ValueError(f'--resume {resume}: there is no such checkpoint; the newest one is that of --resume {folder}')
+    return Path(resume)
 
 
 class CheckpointInterval:
@@ -148,7 +152,9 @@ def _fingerprint(records: Records) -> str:
 
 
 def resume(run: Run) -> Path:
-    """Put the state of the run's newest whole checkpoint into network, averages, optimiser, schedule and scaler.
+    """Put a checkpoint's state into network, averages, optimiser, schedule and scaler.
+
+    It is the one that `resume` names, or the newest whole one of the folder.
 
     Returns:
         The checkpoint; nothing on disk is changed.
@@ -156,7 +162,7 @@ def resume(run: Run) -> Path:
     Raises:
         ValueError: No whole checkpoint, or one that the settings or data do not fit.
     """
-    path, checkpoint = together(lambda: newest_checkpoint(run.folder))
+    path, checkpoint = together(lambda: newest_checkpoint(Path(run.config.resume)))
     place = on_primary(lambda: _place(checkpoint))
     together(lambda: _put_in(run, checkpoint, place))
     progress = run.progress
@@ -179,9 +185,11 @@ def _put_in(run: Run, checkpoint: dict[str, Any], place: tuple[Any, Any]) -> Non
     try:
         run.task.load_checkpoint_state(checkpoint['state_dict'])
         if run.task.has_ema():
-            run.task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
-        _load_optimizer(run, checkpoint['optimizer'])
-        if run.scaler is not None:
+            if 'state_dict_ema' not in checkpoint:
+                _logger.info('The run had no average of the weights: it begins with those of the checkpoint')
+            run.task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
+        _load_optimizer(run.optimizer, checkpoint['optimizer'])
+        if run.scaler is not None and run.scaler.state_dict_key in checkpoint:  # else loss scaling begins now
             run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
         run.progress = Progress(**checkpoint['progress'])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -209,10 +217,10 @@ def _check_premises(run: Run, checkpoint: dict[str, Any]) -> None:
             raise ValueError(f'the training {what} are not those that {run.folder} was started with')
 
 
-def _load_optimizer(run: Run, state: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The checkpoint's state, but today's settings: torch keeps both in one."""
-    settings = {'momentum': run.config.momentum, 'weight_decay': run.config.weight_decay, **run.config.opt_kwargs}
-    forms = [{name: group.get(name) for name in ('fused', 'foreach')} for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(state)
-    for group, form in zip(run.optimizer.param_groups, forms, strict=True):
-        group.update({name: value for name, value in {**settings, **form}.items() if name in group})
+    groups = []
+    for then, now in zip(state['param_groups'], optimizer.param_groups, strict=True):
+        settings = {name: value for name, value in now.items() if name != 'lookahead_step'}  # which is a count
+        groups.append({**then, **settings, 'params': then['params']})
+    optimizer.load_state_dict({**state, 'param_groups': groups})

@@ -86,7 +86,7 @@ class TrainConfig:
         None, 'augmentation', 'fixed fill of the erased channels, normalised; random if unset', nargs=3
     )
 
-    opt: str = _setting('sgd', 'optimiser', "any of timm's optimisers")
+    opt: str = _setting('sgd', 'optimiser', "any of timm's optimisers but adahessian")
     lr: float = _setting(0.1, 'optimiser', 'learning rate of everything new', minimum=0)
     backbone_lr_scale: float | None = _setting(
         None, 'optimiser', 'factor on lr for what was pretrained; 0.1 with pretrained weights, else 1', minimum=0
@@ -150,7 +150,11 @@ class TrainConfig:
     )
     output: str = _setting('output/train', 'run', 'where run folders go')
     experiment: str = _setting('', 'run', 'name of the run folder; time, model and data if unset')
-    resume: str = _setting('', 'run', 'run folder to continue; auto: that of --experiment, or a new run if it has none')
+    resume: str = _setting(
+        '',
+        'run',
+        'run folder to continue, or its previous.pth; auto: that of --experiment, or a new run if it has none',
+    )
     deterministic: bool = _setting(
         False, 'run', 'the same weights again on the same machine, where torch can; slower on a GPU'
     )

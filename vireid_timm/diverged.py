@@ -23,8 +23,8 @@ def save_batch(run: Run, epoch: int, step: int) -> Path:
         step: The batch's number in the epoch, from 0.
 
     Returns:
-        A folder in the run's: each picture as it came out of the augmentation, normalisation undone, and `batch.json`
-        with what each one is.
+        A folder in the run's, among several processes with the number of this one: each picture as it came out of the
+        augmentation, normalisation undone, and `batch.json` with what each one is.
 
     Raises:
         OSError: It cannot be written.

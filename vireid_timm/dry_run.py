@@ -14,11 +14,10 @@ from tqdm import tqdm
 from .batches import Batch, batches
 from .checkpoints import resolved_config, resume
 from .config import TrainConfig
-from .datasets import split_identities
 from .device import end_distributed, init_distributed, process
 from .factory import Run, set_up
 from .loop import train_step, training_mode
-from .pictures import StorePlan, plan_store
+from .pictures import StorePlan, default_workers, plan_store
 from .records import INFRARED, MODALITIES, UNKNOWN_CAMERA, VISIBLE, Records
 from .report import aligned
 from .tracking import peak_memory
@@ -52,10 +51,18 @@ def dry_run(settings: Mapping[str, Any]) -> str:
             run = set_up(dataclasses.replace(config, cache='off'), device)
             if config.resume:
                 resume(run)
-            plans = _plans(run, config.cache)
+            plan = plan_store(run.data.dataset.train, run.size[1:], cache=config.cache, device=run.device)
             measured = _measure(run)
-            found = (_settings(config), _data(run), _batches(run), _stores(run, plans, measured))
-            return '\n\n'.join('\n'.join(lines) for lines in (*found, _memory(run, measured), _time(run, measured)))
+            parts = (
+                _settings(config),
+                _resolved(run, plan),
+                _data(run),
+                _batches(run),
+                _store(run, plan, measured),
+                _memory(run, measured),
+                _time(run, measured),
+            )
+            return '\n\n'.join('\n'.join(lines) for lines in parts)
     finally:
         if not joined:
             end_distributed()
@@ -73,28 +80,23 @@ class _Measured:
 
 def _measure(run: Run) -> _Measured:
     epoch, config = min(run.progress.epoch, run.num_epochs - 1), run.config
+    run.data.sampler.set_epoch(epoch)
+    rows = [row for batch in islice(run.data.sampler, config.grad_accum_steps) for row in batch]
+    start = time.perf_counter()
+    run.data.store[run.data.store.intact()[rows]]  # before anything else reads them, and the system keeps them
+    reading = time.perf_counter() - start
     drawn = batches(run.data, run.augments, run.device, epoch=epoch, seed=config.seed)
     with closing(drawn):
         group: list[Batch] = list(islice(drawn, config.grad_accum_steps))
-    rows = [row for batch in group for row in batch.rows]
-    start = time.perf_counter()
-    run.data.store[run.data.store.intact()[rows]]
-    reading = time.perf_counter() - start
     if run.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(run.device)
     training_mode(run)
-    try:
-        train_step(run, group)  # what is compiled, allocated and tuned in it is not part of the others
-        _wait_for(run.device)
-        start = time.perf_counter()
-        for _ in range(TIMED_STEPS):
-            train_step(run, group)
-        _wait_for(run.device)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f'a step of {len(rows)} pictures does not fit into the memory of {run.device}; try fewer '
-            '--identities-per-batch (with --grad-accum-steps), --grad-checkpointing, or a smaller --input-size'
-        ) from error
+    train_step(run, group)  # what is compiled, allocated and tuned in it is not part of the others
+    _wait_for(run.device)
+    start = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        train_step(run, group)
+    _wait_for(run.device)
     step = (time.perf_counter() - start) / TIMED_STEPS
     return _Measured(reading, len(rows), step, peak_memory(run.device))
 
@@ -109,6 +111,32 @@ def _settings(config: TrainConfig) -> list[str]:
     given = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
     rows = [[f'  {name}', _value(value)] for name, value in given.items()]
     return ['Settings that are not the defaults (`vireid train --help` has those):', *aligned(rows, left=(0, 1))]
+
+
+def _resolved(run: Run, plan: StorePlan) -> list[str]:
+    """What the settings came to that are unset by default, or depend on the machine."""
+    config = run.config
+    rows = [['  learning rate', _rates(run, config.lr)]]
+    if run.scheduler is not None and config.warmup_epochs:
+        rows += [['  warm-up', f'{config.warmup_epochs} epochs from {_rates(run, run.scheduler.warmup_lr_init)}']]
+    rows += [
+        ['  input size', _value(run.size)],
+        ['  device', f'{run.device}, computing in {_precision(run)}'],
+        ['  cache', plan.cache],
+        ['  workers', _value(default_workers() if config.workers is None else config.workers)],
+    ]
+    return ['What these and the defaults come to here', *aligned(rows, left=(0, 1))]
+
+
+def _rates(run: Run, lr: float) -> str:
+    """The learning rates of both parameter groups; it is timm's schedulers that scale them."""
+    scales = [1.0 if run.scheduler is None else group['lr_scale'] for group in run.optimizer.param_groups]
+    pretrained, new = (f'{scale * lr:g}' for scale in scales)
+    return new if pretrained == new else f'{new}, of what was pretrained {pretrained}'
+
+
+def _precision(run: Run) -> str:
+    return str(run.dtype or torch.float32).removeprefix('torch.')
 
 
 def _value(value: Any) -> str:
@@ -181,34 +209,19 @@ def _batches_done(run: Run) -> int:
     return run.progress.epoch * run.batches_per_epoch + run.progress.step
 
 
-def _plans(run: Run, cache: str) -> dict[str, tuple[int, StorePlan]]:
-    """What is stored -> how many pictures, and how. Held-out pictures are stored as `evaluate` does it."""
-    data, size = run.data, run.data.store.size
-    train, _ = split_identities(data.dataset.train, run.config.val_share, run.config.seed)
-    plans = {'to train on': (len(train), plan_store(train, size, cache=cache, device=run.device))}
-    if data.validation is not None:
-        held_out = data.validation.test
-        plan = plan_store(held_out, size, cache='disk' if cache == 'device' else cache)
-        plans['held out'] = (len(held_out), plan)
-    return plans
-
-
-def _stores(run: Run, plans: Mapping[str, tuple[int, StorePlan]], measured: _Measured) -> list[str]:
+def _store(run: Run, plan: StorePlan, measured: _Measured) -> list[str]:
     height, width = run.data.store.size
-    lines, left = [f'Decoded pictures of {height}x{width}'], 0
-    for name, (count, plan) in plans.items():
-        where = {
-            'disk': f'{"found in" if plan.found else "would be written to"} {plan.folder}',
-            'device': f'{"found in" if plan.found else "would be written to"} {plan.folder}, and held on {run.device}',
-            'ram': f'would be held in memory{f" ({plan.reason})" if plan.reason else ""}',
-            'off': 'decoded whenever they are needed',
-        }[plan.cache]
-        lines.append(f'  {name}: {count:,}, {_bytes(plan.num_bytes)}, {where}')
-        left += 0 if plan.found else count
-    if left:
+    count = len(run.data.dataset.train)
+    where = {
+        'disk': f'{"found in" if plan.found else "would be written to"} {plan.folder}',
+        'device': f'{"found in" if plan.found else "would be written to"} {plan.folder}, and held on {run.device}',
+        'ram': f'would be held in memory{f" ({plan.reason})" if plan.reason else ""}',
+        'off': 'decoded whenever they are needed',
+    }[plan.cache]
+    lines = [f'Decoded pictures of {height}x{width}', f'  {count:,}, {_bytes(plan.num_bytes)}, {where}']
+    if not plan.found:
         speed = measured.pictures / measured.reading
-        once = tqdm.format_interval(left / speed)
-        lines.append(f'  read here at {speed:,.0f} pictures/s: {once} for {left:,}')
+        lines.append(f'  read here at {speed:,.0f} pictures/s: {tqdm.format_interval(count / speed)} for {count:,}')
     return lines
 
 
@@ -216,7 +229,6 @@ def _memory(run: Run, measured: _Measured) -> list[str]:
     parameters = list(run.task.trainable_module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     state = [value for values in run.optimizer.state.values() for value in values.values()]
-    precision = str(run.dtype or torch.float32).removeprefix('torch.')
     rows = [
         ['  parameters', f'{sum(p.numel() for p in parameters) / 1e6:.2f} M', _bytes(_size(parameters))],
         ['  gradients', '', _bytes(_size(trained))],
@@ -229,7 +241,7 @@ def _memory(run: Run, measured: _Measured) -> list[str]:
     if run.device.type == 'cuda':
         rows += [['  there is', '', _bytes(torch.cuda.get_device_properties(run.device).total_memory)]]
     of = f'of {run.device}' if run.device.type == 'cuda' else 'of this process'
-    return [f'Memory {of}, computing in {precision}', *aligned(rows, left=(0, 1))]
+    return [f'Memory {of}, computing in {_precision(run)}', *aligned(rows, left=(0, 1))]
 
 
 def _size(tensors: Any) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .features import Extraction, check_finite, check_model, extract, open_store, picture_size, weights_fingerprint
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
+from .pictures import PictureStore
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
 from .records import Dataset, Records
 from .report import Report, relative_paths, summarise
@@ -42,6 +43,7 @@ def evaluate(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
+    store: PictureStore | None = None,
     **options: Any,
 ) -> Report:
     """Evaluate a model on a dataset's test pictures: features once, then every protocol with all its trials.
@@ -56,12 +58,13 @@ def evaluate(
         draw: How protocols that draw pictures do so, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
         failures: How many of the worst queries each result names.
+        store: The pictures of `dataset.test`, row by row, where they are decoded already; None decodes them.
         options: How features are extracted: fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`,
             `batch_size=64`, `device='cuda'`, `skip_broken=True`.
 
     Raises:
         ValueError: On an unknown protocol, draw, re-ranking or kind of features, on data that the protocol cannot use,
-            on a picture that cannot be read, or on features that are not finite.
+            on a store of other pictures, on a picture that cannot be read, or on features that are not finite.
         TypeError: On an option that is none of `Extraction`.
     """
     # Everything that can be wrong without looking at a picture is found before the first one is decoded.
@@ -69,8 +72,13 @@ def evaluate(
     check_model(model)
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
-    # The store holds the whole table, so that every choice of protocols shares it.
-    store = open_store(model, dataset.test, extraction)
+    if store is None:  # of the whole table, so that every choice of protocols shares it
+        store = open_store(model, dataset.test, extraction)
+    elif (len(store), store.size) != (len(dataset.test), picture_size(model, extraction)):
+        raise ValueError(
+            f'the store has {len(store)} pictures of {store.size}, {dataset.name} {len(dataset.test)} to be seen as '
+            f'{picture_size(model, extraction)}; give the store of this table, or none'
+        )
     if store.broken:
         plans = [_without(plan, store.intact()) for plan in plans]
     rows = _rows_of(plans)

@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .device import autocast_dtype, on_primary, together
 from .models import DualStreamResNet
 from .records import Dataset
-from .runs import has_checkpoint
+from .runs import folder_of, has_checkpoint, holds_run
 from .task import ViReIDTask
 from .tracking import summary_writer_type
 
@@ -119,8 +119,9 @@ def _set_up(config: TrainConfig, device: torch.device) -> Run:
     """One process's share, in which it exchanges nothing with the others."""
     # Before the data are read: a wrong name or argument should not cost minutes.
     _check_settings(config)
-    pretrained_cfg = _probe_model(config)
-    size = tuple(config.input_size or pretrained_cfg['input_size'])
+    probe = _probe_model(config)
+    create_scheduler(config, create_optimizer(config, probe, fused=False), num_batches=10**6)  # enough for any
+    size = tuple(config.input_size or probe.pretrained_cfg['input_size'])
     data = load_data(config, size, device)
     folder = _run_folder(config, data.dataset)
     model = _create_model(config, len(data.class_map)).to(device)
@@ -149,8 +150,14 @@ def _set_up(config: TrainConfig, device: torch.device) -> Run:
 def _check_settings(config: TrainConfig) -> None:
     """Settings that do not go together, or not with what is there."""
     folder = Path(config.output) / config.experiment
-    if config.experiment and not config.resume and has_checkpoint(folder):
-        raise ValueError(f'{folder} holds a run already; continue it with --resume {folder}, or choose another name')
+    if config.experiment and not config.resume and holds_run(folder):
+        if has_checkpoint(folder):
+            way = f'continue it with --resume {folder}, or choose another name'
+        else:
+            way = 'its checkpoints are gone, so choose another name, or move that folder away'
+        raise ValueError(f'{folder} holds a run already; {way}')
+    if config.sched == 'plateau':
+        raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:
         raise ValueError('--cached-triplet compares accumulated batches: give --grad-accum-steps 2 or more, too')
     if config.freeze_bn and not config.pretrained:
@@ -169,8 +176,8 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
     return args
 
 
-def _probe_model(config: TrainConfig) -> dict[str, Any]:
-    """The pretrained cfg of the model, built without weights or memory."""
+def _probe_model(config: TrainConfig) -> DualStreamResNet:
+    """The model, built without weights or memory."""
     names = ', '.join(timm.list_models('vireid_*'))
     try:
         for args in ({}, model_args(config)):
@@ -181,7 +188,7 @@ def _probe_model(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(
             f'cannot create the model {config.model!r}: {error} (models of this library: {names})'
         ) from error
-    return model.pretrained_cfg
+    return model
 
 
 def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -244,7 +251,11 @@ def frozen_norms(config: TrainConfig, model: nn.Module) -> list[nn.Module]:
 
 
 def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, in torch's fused form, if wanted, where there is one."""
+    """timm's optimiser of that name, in torch's fused form, if wanted, where there is one.
+
+    Raises:
+        ValueError: No such optimiser, not with these arguments, or not for this training loop.
+    """
 
     def create(**options: Any) -> torch.optim.Optimizer:
         return create_optimizer_v2(
@@ -257,12 +268,20 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
             **config.opt_kwargs,
         )
 
-    if fused and not {'fused', 'foreach'} & set(config.opt_kwargs):
+    fused = fused and not {'fused', 'foreach'} & set(config.opt_kwargs)
+    try:
         try:
-            return create(fused=True)
-        except (TypeError, RuntimeError):  # not this optimiser, or not on this device
-            pass
-    return create()
+            optimizer = create(fused=True) if fused else create()
+        except (TypeError, RuntimeError):  # fused: not this optimiser, or not on this device
+            optimizer = create()
+    except (TypeError, KeyError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f'cannot create the optimiser {config.opt!r}: {error}; --opt is one of timm.optim.list_optimizers(), and '
+            '--opt-kwargs are its arguments but lr, momentum and weight_decay, which have flags'
+        ) from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ValueError(f'--opt {config.opt} needs second derivatives, which are not computed here; choose another')
+    return optimizer
 
 
 def _backbone_lr_scale(config: TrainConfig) -> float:
@@ -313,7 +332,7 @@ def _num_updates(num_batches: int, config: TrainConfig) -> int:
 
 def _run_folder(config: TrainConfig, dataset: Dataset) -> Path:
     if config.resume:
-        return Path(config.resume)
+        return folder_of(config.resume)
     model = config.model.rstrip('/').split('/')[-1].replace(':', '-')
     name = config.experiment or f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}-{dataset.name}'
     return Path(config.output) / name

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-_LEFTOVER = re.compile(r'\..+\.[0-9a-f]{8}\.(part|old)')
+STALE_AFTER = 6 * 3600  # seconds without a write after which a temporary file belongs to a process that was killed
+
+_LEFTOVER = re.compile(r'\.(.+)\.[0-9a-f]{8}\.(part|old)')
 
 
 @contextmanager
@@ -30,8 +33,7 @@ def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, 'rb') as written:
-            os.fsync(written.fileno())
+        _sync_file(temporary)
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -49,34 +51,61 @@ def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`; it replaces whatever was there when the block ends without an error.
 
+    Of a process that is killed while it replaces one, `remove_leftovers` puts back what was there.
+
     Raises:
-        OSError: It cannot be written; the error names the folder or a file in it.
+        OSError: It cannot be written; the error names the folder or a file in it, and what was there is as it was.
     """
     path = Path(path)
     temporary, old = _beside(path, 'part'), _beside(path, 'old')
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for written in temporary.rglob('*'):
+            if written.is_file():
+                _sync_file(written)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         if not _is_nameless(error, temporary):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder; only for whoever is sure to be its only writer."""
-    for path in sorted(folder.iterdir()):
-        if _LEFTOVER.fullmatch(path.name):
+def remove_leftovers(folder: Path, alone: bool = True) -> None:
+    """Remove what writers that were killed left in a folder, and put back what one of them was about to replace.
+
+    Args:
+        folder: Where they wrote.
+        alone: Whether nobody else can be writing there; otherwise only what is old is removed.
+    """
+    leftovers = [path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]
+    for path in sorted(leftovers, key=last_written, reverse=True):
+        name, kind = _LEFTOVER.fullmatch(path.name).groups()
+        if kind == 'old' and not (folder / name).exists():
+            path.replace(folder / name)
+        elif alone or time.time() - last_written(path) > STALE_AFTER:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def last_written(path: Path) -> float:
+    """When a file, or a folder or a file in it, was written last, in seconds since 1970; 0 if it is gone."""
+    times = [0.0]
+    with suppress(OSError):  # its writer may be done with it
+        times.append(path.stat().st_mtime)
+        for written in path.glob('*'):
+            times.append(written.stat().st_mtime)
+    return max(times)
 
 
 def lock(file: IO[Any], wait: bool = False) -> bool:
@@ -89,18 +118,28 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
         wait: Until the other one is done, rather than not at all.
 
     Returns:
-        Whether it is locked now; True where the system has no such locks.
+        Whether no other process has it; True where the system has no such locks.
     """
+    return _flock(file, wait) is not False
+
+
+def is_locked(file: IO[Any]) -> bool:
+    """Whether the lock that `lock` gave keeps others out, which it does not where the system has no such locks."""
+    return _flock(file, wait=False) is True
+
+
+def _flock(file: IO[Any], wait: bool) -> bool | None:
+    """Whether this process has the lock now, or has it already; None where there are none."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return True
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # a network file system without locks
-        return True
+        return None
     return True
 
 
@@ -117,6 +156,11 @@ def _beside(path: Path, kind: str) -> Path:
 def _is_nameless(error: OSError, temporary: Path) -> bool:
     """Whether an error does not say by a name that the user knows where it happened: a full disk never does."""
     return error.errno is not None and error.filename in (None, str(temporary))
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, 'r+b') as written:  # Windows flushes what could be written to only
+        os.fsync(written.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from .files import whole_file, whole_folder
 from .models import DualStreamResNet
 from .records import MODALITIES
 from .report import Report
-from .runs import BEST, LAST, load_checkpoint
+from .runs import BEST, load_checkpoint
 from .synthetic import contact_sheet
 
 WEIGHTS = 'model.safetensors'
@@ -201,7 +201,7 @@ def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
         model = created(str(source), pretrained=pretrained)
     else:
         folder = path if path.is_dir() else path.parent
-        if path.name == LAST or not (folder / BEST).is_dir() and not any(folder.glob('*.safetensors')):
+        if path.suffix == '.pth' or not (folder / BEST).is_dir() and not any(folder.glob('*.safetensors')):
             model = _from_checkpoint(path)
         else:
             model = created(f'local-dir:{folder / BEST if (folder / BEST).is_dir() else folder}', str(source))

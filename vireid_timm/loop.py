@@ -1,6 +1,6 @@
 """The training loop: a thin one over timm's task, optimisers, schedulers, scaler and averaging.
 
-The host waits for the device only where something is reported or saved.
+The host waits for the device only where something is reported or saved, and for the loss scaling of float16.
 """
 
 import logging
@@ -14,7 +14,7 @@ from timm.utils import dispatch_clip_grad
 
 from .batches import Batch, batches, step_seed
 from .checkpoints import AGAINST_NAN, CheckpointInterval, save
-from .device import any_process, process, together
+from .device import any_process, mean_over_processes, process, together
 from .diverged import save_batch
 from .factory import Run, frozen_norms
 from .meter import Meter, NonFiniteLoss
@@ -68,8 +68,8 @@ def train_one_epoch(
                     _save_if_wanted(run, meter, interval, stop)
         meter.read()
     except NonFiniteLoss as error:
-        step = error.step
-        together(lambda: _fail(run, step))
+        step, culprits = error.step, _those_with(error.own)
+        together(lambda: _fail(run, step, culprits))
     task.share_running_statistics(config.dist_bn)
     speed = tracker.epoch_done(progress.epoch, meter.means(), _rates(run.optimizer))
     return {
@@ -95,7 +95,21 @@ def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]
 
     Returns:
         What the task returned for each of them, without gradients.
+
+    Raises:
+        ValueError: The device has too little memory.
     """
+    try:
+        return _train_step(run, group)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f'a step of {sum(len(batch.rows) for batch in group)} pictures does not fit into the memory of '
+            f'{run.device}; try fewer --identities-per-batch (with --grad-accum-steps), --grad-checkpointing, or a '
+            'smaller --input-size'
+        ) from error
+
+
+def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
     task = run.task
     results = []
     for batch, joined in zip(group, _joined_triplet(run, group), strict=True):
@@ -171,14 +185,25 @@ def _save_if_wanted(run: Run, meter: Meter, interval: CheckpointInterval, stop: 
     stop.check()
 
 
-def _fail(run: Run, step: int) -> None:
+def _those_with(flag: bool) -> list[int]:
+    """Numbers of the processes for which it is so; of all of them if for none."""
+    number, count = process()
+    flags = torch.zeros(count)
+    flags[number] = flag
+    return mean_over_processes(flags).nonzero().flatten().tolist() or list(range(count))
+
+
+def _fail(run: Run, step: int, culprits: list[int]) -> None:
     """End a training whose loss is not finite, with what helps to find out why."""
-    epoch = run.progress.epoch
-    try:
-        pictures = f'Its pictures are in {save_batch(run, epoch, step)}'
-    except (OSError, ValueError) as error:
-        pictures = f'Its pictures could not be saved ({error})'
+    epoch, (number, count) = run.progress.epoch, process()
+    where = f', in process {", ".join(map(str, culprits))} of {count}' if count > 1 else ''
+    pictures = f'Its pictures are in {run.folder / f"nan-epoch{epoch}-step{step}"}{"-process*" if count > 1 else ""}'
+    if number in culprits:
+        try:
+            save_batch(run, epoch, step)
+        except (OSError, ValueError) as error:
+            pictures = f'Its pictures could not be saved ({error})'
     raise FloatingPointError(
-        f'the loss became NaN or infinite in epoch {epoch} at step {step}; what was saved is from before. '
+        f'the loss became NaN or infinite in epoch {epoch} at step {step}{where}; what was saved is from before. '
         f'{pictures}. {AGAINST_NAN}'
     )

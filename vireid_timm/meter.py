@@ -1,5 +1,7 @@
 """Means of the loss terms over an epoch, without waiting for the device at every step."""
 
+import math
+
 import torch
 
 from .device import mean_over_processes
@@ -10,10 +12,12 @@ class NonFiniteLoss(FloatingPointError):
 
     Attributes:
         step: Number of its batch in the epoch, from 0.
+        own: Whether it is this process's own loss, not only that of another one.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, own: bool) -> None:
         self.step = step
+        self.own = own
         super().__init__(f'the loss of step {step} is not finite')
 
 
@@ -61,12 +65,13 @@ class Meter:
         """
         if not self._waiting:
             return
-        rows = mean_over_processes(torch.stack(self._waiting)).tolist()
+        own = torch.stack(self._waiting)
+        rows = mean_over_processes(own).tolist()
         self._waiting.clear()
-        for row in rows:
+        for number, row in enumerate(rows):
             values = dict(zip(self._names, row, strict=True))
-            if not abs(values['loss']) < float('inf'):
-                raise NonFiniteLoss(self.count)
+            if not math.isfinite(values['loss']):
+                raise NonFiniteLoss(self.count, not math.isfinite(own[number, self._names.index('loss')]))
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.count += 1

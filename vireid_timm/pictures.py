@@ -3,9 +3,10 @@
 A store keeps every picture of a record table as bytes of one size, so that an epoch costs a memory copy instead of a
 decode. On disk it is keyed by what it was made from (path, byte size and modification time of every file, the address
 of every rendered picture, the picture size): a changed file gives another key, so that stale bytes are never read. It
-is written by one process at a time, for which others that need it wait.
+is written by one process at a time, for which others that need it wait, where the file system can lock files.
 """
 
+import copy
 import errno
 import hashlib
 import importlib.resources
@@ -34,7 +35,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .files import lock
+from .files import STALE_AFTER, is_locked, last_written, lock
 from .records import Records
 from .synthetic import render_address
 
@@ -53,7 +54,6 @@ _STORE_VERSION = 2  # raise it when the same file would give other bytes
 CHUNK = 32  # pictures per unit of work: enough to hide its overhead, few enough for a smooth progress bar
 PROCESSES_FROM = 4000  # rendered pictures that pay for starting processes (each imports the library anew)
 _DEVICE_SHARE, _RAM_SHARE = 1 / 4, 1 / 2  # of the free memory, that pictures may take without being asked to
-_STALE_AFTER = 6 * 3600  # seconds without a write after which a temporary folder belongs to a run that was killed
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -158,12 +158,12 @@ def _stretch(values: np.ndarray) -> Image.Image:
 
 
 class PictureStore:
-    """Pictures of one size, indexed by the rows of the table they were loaded for; made by `picture_store`.
+    """Pictures of one size, indexed by the rows of the table they were loaded for, or of a part (`select`) of it.
 
     Attributes:
         size: Height and width of every picture.
         broken: Row -> what is wrong with that picture; empty unless broken pictures were to be skipped.
-        held: All pictures on an accelerator, [N, 3, H, W] uint8, broken ones black; None if they are not.
+        held: All pictures of the table on an accelerator, [N, 3, H, W] uint8, broken ones black; None if they are not.
     """
 
     def __init__(
@@ -190,12 +190,13 @@ class PictureStore:
         self.broken = broken
         self.held: torch.Tensor | None = None
         self._paths = np.asarray(paths, dtype=np.str_)
+        self._rows = np.arange(len(self._paths))
         self._workers = workers
         self._file = _MappedFile(planes, (len(self._paths), 3, *size)) if isinstance(planes, Path) else None
         self._planes = None if self._file is not None else planes
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._rows)
 
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Pictures of the given rows: a slice, integer rows [B] or a mask [N].
@@ -212,30 +213,48 @@ class PictureStore:
         for row in rows if self.broken else ():
             if row in self.broken:
                 raise PictureError(self.broken[row])
-        return self._read(rows).transpose(0, 2, 3, 1)
+        return self._read(self._rows[rows]).transpose(0, 2, 3, 1)
+
+    def select(self, rows: np.ndarray) -> 'PictureStore':
+        """Some of the pictures, as a store of their own that shares the bytes.
+
+        Args:
+            rows: Which rows of this store become its rows 0..K-1, [K].
+        """
+        part = copy.copy(self)
+        part.held = self.held  # which a copy leaves behind
+        part._rows = self._rows[rows]
+        part.broken = {place: self.broken[row] for place, row in enumerate(rows.tolist()) if row in self.broken}
+        return part
 
     def intact(self) -> np.ndarray:
         """Rows that are not broken, sorted, [K]."""
         return np.setdiff1d(np.arange(len(self)), np.fromiter(self.broken, np.int64, len(self.broken)))
 
     def hold(self, device: torch.device) -> None:
-        """Copy all pictures to a device, into `held`.
+        """Copy all pictures of the table to a device, into `held`.
 
         Raises:
             OSError: If the file that holds them was cut short.
             torch.OutOfMemoryError: If the device has no room for them.
         """
-        held = torch.empty((len(self), 3, *self.size), dtype=torch.uint8, device=device)
-        for start in range(0, len(self), CHUNK):
-            rows = np.arange(start, min(start + CHUNK, len(self)))
+        count = len(self._paths)
+        held = torch.empty((count, 3, *self.size), dtype=torch.uint8, device=device)
+        for start in range(0, count, CHUNK):
+            rows = np.arange(start, min(start + CHUNK, count))
             held[start : start + CHUNK] = torch.from_numpy(self._read(rows)).to(device)
         self.held = held
+
+    def take_held(self, rows: np.ndarray) -> torch.Tensor:
+        """Pictures of integer rows [B] where all of them are held, [B, 3, H, W]; nothing waits for the device."""
+        index = torch.from_numpy(self._rows[rows]).to(self.held.device, non_blocking=True)
+        return self.held.index_select(0, index)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, 'held': None}  # another process holds its own, or none
 
     def _read(self, rows: np.ndarray) -> np.ndarray:
-        """New array [B, 3, H, W]."""
+        """Pictures of these rows of the table, a new array [B, 3, H, W]."""
         planes = self._planes if self._file is None else self._file.planes()
         if planes is not None:
             return np.take(planes, rows, axis=0)
@@ -322,7 +341,7 @@ def plan_store(
         device: That pictures may be held on.
 
     Raises:
-        ValueError: An unknown cache; or `device`, without a device or with one that has too little memory.
+        ValueError: An unknown cache; `device` without a device; or too little memory for `device` or `ram`.
         OSError: The disk cannot hold the store.
     """
     paths = records.path.tolist()
@@ -350,7 +369,8 @@ def picture_store(
         cache: `disk` keeps the bytes in a memory-mapped file for this and later runs, `ram` in this process; `device`
             is `disk` and a copy of all of them in the memory of the device; `off` decodes on every access. `auto` is
             `device` on an accelerator whose free memory is at least four times as large, else `disk`; where the disk
-            cannot hold them it is `ram`, if they take at most half of the free memory.
+            cannot hold them it is `ram`, if they take at most half of the free memory. Of several processes on this
+            machine, which `torchrun` or SLURM started, each counts on its share of the free memory.
         cache_dir: Where the disk cache is; None is `$VIREID_CACHE` or `~/.cache/vireid_timm`.
         device: That pictures may be held on; None for none.
         skip_broken: Name broken pictures in one warning and go on; use the rows of `PictureStore.intact` only.
@@ -358,7 +378,7 @@ def picture_store(
         progress: Show a progress bar, if the output is a terminal.
 
     Raises:
-        ValueError: An unknown cache; or `device`, without a device or with one that has too little memory.
+        ValueError: An unknown cache; `device` without a device; or too little memory for `device` or `ram`.
         PictureError: If a picture is broken, unless `skip_broken`; if all of them are, in any case.
         OSError: If the store cannot be written; nothing is left behind.
     """
@@ -506,13 +526,13 @@ def _num_bytes(paths: list[str], size: tuple[int, int]) -> int:
 
 def _plan(cache: str, num_bytes: int, folder: Path | None, found: bool, device: torch.device | None) -> StorePlan:
     """Settle what `auto` is, and refuse what cannot be."""
-    if cache == 'device':
-        _check_room(num_bytes, device)
+    if cache in ('device', 'ram'):
+        _check_room(num_bytes, cache, device)
     if folder is None:
         return StorePlan('off' if cache == 'off' else 'ram', num_bytes, None, False)
     problem = None if found else _disk_problem(folder.parent, num_bytes)
     if problem is not None:
-        if cache != 'auto' or num_bytes > _RAM_SHARE * _free_memory():
+        if cache != 'auto' or num_bytes > _RAM_SHARE * _memory_share():
             raise _unwritable(problem, folder, num_bytes)
         return StorePlan('ram', num_bytes, None, False, problem.strerror)
     if cache == 'auto':
@@ -520,14 +540,16 @@ def _plan(cache: str, num_bytes: int, folder: Path | None, found: bool, device: 
     return StorePlan(cache, num_bytes, folder, found)
 
 
-def _check_room(num_bytes: int, device: torch.device | None) -> None:
-    if device is None:
+def _check_room(num_bytes: int, cache: str, device: torch.device | None) -> None:
+    if cache == 'device' and device is None:
         raise ValueError("cache='device' needs the device that is to hold the pictures; give it, or use cache='disk'")
-    free = _free_memory() if device.type == 'cpu' else _free_device_memory(device)
+    in_memory = cache == 'ram' or device.type == 'cpu'
+    free = _memory_share() if in_memory else _free_device_memory(device)
     if free and num_bytes > free:  # 0 where it cannot be known
+        each = f' for each of {_processes_here()} processes' if in_memory and _processes_here() > 1 else ''
         raise ValueError(
-            f'{device} has {_amount(free)} of free memory, too little for pictures of {_amount(num_bytes)}; use '
-            'cache="disk" (--cache)'
+            f'{"this machine" if cache == "ram" else device} has {_amount(free)} of free memory{each}, too little for '
+            f'pictures of {_amount(num_bytes)}; use cache="disk" (--cache)'
         )
 
 
@@ -542,8 +564,19 @@ def _disk_problem(cache_dir: Path, num_bytes: int) -> OSError | None:
     return None
 
 
+def _memory_share() -> int:
+    """Bytes that this process may still take if all processes here take as much; 0 where the system does not say."""
+    return _free_memory() // _processes_here()
+
+
+def _processes_here() -> int:
+    """How many processes torchrun, or else SLURM (`2(x3),1`: of the first machine), started on this machine."""
+    count = os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('SLURM_STEP_TASKS_PER_NODE') or '1'
+    return int(count.partition('(')[0].partition(',')[0])
+
+
 def _free_memory() -> int:
-    """Bytes that this process may still take, 0 where the system does not say."""
+    """Bytes that processes here may still take, 0 where the system does not say."""
     try:
         with open('/proc/meminfo') as file:
             free = next(1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable:'))
@@ -581,17 +614,20 @@ def _find_or_write(
     broken = _stored(folder, paths, num_bytes)
     if broken is not None:
         return _plan(cache, num_bytes, folder, True, device), broken
-    with _sole_writer(folder, skip_broken):
+    with _sole_writer(folder, skip_broken) as alone:
         broken = _stored(folder, paths, num_bytes)  # another process may have written it in the meantime
         plan = _plan(cache, num_bytes, folder, broken is not None, device)
         if plan.folder is not None and broken is None:
-            broken = _write_store(folder, paths, size, decode)
+            broken = _write_store(folder, paths, size, decode, alone)
     return plan, broken or {}
 
 
 @contextmanager
-def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[None]:
+def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[bool]:
     """Keep other processes from writing this store, after waiting for one that does.
+
+    Yields:
+        Whether that is so: where the file system has no locks, several may write the same store.
 
     Raises:
         PictureError: If that one ended because of a broken picture, unless such pictures are to be skipped.
@@ -603,7 +639,7 @@ def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[None]:
             stack.enter_context(file)
             stack.callback(path.unlink, missing_ok=True)  # first this, then the lock ends
         try:
-            yield
+            yield file is not None
         except PictureError as error:
             if file is not None:  # those who wait need not find out for themselves, one after the other
                 file.write(json.dumps(error.args[0]))
@@ -612,7 +648,7 @@ def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[None]:
 
 
 def _locked(path: Path, folder: Path, skip_broken: bool) -> IO[str] | None:
-    """The lock file, open and locked; None where none can be made: nor can a store then, which will say more."""
+    """The lock file, open and locked; None where there are no locks, or no file can be made: nor can a store then."""
     while True:
         with ExitStack() as stack:
             try:
@@ -623,6 +659,11 @@ def _locked(path: Path, folder: Path, skip_broken: bool) -> IO[str] | None:
             if not lock(file):
                 _logger.info(f'Waiting for another process, which is storing the same pictures in {folder}')
                 lock(file, wait=True)
+            if not is_locked(file):
+                stack.close()
+                with suppress(OSError):  # others may have removed it, or have it open, which Windows minds
+                    path.unlink()
+                return None
             # Whoever had the lock removed the file: by now there may be another one, and only that counts.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -639,14 +680,14 @@ def _write_store(
     paths: list[str],
     size: tuple[int, int],
     decode: Callable[..., dict[int, str]],
+    alone: bool,
 ) -> dict[int, str]:
     """Decode into the store's folder, which appears under its final name only when it is complete; the broken rows."""
     num_bytes = _num_bytes(paths, size)
     temporary = folder.with_name(f'{folder.name}.{uuid.uuid4().hex}.tmp')
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # incomplete, or no longer true
-        _remove_leftovers(folder)
+        _remove_leftovers(folder, alone)
         _logger.info(f'Storing {len(paths):,} pictures of {size[0]}x{size[1]} once: {_amount(num_bytes)} in {folder}')
         temporary.mkdir()
         # Written with write() and mapped afterwards: a full disk is then an error, not the end of the process.
@@ -656,7 +697,9 @@ def _write_store(
             os.fsync(file.fileno())
         about = {'pictures': len(paths), 'size': size, 'first': paths[0], 'broken': broken}
         (temporary / _ABOUT).write_text(json.dumps(about, indent=1), encoding='utf-8')
-        _publish(temporary, folder)
+        if _stored(folder, paths, num_bytes) is None:  # without locks another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)  # incomplete, or no longer true
+            _publish(temporary, folder)
     except ChildProcessError:  # an OSError that is not about the disk
         raise
     except OSError as error:
@@ -721,16 +764,16 @@ def _publish(temporary: Path, folder: Path) -> None:
     try:
         os.rename(temporary, folder)
     except OSError:
-        # Where the file system has no locks, another run may have written the same store, and either will do.
+        # Another process may have published the same store in this very moment, and either will do.
         if not folder.is_dir():
             raise
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left behind: of this store, whose only writer we are, and what is old of others."""
+def _remove_leftovers(folder: Path, alone: bool) -> None:
+    """Remove what killed writers left behind: of this store if nobody else can be writing it, and what is old."""
     for temporary in sorted(folder.parent.glob('pictures-*.tmp')):
-        newest = max(_file_stamp(temporary)[1], _file_stamp(temporary / _PIXELS)[1])
-        if temporary.name.startswith(f'{folder.name}.') or time.time() - newest / 1e9 > _STALE_AFTER:
+        stale = time.time() - last_written(temporary) > STALE_AFTER
+        if stale or (alone and temporary.name.startswith(f'{folder.name}.')):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -747,12 +790,12 @@ def _report_broken(broken: dict[int, str], count: int, skip_broken: bool) -> Non
 
 
 def _report_plan(plan: StorePlan, count: int, size: tuple[int, int], device: torch.device | None) -> None:
-    """Say which cache was chosen."""
+    """Say which cache was chosen, unless it is none."""
+    if plan.cache == 'off':
+        return
     where = {
         'disk': f'from {plan.folder}',
         'device': f'from {plan.folder} and held by {device}',
         'ram': 'from memory' + (f', since the disk cannot hold them ({plan.reason})' if plan.reason else ''),
-        'off': 'from their files, decoded each time',
     }[plan.cache]
-    amount = '' if plan.cache == 'off' else f' ({_amount(plan.num_bytes)})'
-    _logger.info(f'{count:,} pictures of {size[0]}x{size[1]}{amount} are read {where}')
+    _logger.info(f'{count:,} pictures of {size[0]}x{size[1]} ({_amount(plan.num_bytes)}) are read {where}')

@@ -1,6 +1,7 @@
 """What a training run leaves behind: its folder, checkpoints, log, summary and curves."""
 
 import csv
+import errno
 import logging
 import zipfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from .files import lock, remove_leftovers, whole_file
+from .files import is_locked, lock, remove_leftovers, whole_file
 
 _logger = logging.getLogger(__name__)
 
@@ -52,15 +53,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: No such file, or none that is such a checkpoint and undamaged.
+        OSError: It cannot be read just now, and may be whole.
     """
-    path = Path(path)
-    return newest_checkpoint(path)[1] if path.is_dir() else _read_checkpoint(path)
+    return newest_checkpoint(Path(path))[1]
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest undamaged checkpoint of a run, and where it was; as `load_checkpoint` of a folder."""
+def newest_checkpoint(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest undamaged checkpoint of a run, and where it was; arguments and errors as for `load_checkpoint`."""
+    if not source.is_dir():
+        return source, _read_checkpoint(source)
     problems = []
-    for path in (folder / LAST, folder / PREVIOUS):
+    for path in (source / LAST, source / PREVIOUS):
         if not path.is_file():
             continue
         try:
@@ -72,8 +75,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
             _logger.warning(f'{problems[0]}; using {path.name}, the one before it')
         return path, state
     if problems:
-        raise ValueError(f'{"; ".join(problems)}; no whole checkpoint is left in {folder}')
-    raise ValueError(f'no checkpoint in {folder}: a run writes the first one after an epoch or --checkpoint-interval')
+        raise ValueError(f'{"; ".join(problems)}; no whole checkpoint is left in {source}')
+    raise ValueError(f'no checkpoint in {source}: a run writes the first one after an epoch or --checkpoint-interval')
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -81,10 +84,25 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run has trained there for an epoch, whatever has become of its checkpoints."""
+    return has_checkpoint(folder) or (folder / BEST).exists() or (folder / SUMMARY).exists()
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a run that is given by that or by one of its checkpoints."""
+    path = Path(path)
+    return path.parent if path.name in (LAST, PREVIOUS) else path
+
+
 def set_damaged_aside(used: Path) -> None:
-    """Rename the `last` checkpoint if a run goes on from the `previous` one: the next one must not push that out."""
-    if used.name == PREVIOUS and (last := used.with_name(LAST)).exists():
-        last.replace(used.with_name(DAMAGED))
+    """Rename a damaged `last` checkpoint if a run goes on from the `previous` one, which it would push out next."""
+    last = used.with_name(LAST)
+    if used.name == PREVIOUS and last.exists():
+        try:
+            _read_checkpoint(last)
+        except ValueError:
+            last.replace(used.with_name(DAMAGED))
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -94,10 +112,19 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         _check_archive(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
+        if _says_nothing_of_the_file(error):
+            raise
         raise ValueError(f'{path} is damaged or not a checkpoint of this library: {error}') from error
     if not isinstance(state, dict) or not {'state_dict', 'epoch', 'arch'} <= set(state):
         raise ValueError(f'{path} is not a training checkpoint of this library')
     return state
+
+
+def _says_nothing_of_the_file(error: Exception) -> bool:
+    """Whether a file that could not be read may be whole: no permission, a network or memory that is gone."""
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)  # a damaged archive points to before its beginning
+    return isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error)
 
 
 def _check_archive(path: Path) -> None:
@@ -125,7 +152,7 @@ def run_folder(folder: Path) -> Iterator[None]:
     try:
         if not lock(handler.stream):
             raise ValueError(f'another process is training in {folder}; wait for it, or choose another --experiment')
-        remove_leftovers(folder)
+        remove_leftovers(folder, alone=is_locked(handler.stream))
         with _logging_to(handler):
             yield
     finally:

@@ -74,7 +74,9 @@ class StopRequest:
             Stopped: In every process.
         """
         if any_process(self.signal is not None):
-            raise Stopped(self.signal or signal.SIGTERM)
+            stopped = Stopped(self.signal or signal.SIGTERM)
+            stopped.announced = True
+            raise stopped
 
 
 @contextmanager

@@ -63,8 +63,8 @@ class Tracker:
         self.start()
         self._writer = None
         if tensorboard is not None:
-            purge_step = steps_done + 1 if steps_done else None
-            self._writer = summary_writer_type()(str(tensorboard), purge_step=purge_step, flush_secs=30)
+            # Also where nothing is done yet: a process that was killed before its first checkpoint has written, too.
+            self._writer = summary_writer_type()(str(tensorboard), purge_step=steps_done + 1, flush_secs=30)
 
     def start(self, step: int = 0) -> None:
         """Training begins now.

@@ -13,7 +13,16 @@ import torch
 
 from .checkpoints import CheckpointInterval, resolved_config, resume, save
 from .config import TrainConfig
-from .device import end_distributed, has_lost_contact, init_distributed, is_primary, on_primary, process, together
+from .device import (
+    end_distributed,
+    has_lost_contact,
+    init_distributed,
+    is_announced,
+    is_primary,
+    on_primary,
+    process,
+    together,
+)
 from .evaluate import evaluate
 from .factory import Run, model_args, set_up
 from .files import save_json
@@ -24,6 +33,7 @@ from .runs import (
     BEST,
     CLASS_MAP,
     MODEL_CONFIG,
+    folder_of,
     has_checkpoint,
     plot_curves,
     run_folder,
@@ -90,15 +100,17 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
 @contextmanager
 def lent(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """torch's global generators, seeded, and its global switches, set; both are as before at the end."""
-    cudnn, name = torch.backends.cudnn, 'CUBLAS_WORKSPACE_CONFIG'
+    cudnn, kernels, name = torch.backends.cudnn, torch.utils.deterministic, 'CUBLAS_WORKSPACE_CONFIG'
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, workspace = cudnn.benchmark, os.environ.get(name)
+    benchmark, fill, workspace = cudnn.benchmark, kernels.fill_uninitialized_memory, os.environ.get(name)
     if config.deterministic:
         if device.type == 'cuda' and workspace is None:
-            if torch.cuda.is_initialized():
+            # Read with the first matrix product, for which memory is reserved; joining other processes needs none.
+            if any(map(torch.cuda.memory_reserved, range(torch.cuda.device_count()))):
                 _logger.warning(f'A GPU was used before: for the same weights again set {name}=:4096:8 before Python')
-            os.environ[name] = ':4096:8'  # cuBLAS reads it when it starts
+            os.environ[name] = ':4096:8'
         torch.use_deterministic_algorithms(True, warn_only=True)  # what torch cannot do it names in a warning
+        kernels.fill_uninitialized_memory = False  # nothing reads such memory, and filling it takes time
     cudnn.benchmark = device.type == 'cuda' and not torch.are_deterministic_algorithms_enabled()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == 'cuda' else []):
@@ -106,13 +118,13 @@ def lent(config: TrainConfig, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-        cudnn.benchmark = benchmark
+        cudnn.benchmark, kernels.fill_uninitialized_memory = benchmark, fill
         if workspace is None:
             os.environ.pop(name, None)
 
 
 def _train(config: TrainConfig, device: torch.device, stop: StopRequest) -> TrainResult:
-    folder = Path(config.resume) if config.resume else None
+    folder = folder_of(config.resume) if config.resume else None
     try:
         run = set_up(config, device)
         folder = run.folder
@@ -123,6 +135,8 @@ def _train(config: TrainConfig, device: torch.device, stop: StopRequest) -> Trai
                 on_primary(lambda: set_damaged_aside(checkpoint))
             return _fit(run, stop)
     except Stopped as stopped:
+        if not is_primary() and not is_announced(stopped):  # the others will only find this process gone
+            _logger.error(f'process {process()[0]}: {stopped}')
         raise Stopped(stopped.signal, _way_on(folder)) from None
     except RuntimeError as error:  # another process has stopped already where it was to stop at once
         if stop.signal is None or not has_lost_contact(error):
@@ -140,6 +154,7 @@ def _way_on(folder: Path | None) -> str:
 def _fit(run: Run, stop: StopRequest) -> TrainResult:
     config, folder, progress = run.config, run.folder, run.progress
     on_primary(lambda: _write_start(run))
+    _end_as_begun(run)
     _log_start(run)
     interval = CheckpointInterval(config.checkpoint_interval)
     with closing(_tracker(run)) as tracker:
@@ -148,7 +163,7 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
             with stop.held():
                 if progress.row is None:
                     progress.row = {'epoch': progress.epoch, **train_one_epoch(run, tracker, interval, stop)}
-                    if validated:
+                    if validated or progress.epoch == 0:  # whatever is written later, there is a checkpoint with it
                         save(run)
                 if not validated:
                     _finish_epoch(run, None)
@@ -160,6 +175,22 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
     on_primary(lambda: plot_curves(folder, progress.summary))
     _logger.info(f'Done: {folder} (best model in {folder / BEST}, from epoch {progress.best_epoch})')
     return TrainResult(folder, folder / BEST, progress.best_epoch, progress.best_mAP, progress.summary)
+
+
+def _end_as_begun(run: Run) -> None:
+    """Let a run that is to have fewer epochs than before end like any other: with a whole epoch, validated or kept."""
+    progress = run.progress
+    begun = progress.epoch + (progress.step > 0 or progress.row is not None)
+    if begun > run.num_epochs:
+        _logger.info(f'{begun} epochs have begun already: the run ends with these, not with {run.num_epochs}')
+        run.num_epochs = begun
+    if progress.epoch < run.num_epochs:
+        return
+    last = progress.summary[-1]
+    ended = progress.best_epoch == last['epoch'] if run.data.validation is None else 'eval_mAP' in last
+    if not ended:  # back to where its batches are done
+        progress.row = progress.summary.pop()
+        progress.epoch -= 1
 
 
 def _write_start(run: Run) -> None:
@@ -215,9 +246,7 @@ def _validate(run: Run, tracker: Tracker) -> Report:
         device=run.device,
         size=run.size[1:],
         amp_dtype=run.dtype,
-        cache=run.config.cache,
-        skip_broken=run.config.skip_broken,
-        workers=run.config.workers,
+        store=run.data.validation_store,
     )
     scores = _scores(report)
     _logger.info(f'validation: {", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())}')
@@ -236,7 +265,7 @@ def _scores(report: Report) -> dict[str, float]:
 def _finish_epoch(run: Run, report: Report | None) -> None:
     """Keep the model if it is the best, then count the epoch as done."""
     progress = run.progress
-    scores = {} if report is None else _scores(report)
+    scores = {} if report is None else on_primary(lambda: _scores(report))  # other hardware may differ in a last bit
     if _is_best(run, scores):
         progress.best_epoch, progress.best_mAP = progress.epoch, scores.get('mAP')
         on_primary(lambda: _save_best(run, scores, report))
