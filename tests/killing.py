@@ -1,7 +1,6 @@
 """Training in processes of its own, to be killed, and what has to be left of it."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,10 +31,6 @@ def train_command(output: Path, *arguments: str) -> list[str]:
     ]
 
 
-def _train(arguments: list[str]) -> None:
-    sys.exit(main(arguments))
-
-
 class Training:
     """A process that trains into `folder` / `EXPERIMENT`, with a picture store of its own."""
 
@@ -45,7 +40,7 @@ class Training:
         self._output = folder / f'{len(list(folder.glob("*.txt")))}.txt'
         self._output.touch()  # its number is taken
         environment = {'VIREID_CACHE': str(self.cache)}
-        self.process = start(_train, train_command(folder, *arguments), output=self._output, environment=environment)
+        self.process = start(main, train_command(folder, *arguments), output=self._output, environment=environment)
 
     def said(self) -> str:
         """What this process has printed."""

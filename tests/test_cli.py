@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import start_two
 
 import vireid_timm
 from vireid_timm.cli import main
@@ -206,20 +207,10 @@ def test_official_galleries_of_a_written_tree(tmp_path: Path) -> None:
 def test_processes_share_an_evaluation(data: Path, run: Path, tmp_path: Path) -> None:
     alone, shared = tmp_path / 'alone.json', tmp_path / 'shared.json'
     assert main(_eval_command(data, run, '--batch-size', '3', '--report', str(alone))) == 0
-    torchrun = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc-per-node',
-        '2',
-        '-m',
-        'vireid_timm',
-    ]
-    command = [*torchrun, *_eval_command(data, run, '--batch-size', '3', '--report', str(shared))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('infrared-to-visible') == str(Report.load(shared)).count('infrared-to-visible')
+    command = _eval_command(data, run, '--batch-size', '3', '--report', str(shared))
+    statuses, said = start_two(main, command, folder=tmp_path)
+    assert statuses == [0, 0], said
+    assert said.count('infrared-to-visible') == str(Report.load(shared)).count('infrared-to-visible')
     first, second = Report.load(alone), Report.load(shared)
     for name, result in first.protocols.items():
         assert second[name].mean == pytest.approx(result.mean, abs=1e-6)

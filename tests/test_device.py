@@ -4,13 +4,12 @@ import json
 import logging
 import math
 import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from processes import start
+from processes import start_two
 
 from vireid_timm.device import (
     any_process,
@@ -122,37 +121,17 @@ def _die(folder: Path) -> None:
     end_distributed()
 
 
-def _in_two_processes(work: Callable, folder: Path) -> list[int | None]:
-    """Exit statuses."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        # As SLURM's srun starts them; tests/test_distributed.py has torchrun.
-        meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'SLURM_NTASKS': '2'}
-    running = [
-        start(
-            work,
-            folder,
-            output=folder / f'{number}.txt',
-            environment={**meeting, 'SLURM_PROCID': number, 'SLURM_LOCALID': number},
-        )
-        for number in ('0', '1')
-    ]
-    for each in running:
-        each.join(60)
-        each.kill()
-    return [each.exitcode for each in running]
-
-
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp('processes')
-    statuses = _in_two_processes(_work, folder)
-    assert statuses == [0, 0], [(folder / f'{number}.txt').read_text() for number in range(2)]
+    statuses, said = start_two(_work, folder, folder=folder, slurm=True)
+    assert statuses == [0, 0], said
     return [json.loads((folder / f'{number}.json').read_text(encoding='utf-8')) for number in range(2)]
 
 
 def test_a_process_that_died_is_noticed(tmp_path: Path) -> None:
-    assert _in_two_processes(_die, tmp_path) == [0, 9]
+    statuses, said = start_two(_die, tmp_path, folder=tmp_path)
+    assert statuses == [0, 9], said
     assert (tmp_path / 'lost').read_text() == 'True'
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import start
+from processes import start_two
 
 from vireid_timm.datasets import create_dataset
-from vireid_timm.device import end_distributed, init_distributed
+from vireid_timm.device import end_distributed, init_distributed, process
 from vireid_timm.features import (
     Extraction,
     _gather,
@@ -290,6 +289,16 @@ def test_extract_leaves_features_where_they_were_computed(model, records, expect
     assert_close(features, expected[rows])
 
 
+def test_too_little_memory_names_the_setting(records):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    model = make_model()
+    model.register_forward_hook(fail)
+    with pytest.raises(ValueError, match='3 pictures at a time do not fit into the memory of cpu.*--batch-size'):
+        embed(model, records, size=SIZE, batch_size=3)
+
+
 def test_features_that_are_not_finite_name_the_picture(records):
     model = make_model()
     with torch.no_grad():
@@ -314,10 +323,11 @@ def test_weights_fingerprint():
     assert weights_fingerprint(make_model(2).bfloat16()) != first
 
 
-def extract_with_another(number, folder):
+def extract_with_another(folder):
     """What each of two processes does: all that can go right, or wrong in one. It writes down what happened."""
     logging.basicConfig(level=logging.INFO)
     init_distributed('cpu')
+    number, _ = process()
     model = timm.create_model('vireid_dml_r10t', num_classes=0)
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
@@ -365,29 +375,8 @@ def by_two_processes(model, records, tmp_path_factory):
     tables = {'whole': rows, 'one batch': rows[:3], 'damaged': damaged}
     (folder / 'tables.json').write_text(json.dumps(tables), encoding='utf-8')
     torch.save(model.state_dict(), folder / 'weights.pth')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    common = {
-        **{'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'},
-        'VIREID_CACHE': str(folder / 'cache'),
-    }
-    logs = [folder / f'{number}.log' for number in range(2)]
-    processes = [
-        start(
-            extract_with_another,
-            number,
-            folder,
-            output=logs[number],
-            environment={**common, 'RANK': str(number), 'LOCAL_RANK': str(number)},
-        )
-        for number in range(2)
-    ]
-    for process in processes:
-        process.join(120)
-        process.kill()
-    said = ''.join(log.read_text(encoding='utf-8') for log in logs)
-    assert [process.exitcode for process in processes] == [0, 0], said
+    statuses, said = start_two(extract_with_another, folder, folder=folder, VIREID_CACHE=str(folder / 'cache'))
+    assert statuses == [0, 0], said
     features = [torch.load(folder / f'features-{number}.pth', weights_only=True) for number in range(2)]
     errors = [json.loads((folder / f'errors-{number}.json').read_text(encoding='utf-8')) for number in range(2)]
     return features, errors, said

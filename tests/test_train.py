@@ -397,6 +397,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'opt_kwargs': {'foo': 1}}, "cannot create the optimiser 'sgd'.*foo.*--opt-kwargs"),
         ({'opt_kwargs': {'lr': 1}}, '--opt-kwargs.* but lr'),
         ({'sched': 'plateau'}, 'would never decay'),
+        ({'input_size': [1, 64, 32]}, 'pictures have 3 channels, not 1'),
         ({'sched': 'cosin'}, "'cosin'"),
     ],
 )

@@ -156,6 +156,10 @@ def _check_settings(config: TrainConfig) -> None:
         else:
             way = 'its checkpoints are gone, so choose another name, or move that folder away'
         raise ValueError(f'{folder} holds a run already; {way}')
+    if config.input_size and config.input_size[0] != 3:
+        raise ValueError(
+            f'--input-size is channels, height and width; pictures have 3 channels, not {config.input_size[0]}'
+        )
     if config.sched == 'plateau':
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:

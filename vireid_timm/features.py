@@ -307,7 +307,13 @@ def _fill(
     loaded = in_order(store.__getitem__, [store_rows[rows] for _, rows in batches], workers=2)
     with bar, closing(loaded), _inference(model, table.device):
         for (modality, rows), pixels in zip(batches, loaded, strict=True):
-            features = _batch_features(model, modality, torch.from_numpy(pixels), table.device, extraction)
+            try:
+                features = _batch_features(model, modality, torch.from_numpy(pixels), table.device, extraction)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f'{len(rows)} pictures at a time do not fit into the memory of {table.device}; try a smaller '
+                    'batch_size (--batch-size)'
+                ) from error
             table[torch.from_numpy(rows).to(table.device, non_blocking=True)] = features
             bar.update(len(rows))
 
