@@ -2,7 +2,7 @@
 #   make demo          see the method learn on rendered people (writes output/demo)
 #   make test          lint, format check and every test
 #   make format        let ruff rewrite the code in the project's form
-#   make soak          a training killed two dozen times, compared with one that was not (some minutes)
+#   make soak          a training killed forty times, compared with one that was not (some minutes)
 #   make timm-suite    timm's own model tests on every model of this package (needs the network)
 #   make clean         remove what the other targets made, but not output/
 # PYTHON=... chooses the interpreter that .venv is made from.
