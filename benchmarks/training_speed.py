@@ -12,7 +12,7 @@ Parts, each measured side by side in this one run (`--parts` chooses):
                 stride, precision and memory format
     loop        a whole epoch of the training loop, against its steps alone on one batch that is there already
     peers       the same network in float32, contiguous, with the fused map built in full, pictures augmented one by one
-                in worker processes, and the loss read back after every step
+                in worker processes, the loss read back after every step, and the allocator as it comes
     saving      what `--grad-checkpointing`, and `--cached-triplet` over two batches, cost in time
     batches     rate and memory of other batch sizes
     profile     where the time of a step goes, by kind of operation (torch's profiler)
@@ -29,8 +29,10 @@ import logging
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -249,23 +251,9 @@ def epoch(run: Run) -> None:
 
 def peers(args: argparse.Namespace) -> dict[str, float]:
     """Whole loops from stored pictures on: this library's defaults, and the way of the field's code."""
-    plain = {'model_kwargs': {'plain_fusion': True}, 'amp': False, 'channels_last': False, 'torchcompile': False}
-    options = {'fused': False, 'foreach': False}
-    with (
-        training(args, pictures=args.pictures) as run,
-        training(args, pictures=args.pictures, cache='ram', opt_kwargs=options, **plain) as other,
-    ):
-        count = max(2, args.steps)
-        other.task.train()
+    count = max(2, args.steps)
+    with training(args, pictures=args.pictures) as run, field_way(args, count) as theirs:
         run.task.train()
-
-        loader = per_picture(other, count, args.workers)
-
-        def theirs() -> None:
-            for pictures, labels in loader:
-                inputs = tuple(pictures.to(args.device).chunk(2))
-                (result,) = train_step(other, [Batch(0, inputs, labels.to(args.device), [])])
-                result['loss'].item()
 
         def ours() -> None:
             with closing(drawn_one_by_one(run)) as all_of_them:
@@ -279,6 +267,43 @@ def peers(args: argparse.Namespace) -> dict[str, float]:
         'pictures_per_s': pictures / statistics.median(times['ours']),
         'over_peers': ratio(times, 'peers', 'ours'),
     }
+
+
+@contextmanager
+def field_way(args: argparse.Namespace, count: int) -> Iterator[Callable[[], None]]:
+    """A call for so many steps of the field's way, in a process of its own: there nobody has tuned the allocator."""
+    context = get_context('spawn')
+    connection, other = context.Pipe()
+    process = context.Process(target=serve_field_way, args=(other, args, count))
+    process.start()
+    other.close()  # a process that died is then the end of the connection
+
+    def call() -> None:
+        connection.send('go')
+        connection.recv()
+
+    try:
+        yield call
+    finally:
+        connection.close()
+        process.join()
+
+
+def serve_field_way(connection: Connection, args: argparse.Namespace, count: int) -> None:
+    """Train as the field does whenever told to."""
+    options = {'fused': False, 'foreach': False}
+    plain = {'model_kwargs': {'plain_fusion': True}, 'amp': False, 'channels_last': False, 'torchcompile': False}
+    with training(args, pictures=args.pictures, cache='ram', opt_kwargs=options, **plain) as run:
+        run.task.train()
+        loader = per_picture(run, count, args.workers)
+        with suppress(EOFError):
+            while connection.recv():
+                for pictures, labels in loader:
+                    inputs = tuple(pictures.to(args.device).chunk(2))
+                    (result,) = train_step(run, [Batch(0, inputs, labels.to(args.device), [])])
+                    result['loss'].item()
+                finish(args.device)
+                connection.send('done')
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
