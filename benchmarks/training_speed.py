@@ -61,6 +61,7 @@ from vireid_timm.train import lent
 
 PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches', 'full-size')
 EPOCHS = 80  # of the recipe
+DATA_BATCHES = 16  # of an epoch without steps: enough to forget how it began
 
 # What torch's profiler calls the operations of a step; the first that fits counts.
 OPERATIONS = {
@@ -162,7 +163,8 @@ def per_picture(run: Run, count: int, workers: int) -> DataLoader:
 
 def data(args: argparse.Namespace) -> dict[str, float]:
     """Pictures per second from the store to network input."""
-    with training(args, pictures=args.pictures, cache='disk') as run:
+    pictures = DATA_BATCHES * args.batch_size // (2 * args.identities)
+    with training(args, pictures=pictures, cache='disk') as run:
         count = run.batches_per_epoch
         total = sum(len(batch.labels) for batch in drawn(run, count))
         loader = per_picture(run, count, args.workers)
