@@ -130,7 +130,8 @@ class ViReIDTask(TrainingTask):
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ViReIDTask':
         """Average gradients over the processes, if there are several; to be called last, after `compile`.
 
-        Parameters that no loss reaches are frozen: the processes would wait for their gradients forever.
+        Parameters that no loss reaches are frozen: the processes would wait for their gradients forever. After
+        `compile`, torch's setting `torch._dynamo.config.optimize_ddp` is switched off for this process.
 
         Args:
             device_ids: As in timm; the task's own device if it is a GPU.
@@ -139,6 +140,10 @@ class ViReIDTask(TrainingTask):
         if process()[1] == 1:
             return self
         self._freeze_unreached()
+        if unwrap_model(self.trainable_module) is not self.trainable_module:
+            # A graph that was compiled stays whole: torch 2.5 cannot divide one with functions of our own among the
+            # buckets that are exchanged, and ends with an error.
+            torch._dynamo.config.optimize_ddp = False
         if device_ids is None and self.device.type != 'cpu':
             device_ids = [self.device]
         # The gradients live in the buffers that are exchanged: no second copy of them.
@@ -222,7 +227,13 @@ class ViReIDTask(TrainingTask):
         """
         module = self.trainable_module
         module = module.module if isinstance(module, DistributedDataParallel) else module
-        with torch.no_grad(), _unrecorded(module):
+        kind = self.device.type
+        # Without autocast's memory of converted weights: what it takes up here has no gradient, and `forward` within
+        # the same block would go on with that.
+        uncached = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        )
+        with torch.no_grad(), _unrecorded(module), uncached:
             return module(*input).features
 
     def join_triplet(
