@@ -293,6 +293,8 @@ def field_way(args: argparse.Namespace, count: int) -> Iterator[Callable[[], Non
 
 def serve_field_way(connection: Connection, args: argparse.Namespace, count: int) -> None:
     """Train as the field does whenever told to."""
+    if args.same_allocator:
+        keep_memory()
     options = {'fused': False, 'foreach': False}
     plain = {'model_kwargs': {'plain_fusion': True}, 'amp': False, 'channels_last': False, 'torchcompile': False}
     with training(args, pictures=args.pictures, cache='ram', opt_kwargs=options, **plain) as run:
@@ -423,6 +425,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--steps', type=int, help='of an epoch that is measured; 4 on a CPU, 60 elsewhere')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--workers', type=int, default=default_workers())
+    parser.add_argument('--same-allocator', action='store_true', help="this library's, for the field's way too")
     parser.add_argument('--torchcompile', action='store_true')
     parser.add_argument('--settings', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     parser.add_argument('--full-size', type=Path, metavar='DIR')

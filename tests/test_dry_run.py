@@ -183,8 +183,9 @@ def test_broken_pictures_are_named(pictures: Path, here: Path, capsys: pytest.Ca
         target.write_bytes(path.read_bytes())
     broken = sorted((copy / 'train/visible').glob('*/*'))[-1]
     broken.write_bytes(b'no picture')
-    said = _dry_run(capsys, '--data-dir', copy, '--val-share', '0', '--skip-broken')
-    assert re.search(rf'left out, 1 that cannot be read: {broken}', said)
+    for share in ('0', '0.25', '0.5'):  # whether it was to be trained on, or held out
+        said = _dry_run(capsys, '--data-dir', copy, '--val-share', share, '--skip-broken')
+        assert re.search(rf'left out, 1 that cannot be read: {broken}', said)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vireid_timm import files
-from vireid_timm.files import STALE_AFTER, is_locked, lock, remove_leftovers, save_json, whole_file, whole_folder
+from vireid_timm.files import STALE_AFTER, lock, remove_leftovers, save_json, whole_file, whole_folder
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     for name in ('best', '.best.89abcdef.old', '.best.89abcdef.part'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'model').write_text(name)
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, alone=True)
     assert {path.name for path in tmp_path.iterdir()} == {*kept, 'best'}
     assert (tmp_path / 'best/model').read_text() == 'best'
 
@@ -125,7 +125,7 @@ def test_a_folder_outlives_whoever_is_killed_while_replacing_it(tmp_path: Path) 
         assert done.returncode == -signal.SIGKILL and not target.exists()
         remove_leftovers(tmp_path, alone=False)
         assert (target / 'model').read_text() == 'one'
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, alone=True)
     assert [path.name for path in tmp_path.iterdir()] == ['best']
 
 
@@ -149,13 +149,13 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
 def test_a_system_without_locks_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip('fcntl')
     with open(tmp_path / 'log', 'w') as first, open(tmp_path / 'log') as second:
-        assert lock(first) and is_locked(first) and not is_locked(second)
+        assert lock(first) is True and lock(second) is False
 
         def refuse(file: object, operation: int) -> None:
             raise OSError(errno.ENOLCK, 'No locks available')
 
         monkeypatch.setattr(fcntl, 'flock', refuse)
-        assert lock(second) and not is_locked(second)
+        assert lock(second) is None
 
 
 def test_a_lock_ends_with_its_file_and_with_its_process(tmp_path: Path) -> None:

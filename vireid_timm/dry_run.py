@@ -161,10 +161,9 @@ def _data(run: Run) -> list[str]:
     ]
     if data.sampler.skipped:
         lines += [f'  left out, with pictures of one modality only: {_some(data.sampler.skipped)}']
-    if data.store.broken:
-        lines += [
-            f'  left out, {len(data.store.broken)} that cannot be read: {_some(list(data.store.broken.values()))}'
-        ]
+    broken = [*data.store.broken.values(), *data.validation_store.broken.values()]
+    if broken:
+        lines += [f'  left out, {len(broken)} that cannot be read: {_some(broken)}']
     return lines
 
 

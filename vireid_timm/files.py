@@ -79,7 +79,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, alone: bool = True) -> None:
+def remove_leftovers(folder: Path, alone: bool) -> None:
     """Remove what writers that were killed left in a folder, and put back what one of them was about to replace.
 
     Args:
@@ -108,7 +108,7 @@ def last_written(path: Path) -> float:
     return max(times)
 
 
-def lock(file: IO[Any], wait: bool = False) -> bool:
+def lock(file: IO[Any], wait: bool = False) -> bool | None:
     """Lock an open file against every other process that asks; the lock ends when the file is closed.
 
     The kernel keeps it, so that a process that is killed leaves none behind.
@@ -118,18 +118,8 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
         wait: Until the other one is done, rather than not at all.
 
     Returns:
-        Whether no other process has it; True where the system has no such locks.
+        True if it is locked now, False if another process has the lock, None where the system has no such locks.
     """
-    return _flock(file, wait) is not False
-
-
-def is_locked(file: IO[Any]) -> bool:
-    """Whether the lock that `lock` gave keeps others out, which it does not where the system has no such locks."""
-    return _flock(file, wait=False) is True
-
-
-def _flock(file: IO[Any], wait: bool) -> bool | None:
-    """Whether this process has the lock now, or has it already; None where there are none."""
     try:
         import fcntl
     except ImportError:  # Windows

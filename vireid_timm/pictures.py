@@ -35,7 +35,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .files import STALE_AFTER, is_locked, last_written, lock
+from .files import STALE_AFTER, last_written, lock
 from .records import Records
 from .synthetic import render_address
 
@@ -656,10 +656,11 @@ def _locked(path: Path, folder: Path, skip_broken: bool) -> IO[str] | None:
                 file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
             except OSError:
                 return None
-            if not lock(file):
+            locked = lock(file)
+            if locked is False:
                 _logger.info(f'Waiting for another process, which is storing the same pictures in {folder}')
-                lock(file, wait=True)
-            if not is_locked(file):
+                locked = lock(file, wait=True)
+            if locked is None:
                 stack.close()
                 with suppress(OSError):  # others may have removed it, or have it open, which Windows minds
                     path.unlink()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from .files import is_locked, lock, remove_leftovers, whole_file
+from .files import lock, remove_leftovers, whole_file
 
 _logger = logging.getLogger(__name__)
 
@@ -150,9 +150,10 @@ def run_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(folder / LOG, encoding='utf-8')
     try:
-        if not lock(handler.stream):
+        locked = lock(handler.stream)
+        if locked is False:
             raise ValueError(f'another process is training in {folder}; wait for it, or choose another --experiment')
-        remove_leftovers(folder, alone=is_locked(handler.stream))
+        remove_leftovers(folder, alone=locked is True)
         with _logging_to(handler):
             yield
     finally:

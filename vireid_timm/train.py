@@ -163,7 +163,8 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
             with stop.held():
                 if progress.row is None:
                     progress.row = {'epoch': progress.epoch, **train_one_epoch(run, tracker, interval, stop)}
-                    if validated or progress.epoch == 0:  # whatever is written later, there is a checkpoint with it
+                    # Before the first results are written, too: a folder with results but no checkpoint is refused.
+                    if validated or progress.epoch == 0:
                         save(run)
                 if not validated:
                     _finish_epoch(run, None)
