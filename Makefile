@@ -1,13 +1,14 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and its dependencies.
 #   make demo          see the method learn on rendered people (writes output/demo)
 #   make test          lint, format check and every test
+#   make test-strict   the tests, with the deprecations that libraries announce as errors
 #   make format        let ruff rewrite the code in the project's form
 #   make soak          a training killed forty times, compared with one that was not (some minutes)
 #   make timm-suite    timm's own model tests on every model of this package (needs the network)
 #   make clean         remove what the other targets made, but not output/
 # PYTHON=... chooses the interpreter that .venv is made from.
 
-.PHONY: demo test format soak timm-suite clean
+.PHONY: demo test test-strict format soak timm-suite clean
 
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -21,6 +22,9 @@ test: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+test-strict: $(INSTALLED)
+	.venv/bin/python -m pytest -W error
 
 format: $(INSTALLED)
 	.venv/bin/ruff check --fix .

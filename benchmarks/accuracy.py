@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from measuring import publish
 
 import vireid_timm
+from vireid_timm.data.store import picture_store
 from vireid_timm.device import resolve_device
 from vireid_timm.files import save_json
-from vireid_timm.pictures import picture_store
-from vireid_timm.runs import LAST
+from vireid_timm.run_folder import LAST
 
 DATASET = dict(identities=2000, test_identities=200, pictures_per_modality=4, seed=0)
 SIZE = (128, 64)

@@ -23,7 +23,7 @@ import torch
 from measuring import publish, seconds
 
 import vireid_timm
-from vireid_timm.synth import plan_layout
+from vireid_timm.data.layouts import plan_layout
 
 DIMENSION = 2816
 SIGNAL = 0.2  # share of the identity in the features

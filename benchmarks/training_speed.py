@@ -46,18 +46,18 @@ from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from vireid_timm.batches import Batch, batches
-from vireid_timm.checkpoints import CheckpointInterval
-from vireid_timm.config import TrainConfig
-from vireid_timm.device import keep_memory, resolve_device
-from vireid_timm.factory import Run, set_up
-from vireid_timm.loop import train_one_epoch, train_step
-from vireid_timm.models import set_last_stride
-from vireid_timm.pictures import default_workers
-from vireid_timm.stopping import StopRequest
-from vireid_timm.synth import write_layout
-from vireid_timm.tracking import Tracker, peak_memory
-from vireid_timm.train import lent
+from vireid_timm.data.layouts import write_layout
+from vireid_timm.data.workers import default_workers
+from vireid_timm.device import keep_memory, peak_memory, resolve_device
+from vireid_timm.models.dual_stream import set_last_stride
+from vireid_timm.training.batches import Batch, batches
+from vireid_timm.training.checkpoint import CheckpointInterval
+from vireid_timm.training.config import TrainConfig
+from vireid_timm.training.interrupt import StopRequest
+from vireid_timm.training.loop import train_one_epoch, train_step
+from vireid_timm.training.progress import Tracker
+from vireid_timm.training.run import Run, set_up
+from vireid_timm.training.train import lent
 
 PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches', 'full-size')
 EPOCHS = 80  # of the recipe

@@ -25,14 +25,14 @@ import torch.nn as nn
 from timm.utils import ParseKwargs
 
 import vireid_timm
-from vireid_timm.cards import evaluation_facts, model_card
-from vireid_timm.config import load_yaml
 from vireid_timm.device import resolve_device
-from vireid_timm.features import weights_fingerprint
+from vireid_timm.evaluation.features import weights_fingerprint
+from vireid_timm.evaluation.report import HEADER_OF, METRICS, Report
 from vireid_timm.files import save_json, whole_file
-from vireid_timm.hub import CARD, WEIGHTS, load_model, round_to_half, save_embedded_weights, save_run, sha256_of
-from vireid_timm.publish import check_model, push_folder
-from vireid_timm.report import HEADER_OF, METRICS, Report
+from vireid_timm.hub.card import evaluation_facts, model_card
+from vireid_timm.hub.folder import CARD, WEIGHTS, load_model, round_to_half, save_embedded_weights, save_run, sha256_of
+from vireid_timm.hub.publish import check_model, push_folder
+from vireid_timm.training.config import load_yaml
 
 EMBEDDED = Path(vireid_timm.__file__).with_name('weights')
 LICENSE = 'apache-2.0'  # of what the package ships

@@ -51,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import timm
     import torch
 
-    from vireid_timm.hub import save_model_folder
+    from vireid_timm.hub.folder import save_model_folder
 
     folder = tmp_path_factory.mktemp('hub') / 'model'
     channels = dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from processes import start
 
-from vireid_timm.cli import main
-from vireid_timm.runs import LAST
+from vireid_timm.cli.main import main
+from vireid_timm.run_folder import LAST
 
 # A network of few weights, for what is saved many times.
 THIN = {'resnet_args': dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=[8, 16, 24, 32])}

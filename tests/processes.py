@@ -11,7 +11,7 @@ from typing import Any
 
 METHOD = 'forkserver'  # how torch.multiprocessing.start_processes is to start them
 _CONTEXT = multiprocessing.get_context(METHOD)
-_CONTEXT.set_forkserver_preload(['vireid_timm.cli'])
+_CONTEXT.set_forkserver_preload(['vireid_timm.cli.main'])
 
 
 def start(work: Callable, *arguments: Any, output: Path, environment: Mapping[str, str]) -> BaseProcess:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from killing import Training, equal
 
-from vireid_timm.runs import load_checkpoint, newest_checkpoint
+from vireid_timm.run_folder import load_checkpoint, newest_checkpoint
 
 EPOCHS = 40
 LONGEST_DELAY = 3.0  # seconds from the start of the process

@@ -11,19 +11,17 @@ import pytest
 import torch
 from processes import start_two
 
-from vireid_timm.device import (
+from vireid_timm.device import autocast_dtype, named_device, resolve_device
+from vireid_timm.distributed import (
     any_process,
-    autocast_dtype,
     end_distributed,
     has_lost_contact,
     init_distributed,
     is_announced,
     is_primary,
     mean_over_processes,
-    named_device,
     on_primary,
     process,
-    resolve_device,
     together,
 )
 

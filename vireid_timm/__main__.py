@@ -1,6 +1,6 @@
 """`python -m vireid_timm` is the `vireid` command."""
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == '__main__':
     raise SystemExit(main())

@@ -1,0 +1,426 @@
+"""Features of rendered pictures, against the same pictures taken through the network one by one."""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from processes import start_two
+
+from vireid_timm.constants import INFRARED, VISIBLE
+from vireid_timm.data.images import PictureError, load_picture
+from vireid_timm.data.readers import create_dataset
+from vireid_timm.data.records import Records
+from vireid_timm.distributed import end_distributed, init_distributed, process
+from vireid_timm.evaluation.features import (
+    Extraction,
+    _gather,
+    check_finite,
+    embed,
+    extract,
+    open_store,
+    views,
+    weights_fingerprint,
+)
+
+SIZE = (64, 32)
+EMPTY = Records.from_rows([])
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def make_model(num_classes=0, name='vireid_dml_r10t'):
+    """Random weights whose BN statistics are no longer those of an untouched network, so that BN changes features."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=num_classes)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean.uniform_(0, 1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def model():
+    """Trained, so that pictures differ in their features by far more than the tests allow."""
+    return timm.create_model('vireid_dml_r10t.synthvi', pretrained=True, num_classes=0).eval()
+
+
+@pytest.fixture(scope='module')
+def records():
+    return create_dataset('synthetic', identities=0, test_identities=6, pictures_per_modality=2, size=SIZE).test
+
+
+@pytest.fixture(scope='module')
+def visible_paths(records, tmp_path_factory):
+    """Five visible pictures as files."""
+    folder = tmp_path_factory.mktemp('pictures')
+    paths = []
+    for i, address in enumerate(records.path[records.modality == VISIBLE][:5].tolist()):
+        paths.append(str(folder / f'{i}.png'))
+        Image.fromarray(load_picture(address, SIZE)).save(paths[-1])
+    return paths
+
+
+def network_input(model, pixels):
+    """What the network is given for one picture of bytes [H, W, 3]."""
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    return ((torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - mean) / std)[None]
+
+
+def slow_features(model, paths, modalities, size=SIZE, variants=lambda pixels: [pixels]):
+    """One picture and one variant at a time through the network's public call."""
+    rows = []
+    with torch.no_grad():
+        for path, modality in zip(paths, modalities, strict=True):
+            inputs = [network_input(model, pixels) for pixels in variants(load_picture(str(path), size))]
+            each = [F.normalize(model(**{str(modality): picture})) for picture in inputs]
+            rows.append(F.normalize(torch.stack(each).mean(dim=0)))
+    return torch.cat(rows)
+
+
+@pytest.fixture(scope='module')
+def expected(model, records):
+    return slow_features(model, records.path, records.modality)
+
+
+def assert_close(features, expected):
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+def test_embed_records_in_their_order(model, records, expected):
+    order_given = np.random.default_rng(0).permutation(len(records))
+    shuffled = records[order_given]
+    features, order = embed(model, shuffled, size=SIZE, batch_size=5, device='cpu')
+    assert order == shuffled.path.tolist()
+    assert features.dtype == torch.float32
+    assert features.shape == (len(shuffled), model.num_features)
+    assert not features.is_inference()
+    assert_close(features, expected[order_given])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
+
+
+def test_embed_paths_and_pil_pictures(model, visible_paths):
+    expected = slow_features(model, visible_paths, [VISIBLE] * 5, (48, 24))
+    features, order = embed(model, visible_paths, VISIBLE, size=(48, 24), batch_size=2)
+    assert order == visible_paths
+    assert_close(features, expected)
+    features, order = embed(model, map(Path, visible_paths), VISIBLE, size=(48, 24), batch_size=2)
+    assert order == visible_paths
+    assert_close(features, expected)
+    opened = [Image.open(path) for path in visible_paths]
+    features, order = embed(model, opened, VISIBLE, size=(48, 24), batch_size=2, flip_test=True)
+    assert order == [0, 1, 2, 3, 4]
+    assert_close(features, embed(model, visible_paths, VISIBLE, size=(48, 24), flip_test=True)[0])
+    grey = opened[0].convert('L')
+    in_one, in_three = (embed(model, [picture], INFRARED)[0] for picture in (grey, grey.convert('RGB')))
+    torch.testing.assert_close(in_one, in_three)
+
+
+def test_embed_takes_the_size_of_the_model(model, records):
+    features, _ = embed(model, records[:2])
+    assert_close(features, slow_features(model, records.path[:2], records.modality[:2], (128, 64)))
+
+
+def test_embed_before_and_after_bn(records):
+    headless, classifying = make_model(0), make_model(5)
+    classifying.load_state_dict(headless.state_dict(), strict=False)
+    with torch.no_grad():
+        picture = network_input(headless, load_picture(records.path[0], SIZE))
+        before = headless.forward_branches(**{records.modality[0]: picture}).features
+        after = headless.joint_head.neck(before)
+    assert not torch.allclose(F.normalize(before), F.normalize(after), atol=0.01)
+    for model in (headless, classifying):
+        assert_close(embed(model, records[:1], size=SIZE)[0], F.normalize(after))
+        assert_close(embed(model, records[:1], size=SIZE, features='before-bn')[0], F.normalize(before))
+
+
+def test_embed_baseline_without_joint_branch(records):
+    baseline = make_model(name='vireid_base_r10t')
+    expected = slow_features(baseline, records.path[:3], records.modality[:3])
+    assert_close(embed(baseline, records[:3], size=SIZE)[0], expected)
+
+
+def test_embed_leaves_the_model_as_it_was(records):
+    model = make_model(3).train()
+    model.joint_head.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    embed(model, records[:4], size=SIZE)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with pytest.raises(ValueError, match='cannot be read'):
+        embed(model, ['missing.png'], VISIBLE)
+    assert [module.training for module in model.modules()] == modes
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_embed_in_half_precision(model, records, expected):
+    half = embed(model, records[:4], size=SIZE, amp_dtype=torch.bfloat16)[0]
+    assert half.dtype == torch.float32
+    assert not torch.allclose(expected[:4], half, atol=1e-4)
+    assert ((expected[:4] * half).sum(dim=1) > 0.99).all()
+
+
+def test_embed_nothing(model):
+    features, order = embed(model, [], VISIBLE)
+    assert features.shape == (0, model.num_features)
+    assert order == []
+
+
+def test_embed_skips_broken_pictures_on_request(model, visible_paths, tmp_path):
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    paths = [visible_paths[0], str(tmp_path / 'broken.png'), visible_paths[1]]
+    with pytest.raises(PictureError, match=r'broken\.png'):
+        embed(model, paths, VISIBLE, size=SIZE)
+    features, order = embed(model, paths, VISIBLE, size=SIZE, skip_broken=True)
+    assert order == [paths[0], paths[2]]
+    assert_close(features, slow_features(model, order, [VISIBLE] * 2))
+
+
+def mirrored(pixels):
+    return pixels[:, ::-1]
+
+
+def five_crops(pixels):
+    """The middle and the corners of the picture within a black border."""
+    height, width, _ = pixels.shape
+    high, wide = round(10 * height / 288), round(10 * width / 144)
+    framed = np.zeros((height + 2 * high, width + 2 * wide, 3), np.uint8)
+    framed[high : high + height, wide : wide + width] = pixels
+    corners = [(high, wide), (2 * high, 2 * wide), (2 * high, 0), (0, 2 * wide), (0, 0)]
+    return [framed[top : top + height, left : left + width] for top, left in corners]
+
+
+VARIANTS = {
+    (False, 1): lambda pixels: [pixels],
+    (True, 1): lambda pixels: [pixels, mirrored(pixels)],
+    (False, 5): five_crops,
+    (True, 5): lambda pixels: [variant for crop in five_crops(pixels) for variant in (crop, mirrored(crop))],
+}
+
+
+@pytest.mark.parametrize('flip_test, crops', VARIANTS)
+def test_features_are_averaged_over_flips_and_crops(model, records, expected, flip_test, crops):
+    some = records[[0, 1, -1]]
+    features, _ = embed(model, some, size=SIZE, flip_test=flip_test, crops=crops, batch_size=2)
+    averaged = slow_features(model, some.path, some.modality, variants=VARIANTS[flip_test, crops])
+    assert_close(features, averaged)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    if flip_test or crops > 1:
+        assert not torch.allclose(features, expected[[0, 1, -1]], atol=0.01)
+
+
+@pytest.mark.parametrize('size', [(288, 144), (64, 32), (97, 50), (8, 5)])
+def test_views_are_moved_pixels(size):
+    pixels = np.random.default_rng(0).integers(1, 256, (2, *size, 3)).astype(np.uint8)
+    for flip_test, crops in VARIANTS:
+        found = list(views(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), flip_test, crops))
+        if size == (8, 5) and crops > 1:  # a border that rounds to nothing is one pixel wide
+            assert len({bytes(view.numpy().tobytes()) for view in found}) == crops * (1 + flip_test)
+            continue
+        for i in range(2):
+            wanted = VARIANTS[flip_test, crops](pixels[i])
+            assert len(found) == len(wanted)
+            for view, variant in zip(found, wanted, strict=True):
+                assert np.array_equal(view[i].permute(1, 2, 0).numpy(), variant)
+
+
+@pytest.mark.parametrize(
+    'pictures, modality, options, message',
+    [
+        (['a.png'], None, {}, 'modality must be one of visible, infrared'),
+        (['a.png'], 'x-ray', {}, "got 'x-ray'"),
+        ('a.png', VISIBLE, {}, 'takes a list'),
+        (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed'),
+        ([Image.new('I;16', (4, 8))], INFRARED, {}, 'picture 0 has mode I;16'),
+        (EMPTY, VISIBLE, {}, 'records know their modality'),
+        (EMPTY, None, {'cache': 'tape'}, "unknown cache 'tape'"),
+    ],
+)
+def test_embed_rejects(model, pictures, modality, options, message):
+    with pytest.raises(ValueError, match=message):
+        embed(model, pictures, modality, **options)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({'features': 'bn'}, "unknown features 'bn'; expected one of after-bn, before-bn"),
+        ({'crops': 10}, 'unknown crops 10; expected one of 1, 5'),
+        ({'amp_dtype': torch.int8}, 'unknown amp_dtype torch.int8; expected one of None, torch.bfloat16'),
+        ({'batch_size': 0}, 'at least 1, got 0'),
+        ({'workers': -1}, 'workers must be at least 0, got -1'),
+        ({'size': (128,)}, r'height and width in pixels, got \(128,\)'),
+        ({'size': (128, 0)}, r'height and width in pixels, got \(128, 0\)'),
+        ({'device': 'gpu'}, "unknown device 'gpu'"),
+    ],
+)
+def test_extraction_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        Extraction(**options)
+
+
+def test_extraction_has_one_form_of_each_value():
+    assert Extraction(size=[64, 32], device='cpu') == Extraction(size=(64, 32), device=torch.device('cpu'))
+    assert Extraction().cache == 'auto'
+
+
+def test_other_models_are_refused(records):
+    with pytest.raises(ValueError, match='ResNet is none of the models of vireid_timm'):
+        embed(timm.create_model('resnet10t', num_classes=0), records)
+
+
+def test_extract_leaves_features_where_they_were_computed(model, records, expected):
+    extraction = Extraction(size=SIZE, batch_size=7, cache='ram')
+    store = open_store(model, records, extraction)
+    rows = np.array([3, 20, 4])
+    features = extract(model, records[rows], store, rows, extraction)
+    assert features.device == next(model.parameters()).device
+    assert_close(features, expected[rows])
+
+
+def test_too_little_memory_names_the_setting(records):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    model = make_model()
+    model.register_forward_hook(fail)
+    with pytest.raises(ValueError, match='3 pictures at a time do not fit into the memory of cpu.*--batch-size'):
+        embed(model, records, size=SIZE, batch_size=3)
+
+
+def test_features_that_are_not_finite_name_the_picture(records):
+    model = make_model()
+    with torch.no_grad():
+        model.stem.infrared.conv1[0].weight.fill_(math.nan)
+    first = records.path[records.modality == INFRARED][0]
+    with pytest.raises(ValueError, match=f'{first}.*not finite .12 such pictures among 24'):
+        embed(model, records, size=SIZE)
+    features = torch.zeros(3, 4)
+    check_finite(features, ['a', 'b', 'c'])
+    features[1, 2] = -math.inf
+    with pytest.raises(ValueError, match='^b: .*1 such pictures among 3'):
+        check_finite(features, ['a', 'b', 'c'])
+
+
+def test_weights_fingerprint():
+    model = make_model(2)
+    first = weights_fingerprint(model)
+    assert len(first) == 12 and first == weights_fingerprint(make_model(2).train())
+    with torch.no_grad():
+        model.joint_head.neck.running_var[3] += 1e-3
+    assert weights_fingerprint(model) != first
+    assert weights_fingerprint(make_model(2).bfloat16()) != first
+
+
+def extract_with_another(folder):
+    """What each of two processes does: all that can go right, or wrong in one. It writes down what happened."""
+    logging.basicConfig(level=logging.INFO)
+    init_distributed('cpu')
+    number, _ = process()
+    model = timm.create_model('vireid_dml_r10t', num_classes=0)
+    model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
+    broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
+    torch.nn.init.constant_(broken_twin.joint_head.neck.weight, torch.nan)
+    torch.nn.init.constant_(changed_twin.joint_head.neck.weight, number)
+    tables = {name: Records.from_rows(rows) for name, rows in json.loads((folder / 'tables.json').read_text()).items()}
+    whole, one_batch, damaged = (tables[name] for name in ('whole', 'one batch', 'damaged'))
+    options = {'size': SIZE, 'batch_size': 4}
+
+    features = {
+        'whole': embed(model, whole, cache='disk', flip_test=True, **options),
+        'one batch': embed(model, one_batch, **options),
+        'none': embed(model, whole[:0], **options),
+        'damaged': embed(model, damaged, skip_broken=True, **options),
+    }
+    torch.save(features, folder / f'features-{number}.pth')
+
+    attempts = {
+        'damaged, read on the way': lambda: embed(model, damaged, **options),
+        'damaged, on disk': lambda: embed(model, damaged, cache='disk', **options),
+        'not finite': lambda: embed(broken_twin, whole, **options),
+        'pictures': lambda: embed(model, whole if number else one_batch, **options),
+        'settings': lambda: embed(model, whole, size=SIZE, batch_size=4 + number, flip_test=number == 0),
+        'weights': lambda: embed(changed_twin, whole, **options),
+        'twice': lambda: _gather(torch.zeros(4, 2), [0, 1, 2] if number else [2, 3]),
+        'never': lambda: _gather(torch.zeros(4, 2), [0] if number else [2, 3]),
+    }
+    errors = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            errors[name] = str(error)
+    (folder / f'errors-{number}.json').write_text(json.dumps(errors))
+    end_distributed()
+
+
+@pytest.fixture(scope='module')
+def by_two_processes(model, records, tmp_path_factory):
+    """What they left: features and errors of both processes, and their logs."""
+    folder = tmp_path_factory.mktemp('processes')
+    (folder / 'broken.png').write_bytes(b'no picture')
+    rows = list(zip(*(getattr(records, field.name).tolist() for field in dataclasses.fields(Records)), strict=True))
+    damaged = [*rows[:13], (str(folder / 'broken.png'), *rows[13][1:]), *rows[14:]]
+    tables = {'whole': rows, 'one batch': rows[:3], 'damaged': damaged}
+    (folder / 'tables.json').write_text(json.dumps(tables), encoding='utf-8')
+    torch.save(model.state_dict(), folder / 'weights.pth')
+    statuses, said = start_two(extract_with_another, folder, folder=folder, VIREID_CACHE=str(folder / 'cache'))
+    assert statuses == [0, 0], said
+    features = [torch.load(folder / f'features-{number}.pth', weights_only=True) for number in range(2)]
+    errors = [json.loads((folder / f'errors-{number}.json').read_text(encoding='utf-8')) for number in range(2)]
+    return features, errors, said
+
+
+def test_processes_extract_what_one_does(model, records, by_two_processes):
+    options = {'size': SIZE, 'batch_size': 4}
+    expected = {
+        'whole': embed(model, records, flip_test=True, **options),
+        'one batch': embed(model, records[:3], **options),
+        'none': embed(model, records[:0], **options),
+        'damaged': embed(model, records[np.arange(len(records)) != 13], **options),
+    }
+    for features in by_two_processes[0]:
+        for name, (table, order) in features.items():
+            assert order == expected[name][1]
+            torch.testing.assert_close(table, expected[name][0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('damaged, read on the way', r'broken\.png: this picture cannot be read'),
+        ('damaged, on disk', r'broken\.png: this picture cannot be read'),
+        ('not finite', r'^synthvi:.*not finite \(24 such pictures among 24\)'),
+        ('pictures', 'the 2 processes were given different pictures to'),
+        ('settings', 'different flip_test, batch_size to'),
+        ('weights', 'different weights to'),
+        ('twice', r'row 2 2 times \(1 such rows of 4\)'),
+        ('never', r'row 1 0 times \(1 such rows of 4\)'),
+    ],
+)
+def test_what_fails_in_one_process_fails_in_all(by_two_processes, name, message):
+    for errors in by_two_processes[1]:
+        assert re.search(message, errors.get(name, 'no error'))
+
+
+def test_every_process_says_whose_error_it_is(by_two_processes):
+    first, second = (errors['damaged, read on the way'] for errors in by_two_processes[1])
+    assert first == f'process 1 of 2: {second}'
+
+
+def test_one_process_decodes_for_all(by_two_processes):
+    stores = re.findall('Storing 24 pictures of 64x32 once: .* in (.*)', by_two_processes[2])
+    assert stores.count(stores[0]) == 1
+    assert len(set(stores)) == 2, 'the whole and the damaged table'

@@ -1,0 +1,505 @@
+"""Conversions against a naive AGW network, written from its paper and from what its published code is known to do."""
+
+import argparse
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+
+import vireid_timm
+from vireid_timm.hub.convert import SOURCES, _resnet_size, convert_checkpoint
+from vireid_timm.hub.folder import save_model_config
+from vireid_timm.run_folder import LAST, MODEL_CONFIG, save_checkpoint
+
+State = dict[str, torch.Tensor]
+RESNET50 = {'layer1': (3, 64), 'layer2': (4, 128), 'layer3': (6, 256), 'layer4': (3, 512)}  # blocks, width
+STRIDES = {'layer1': 1, 'layer2': 2, 'layer3': 2, 'layer4': 1}
+NON_LOCAL = {'layer2': (2, 3), 'layer3': (3, 4, 5)}  # behind which blocks
+NETWORKS = ('visible_module.visible', 'thermal_module.thermal', 'base_resnet.base')
+IDENTITIES = 395
+UNUSED = 9.0  # what the parts of the three networks are filled with that have no effect
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+# A naive AGW
+
+
+def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    tensors = ('weight', 'bias', 'running_mean', 'running_var')
+    return {f'{name}.{tensor}': (channels,) for tensor in tensors} | {f'{name}.num_batches_tracked': ()}
+
+
+def resnet50_shapes() -> dict[str, tuple[int, ...]]:
+    shapes = {'conv1.weight': (64, 3, 7, 7)} | norm_shapes('bn1', 64)
+    channels = 64
+    for layer, (blocks, width) in RESNET50.items():
+        for i in range(blocks):
+            block = f'{layer}.{i}'
+            shapes |= {f'{block}.conv1.weight': (width, channels, 1, 1)} | norm_shapes(f'{block}.bn1', width)
+            shapes |= {f'{block}.conv2.weight': (width, width, 3, 3)} | norm_shapes(f'{block}.bn2', width)
+            shapes |= {f'{block}.conv3.weight': (4 * width, width, 1, 1)} | norm_shapes(f'{block}.bn3', 4 * width)
+            if i == 0:
+                shapes |= {f'{block}.downsample.0.weight': (4 * width, channels, 1, 1)}
+                shapes |= norm_shapes(f'{block}.downsample.1', 4 * width)
+            channels = 4 * width
+    return shapes
+
+
+def non_local_shapes(width: int | None) -> dict[str, tuple[int, ...]]:
+    """Of all five blocks; a width of None is half of the map's."""
+    shapes = {}
+    for layer, blocks in NON_LOCAL.items():
+        channels = 4 * RESNET50[layer][1]
+        inner = width or channels // 2
+        for i in range(len(blocks)):
+            block = f'NL_{layer[-1]}.{i}'
+            for part in ('g.0', 'theta', 'phi'):
+                shapes |= {f'{block}.{part}.weight': (inner, channels, 1, 1), f'{block}.{part}.bias': (inner,)}
+            shapes |= {f'{block}.W.0.weight': (channels, inner, 1, 1), f'{block}.W.0.bias': (channels,)}
+            shapes |= norm_shapes(f'{block}.W.1', channels)
+    return shapes
+
+
+def agw_shapes(width: int | None = 1, non_local: bool = True) -> dict[str, tuple[int, ...]]:
+    shapes = {f'{network}.{key}': shape for network in NETWORKS for key, shape in resnet50_shapes().items()}
+    shapes |= non_local_shapes(width) if non_local else {}
+    return shapes | norm_shapes('bottleneck', 2048) | {'classifier.weight': (IDENTITIES, 2048)}
+
+
+def is_used(key: str) -> bool:
+    for network in NETWORKS:
+        if key.startswith(network):
+            return key.startswith(f'{network}.layer') == (network == NETWORKS[2])
+    return key != 'bottleneck.bias'
+
+
+def hollow(shape: tuple[int, ...], value: float = 0.0) -> torch.Tensor:
+    """One value in all places, which takes no room in a file."""
+    return torch.tensor(value).expand(shape)
+
+
+def random_state(shapes: dict[str, tuple[int, ...]]) -> State:
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in shapes.items():
+        if key.endswith('num_batches_tracked'):
+            state[key] = torch.tensor(7)
+        elif not is_used(key):
+            state[key] = hollow(shape, 0.0 if key == 'bottleneck.bias' else UNUSED)
+        elif key.endswith('bias') or key.endswith('running_mean'):
+            state[key] = torch.empty(shape).normal_(0.0, 0.1, generator=generator)
+        elif len(shape) == 1:  # weights and variances of normalisations; residual branches are kept small
+            low, high = (0.2, 0.4) if 'bn3' in key else (0.5, 1.5)
+            state[key] = torch.empty(shape).uniform_(low, high, generator=generator)
+        else:
+            scale = 0.1 if key.startswith('NL_') else 1.0  # a product of three
+            deviation = scale * (2 / math.prod(shape[1:])) ** 0.5
+            state[key] = torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    return state
+
+
+def normalise(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    weight, bias, mean, variance = (
+        state[f'{name}.{tensor}'].reshape(1, -1, *[1] * (x.ndim - 2))
+        for tensor in ('weight', 'bias', 'running_mean', 'running_var')
+    )
+    return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+
+def bottleneck(state: State, name: str, x: torch.Tensor, stride: int) -> torch.Tensor:
+    y = normalise(state, f'{name}.bn1', F.conv2d(x, state[f'{name}.conv1.weight'])).relu()
+    y = F.conv2d(y, state[f'{name}.conv2.weight'], stride=stride, padding=1)
+    y = normalise(state, f'{name}.bn2', y).relu()
+    y = normalise(state, f'{name}.bn3', F.conv2d(y, state[f'{name}.conv3.weight']))
+    if f'{name}.downsample.0.weight' in state:
+        x = F.conv2d(x, state[f'{name}.downsample.0.weight'], stride=stride)
+        x = normalise(state, f'{name}.downsample.1', x)
+    return (y + x).relu()
+
+
+def non_local(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Position by position and picture by picture, with the affinity of every pair."""
+
+    def convolved(part: str, values: torch.Tensor) -> torch.Tensor:  # [positions, channels]
+        return values @ state[f'{name}.{part}.weight'][:, :, 0, 0].T + state[f'{name}.{part}.bias']
+
+    outputs = []
+    for picture in x:
+        positions = picture.flatten(1).T
+        theta, phi, g = (convolved(part, positions) for part in ('theta', 'phi', 'g.0'))
+        affinity = theta @ phi.T / len(positions)
+        rows = [sum(row[j] * g[j] for j in range(len(positions))) for row in affinity]
+        outputs.append(convolved('W.0', torch.stack(rows)).T.reshape(picture.shape))
+    return x + normalise(state, f'{name}.W.1', torch.stack(outputs))
+
+
+def naive_agw(state: State, pictures: torch.Tensor, modality: str, gem: bool = True) -> tuple[torch.Tensor, ...]:
+    """Pooled features, features behind the BN-neck, logits."""
+    stem = {'visible': NETWORKS[0], 'infrared': NETWORKS[1]}[modality]
+    x = F.conv2d(pictures, state[f'{stem}.conv1.weight'], stride=2, padding=3)
+    x = F.max_pool2d(normalise(state, f'{stem}.bn1', x).relu(), 3, stride=2, padding=1)
+    for layer, (blocks, _) in RESNET50.items():
+        for i in range(blocks):
+            x = bottleneck(state, f'{NETWORKS[2]}.{layer}.{i}', x, STRIDES[layer] if i == 0 else 1)
+            behind = NON_LOCAL.get(layer, ())
+            if i in behind and 'NL_2.0.theta.weight' in state:
+                x = non_local(state, f'NL_{layer[-1]}.{behind.index(i)}', x)
+    pooled = ((x**3).mean(dim=(2, 3)) + 1e-12) ** (1 / 3) if gem else x.mean(dim=(2, 3))
+    features = normalise(state, 'bottleneck', pooled)
+    return pooled, features, features @ state['classifier.weight'].T
+
+
+def pictures(seed: int) -> torch.Tensor:
+    return torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_equal_outputs(model: torch.nn.Module, state: State, gem: bool = True) -> None:
+    with torch.inference_mode():
+        for modality, x in (('visible', pictures(0)), ('infrared', pictures(1))):
+            pooled, features, logits = naive_agw(state, x, modality, gem)
+            joint_map = model.forward_features(**{modality: x})
+            for actual, expected in (
+                (model.forward_branches(**{modality: x}).features, pooled),
+                (model.forward_head(joint_map, pre_logits=True), features),
+                (model(**{modality: x}), logits),
+            ):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Iterator[Path]:
+    """For large files: pytest would keep them."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def agw_state(one_thread) -> State:
+    return random_state(agw_shapes())
+
+
+@pytest.fixture(scope='module')
+def agw_file(agw_state, tmp_path_factory) -> Iterator[Path]:
+    """As AGW's code writes it, with NumPy's numbers beside the weights."""
+    path = tmp_path_factory.mktemp('agw') / 'sysu_agw_best.t'
+    measured = {'cmc': np.linspace(0.4, 0.9, 20), 'mAP': np.float64(0.47), 'mINP': np.float32(0.35), 'epoch': 40}
+    torch.save({'net': agw_state, **measured}, path)
+    yield path
+    path.unlink()
+
+
+def test_agw_gives_the_same_outputs(agw_state, agw_file):
+    conversion = convert_checkpoint(agw_file, 'agw')
+    model = conversion.model.eval()
+    assert model.pretrained_cfg['architecture'] == 'vireid_agw_r50'
+    assert model.num_classes == IDENTITIES
+    assert_equal_outputs(model, agw_state)
+    # Without the non-local blocks it would be another network.
+    plain = {key: value for key, value in agw_state.items() if not key.startswith('NL_')}
+    with torch.inference_mode():
+        assert not torch.allclose(naive_agw(plain, pictures(0), 'visible')[2], model(pictures(0)), rtol=0.1)
+
+
+def test_agw_drops_what_it_does_not_use_and_says_so(agw_state, agw_file):
+    conversion = convert_checkpoint(agw_file, 'agw')
+    stored = {key: value for key, value in agw_state.items() if not re.search('running_|num_batches', key)}
+    assert round(sum(value.numel() for value in stored.values()) / 1e6, 2) == 71.37
+    assert round(sum(parameter.numel() for parameter in conversion.model.parameters()) / 1e6, 2) == 24.36
+    assert 'Of 71.37 M parameters in the file, 24.36 M are used.' in conversion.notes
+    assert 'Not converted, beside the weights: cmc, epoch, mAP, mINP.' in conversion.notes
+    unused = [key for key in agw_state if not is_used(key)]
+    assert sum(conversion.dropped.values()) == len(unused)
+    assert set(conversion.dropped) == {
+        *(f'{network}.{layer}' for network in NETWORKS[:2] for layer in RESNET50),
+        *(f'{NETWORKS[2]}.{part}' for part in ('conv1', 'bn1')),
+        'bottleneck.bias',
+    }
+    assert conversion.dropped['base_resnet.base.bn1'] == 5
+    for value in conversion.model.state_dict().values():
+        assert not (value == UNUSED).any()
+
+
+@pytest.mark.parametrize('module', [b'numpy.core.multiarray', b'numpy._core.multiarray'])
+def test_files_of_old_are_read(module, tmp_path):
+    """Before zip archives and NumPy 2, as the published files are."""
+    state = {key: hollow(shape) for key, shape in agw_shapes().items()}
+    path = tmp_path / 'old.t'
+    measured = {'cmc': np.ones(20, dtype=np.float32), 'mAP': np.float64(0.5), 'counts': np.arange(3)}
+    torch.save({'net': state, **measured}, path, _use_new_zipfile_serialization=False)
+    content = re.sub(rb'cnumpy\._?core\.multiarray\n', b'c' + module + b'\n', path.read_bytes())
+    assert content.count(module) >= 2
+    path.write_bytes(content)
+    conversion = convert_checkpoint(path, 'agw')
+    assert conversion.notes[-1] == 'Not converted, beside the weights: cmc, counts, mAP.'
+
+
+def test_a_converted_network_is_saved_and_loaded(agw_file, folder):
+    model = convert_checkpoint(agw_file, 'caj', num_classes=0).model.eval()
+    assert model.pretrained_cfg['tag'] == 'caj'
+    vireid_timm.save_model_folder(model, folder / 'agw')
+    loaded = timm.create_model(f'local-dir:{folder}/agw', pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(pictures(0), pictures(1)), model(pictures(0), pictures(1)))
+
+
+def test_classifiers_are_kept_or_dropped(agw_state, agw_file):
+    conversion = convert_checkpoint(agw_file, 'agw', num_classes=0)
+    assert conversion.model.num_classes == 0
+    assert conversion.dropped['classifier.weight'] == 1
+    with pytest.raises(ValueError, match=r'_best\.t from agw: it tells 395 identities apart, not 206: leave out'):
+        convert_checkpoint(agw_file, 'agw', num_classes=206)
+
+
+def saved(path: Path, content: Any) -> str:
+    (safetensors.torch.save_file if path.suffix == '.safetensors' else torch.save)(content, path)
+    return str(path)
+
+
+def test_the_method_base_pools_by_averaging(agw_state, folder):
+    state = {key: value for key, value in agw_state.items() if not key.startswith('NL_')}
+    others = {'base_resnet.base.fc.weight': hollow((1000, 2048)), 'base_resnet.base.fc.bias': hollow((1000,))}
+    parallel = {f'module.{key}': value for key, value in (state | others).items()}
+    conversion = convert_checkpoint(saved(folder / 'base.pth', parallel), 'agw')
+    assert conversion.model.pretrained_cfg['architecture'] == 'vireid_base_r50'
+    assert any('which pools by averaging' in note for note in conversion.notes)
+    assert conversion.dropped['base_resnet.base.fc'] == 2
+    assert_equal_outputs(conversion.model.eval(), state, gem=False)
+
+
+def test_non_local_blocks_of_the_intended_width(agw_state, folder):
+    kept = {key: value for key, value in agw_state.items() if not key.startswith('NL_')}
+    state = kept | random_state(non_local_shapes(None))
+    model = convert_checkpoint(saved(folder / 'half.pth', state), 'agw').model.eval()
+    assert [block.theta.weight.shape[0] for block in (model.layer2[-1], model.layer3[-1])] == [256, 512]
+    assert_equal_outputs(model, state)
+
+
+def test_non_local_blocks_of_any_one_width(tmp_path):
+    state = {key: hollow(shape) for key, shape in agw_shapes(width=3).items()}
+    model = convert_checkpoint(saved(tmp_path / 'wide.pth', state), 'agw').model
+    assert [block.theta.weight.shape[0] for block in (model.layer2[-1], model.layer3[-1])] == [3, 3]
+    state['NL_2.1.theta.weight'] = hollow((5, 512, 1, 1))
+    with pytest.raises(ValueError, match=r'non-local blocks have different inner widths: \[3, 5\]'):
+        convert_checkpoint(saved(tmp_path / 'mixed.pth', state), 'agw')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            {'base_resnet.base.layer1.0.se.weight': torch.ones(1), 'NL_4.0.g.0.bias': torch.ones(1)},
+            '2 tensors that fit nowhere: NL_4.0.g.0.bias, base_resnet.base.layer1.0.se.weight',
+        ),
+        ({f'extra.{i:02}': torch.ones(1) for i in range(12)}, '12 tensors that fit nowhere: .*extra.09 and 2 more'),
+        (
+            {'base_resnet.base.layer2.2.conv1.weight': None, 'NL_3.2.W.1.bias': None, 'bottleneck.running_var': None},
+            '3 missing tensors: NL_3.2.W.1.bias, base_resnet.base.layer2.2.conv1.weight, bottleneck.running_var',
+        ),
+        (
+            {'thermal_module.thermal.conv1.weight': torch.ones(64, 1, 7, 7), 'more': torch.ones(1)},
+            r'1 tensors that fit nowhere: more; 1 tensors of another shape: thermal_module.thermal.conv1.weight '
+            r'\[64, 1, 7, 7\] for \[64, 3, 7, 7\]',
+        ),
+        ({'bottleneck.bias': torch.full((2048,), -0.25)}, 'bottleneck.bias reaches 0.25. AGW keeps it at 0'),
+        ({'bottleneck.bias': torch.full((2048,), math.nan)}, 'bottleneck.bias reaches nan'),
+    ],
+)
+def test_what_does_not_fit_agw_is_named(change, message, tmp_path):
+    state = {key: hollow(shape) for key, shape in agw_shapes().items()} | change
+    state = {key: value for key, value in state.items() if value is not None}
+    path = saved(tmp_path / 'agw.pth', {'net': state})
+    with pytest.raises(ValueError, match=f'^cannot convert {re.escape(path)} from agw: .*{message}'):
+        convert_checkpoint(path, 'agw')
+
+
+def test_old_files_lack_the_counts_of_batches(tmp_path):
+    optional = ('num_batches_tracked', 'bottleneck.bias')
+    state = {key: hollow(shape, 2.0) for key, shape in agw_shapes().items() if not key.endswith(optional)}
+    model = convert_checkpoint(saved(tmp_path / 'old.pth', {'net': state}), 'agw').model
+    assert model.stem.infrared.bn1.num_batches_tracked == 0
+    assert (model.global_head.fc.weight == 2.0).all()
+
+
+# ImageNet ResNets
+
+
+@pytest.mark.parametrize(
+    ('resnet', 'source', 'name', 'model'),
+    [
+        ('resnet10t', 'timm', None, 'vireid_dml_r10t'),
+        ('resnet10t', 'timm', 'vireid_base_r10t', 'vireid_base_r10t'),
+        ('resnet18', 'torchvision', None, 'vireid_dml_r18'),
+    ],
+)
+def test_imagenet_resnets_fill_stems_and_trunk(resnet, source, name, model, tmp_path):
+    torch.manual_seed(4)
+    weights = timm.create_model(resnet, num_classes=10).state_dict()
+    before = torch.get_rng_state()
+    path = saved(tmp_path / 'resnet.pth', {'state_dict': weights, 'arch': resnet})
+    conversion = convert_checkpoint(path, source, model=name, num_classes=6)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert conversion.model.pretrained_cfg['architecture'] == model
+    assert conversion.model.pretrained_cfg['tag'] == 'in1k'
+    assert conversion.model.num_classes == 6
+    assert conversion.dropped == {'fc.weight': 1, 'fc.bias': 1}
+    assert conversion.notes[0].startswith('A start for fine-tuning, not a re-identification model')
+    again = convert_checkpoint(path, source, model=name, num_classes=6).model.state_dict()
+    for key, value in conversion.model.state_dict().items():
+        assert torch.equal(value, again[key])
+        if key.startswith(('stem.', 'layer')):
+            assert torch.equal(value, weights[re.sub(r'^stem\.(visible|infrared)\.', '', key)])
+
+
+@pytest.mark.parametrize(('resnet', 'size'), [('resnet34', 'r34'), ('resnet50', 'r50'), ('resnet101', 'r101')])
+def test_sizes_are_told_by_their_tensors(resnet, size):
+    assert _resnet_size(timm.create_model(resnet, device='meta').state_dict()) == size
+
+
+def test_agw_starts_from_an_imagenet_resnet(tmp_path):
+    path = saved(tmp_path / 'resnet50.pth', {key: hollow(shape, 2.0) for key, shape in resnet50_shapes().items()})
+    conversion = convert_checkpoint(path, 'torchvision', model='vireid_agw_r50')
+    assert conversion.dropped == {}
+    assert not conversion.model.layer2[-1].norm.weight.any()
+    assert (conversion.model.layer3.get_submodule('5').conv3.weight == 2.0).all()
+
+
+def test_resnets_that_do_not_fit_are_named(tmp_path):
+    weights = timm.create_model('resnet18', num_classes=10).state_dict()
+    path = saved(tmp_path / 'resnet18.pth', weights)
+    with pytest.raises(ValueError, match="it is a ResNet for the models that end in _r18, which 'vireid_dml_r50' does"):
+        convert_checkpoint(path, 'torchvision', model='vireid_dml_r50')
+    with pytest.raises(ValueError, match="there is no model 'vireid_dml_r_r18'; choose one of vireid_agw_r50, "):
+        convert_checkpoint(path, 'torchvision', model='vireid_dml_r_r18')
+    with pytest.raises(
+        ValueError,
+        match='from agw: 122 tensors that fit nowhere: bn1.bias, .*; [0-9]+ missing tensors: .*'
+        r'It looks like one from torchvision or timm \(--from\)$',
+    ):
+        convert_checkpoint(path, 'agw')
+    other = {key: value for key, value in weights.items() if not key.startswith('layer2.1')}
+    with pytest.raises(
+        ValueError, match=r'no ResNet .* layer1 to 4: \[2, 1, 2, 2\], bottlenecks: False, deep stem: False'
+    ):
+        convert_checkpoint(saved(tmp_path / 'other.pth', other), 'timm')
+    other = weights | {'layer1.0.se.fc1.weight': torch.ones(1)}
+    with pytest.raises(ValueError, match='1 tensors that fit nowhere: layer1.0.se.fc1.weight$'):
+        convert_checkpoint(saved(tmp_path / 'other.pth', other), 'timm')
+
+
+# Our own
+
+
+@pytest.fixture
+def own():
+    torch.manual_seed(0)
+    return timm.create_model('vireid_dml_r10t', num_classes=5, fuse_width=8).eval()
+
+
+def assert_same_network(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(pictures(0), pictures(1)), expected(pictures(0), pictures(1)))
+
+
+def test_a_run_of_our_own(own, tmp_path):
+    averaged = {key: value * 2 if key.endswith('.fc.weight') else value for key, value in own.state_dict().items()}
+    people = {'Alice': 0}
+    content = {'arch': 'vireid_dml_r10t', 'epoch': 3, 'state_dict': own.state_dict(), 'class_map': people}
+    save_checkpoint(tmp_path, content)
+    with pytest.raises(ValueError, match=r'from vireid: [0-9]+ tensors of another shape: fusion\.reduce\.0\.'):
+        convert_checkpoint(tmp_path / LAST, 'vireid', model='vireid_dml_r10t.synthvi')
+    save_model_config(own, tmp_path / MODEL_CONFIG)
+    conversion = convert_checkpoint(tmp_path / LAST, 'vireid')
+    assert_same_network(conversion.model, own)
+    assert conversion.dropped == {}
+    assert conversion.notes == ['Not converted, beside the weights: arch, class_map, epoch.']
+    save_checkpoint(tmp_path, content | {'state_dict_ema': averaged})
+    with torch.inference_mode():
+        doubled = convert_checkpoint(tmp_path / LAST, 'vireid').model.eval()(pictures(0))
+        torch.testing.assert_close(doubled, 2 * own(pictures(0)))
+
+
+def test_weights_of_our_own_need_a_name(tmp_path):
+    model = timm.create_model('vireid_base_r10t', num_classes=5).eval()
+    path = saved(tmp_path / 'weights.safetensors', model.state_dict())
+    with pytest.raises(ValueError, match=f'neither it nor a {MODEL_CONFIG} beside it names its network: give model'):
+        convert_checkpoint(path, 'vireid')
+    with pytest.raises(ValueError, match="there is no model 'hf-hub:some/one'; choose one of vireid_"):
+        convert_checkpoint(path, 'vireid', model='hf-hub:some/one')
+    with pytest.raises(ValueError, match='resnet18 is not a network of this library'):
+        convert_checkpoint(path, 'vireid', model='resnet18')
+    assert_same_network(convert_checkpoint(path, 'vireid', model='vireid_base_r10t').model, model)
+    conversion = convert_checkpoint(path, 'vireid', model='vireid_base_r10t', num_classes=0)
+    assert conversion.dropped == {'global_head.fc.weight': 1}
+    model.reset_classifier(0)
+    assert_same_network(conversion.model, model)
+    with pytest.raises(ValueError, match='tells 5 identities apart, not 6'):
+        convert_checkpoint(path, 'vireid', model='vireid_base_r10t', num_classes=6)
+
+
+# Files
+
+
+def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('VIREID_TEST_RUN', 'no')
+
+    class Program:
+        def __reduce__(self):
+            return exec, ("import os; os.environ['VIREID_TEST_RUN'] = 'yes'",)
+
+    weights = {'conv1.weight': torch.ones(1)}
+    before = list(torch.serialization.get_safe_globals())  # torch 2.5 changes the list itself
+    for content, what in (
+        ({'net': weights, 'best': Program()}, r'(builtins\.)?exec'),
+        ({'net': weights, 'args': argparse.Namespace(lr=0.1)}, 'argparse.Namespace'),
+    ):
+        path = saved(tmp_path / 'program.t', content)
+        with pytest.raises(
+            ValueError, match=f'^{re.escape(path)} needs {what} to be read, .* If you trust the file, save its weights'
+        ):
+            convert_checkpoint(path, 'agw')
+    assert os.environ['VIREID_TEST_RUN'] == 'no'
+    assert list(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_files_without_weights_are_named(source, tmp_path):
+    with pytest.raises(FileNotFoundError, match='no file .*nothing.pth; give the checkpoint file'):
+        convert_checkpoint(tmp_path / 'nothing.pth', source)
+    for content, message in (
+        ([torch.ones(1)], 'it has no weights; expected a state dict, or one under net, state_dict_ema'),
+        ({}, 'it has no weights'),
+        ({'net': {}, 'epoch': 3}, 'it has no weights'),
+        ({'epoch': 3, 'weight': torch.ones(1)}, 'it has no state dict; no tensors are epoch'),
+    ):
+        path = saved(tmp_path / 'file.pth', content)
+        with pytest.raises(ValueError, match=f'^cannot convert {re.escape(path)} from {source}: {message}'):
+            convert_checkpoint(path, source)
+
+
+@pytest.mark.parametrize('ending', ['pth', 'safetensors'])
+def test_damaged_files_are_named(ending, tmp_path):
+    path = tmp_path / f'weights.{ending}'
+    saved(path, {'conv1.weight': torch.ones(64, 3, 7, 7)})
+    whole = path.read_bytes()
+    for content in (b'', b'not weights at all', whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f'^{re.escape(str(path))} is damaged, or not a file of weights that can '):
+            convert_checkpoint(path, 'timm')
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown source 'deen'; expected one of agw, caj, torchvision, timm, vireid"):
+        convert_checkpoint(tmp_path / 'file.pth', 'deen')
+    with pytest.raises(ValueError, match="from caj follows from the file: leave out model 'vireid_base_r50'"):
+        convert_checkpoint(tmp_path / 'file.pth', 'caj', model='vireid_base_r50')

@@ -1,0 +1,321 @@
+"""Hub-ready folders: written, loaded by every name that they have, refused when they are not fit, and verified."""
+
+import json
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import vireid_timm
+from vireid_timm.cli.main import main
+from vireid_timm.hub.folder import (
+    REFERENCE,
+    load_model,
+    round_to_half,
+    save_embedded_weights,
+    save_model_folder,
+    save_run,
+)
+from vireid_timm.hub.publish import check_model
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+FILES = ['README.md', 'config.json', 'model.safetensors', 'reference.safetensors']
+SMALL = dict(resnet_args=dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32)))
+SIZE = (3, 64, 32)
+DATA = dict(identities=2, test_identities=3, pictures_per_modality=2, size=[64, 32])
+
+
+def _model(name: str = 'vireid_dml_r10t', **kwargs: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{'img_size': SIZE[1:], **kwargs}).eval()
+
+
+def _features(model: torch.nn.Module, channels: int = 3) -> torch.Tensor:
+    pictures = torch.randn(2, channels, 64, 32, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        return model.eval()(pictures, pictures.flip(0))
+
+
+def _config(folder: Path) -> dict:
+    return json.loads((folder / 'config.json').read_text())
+
+
+def _save_config(folder: Path, config: dict) -> None:
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(num_classes=5),
+        dict(num_classes=0),
+        dict(num_classes=3, fuse_layers=(2, 3), fuse_width=32, spatial_weights='static', img_size=(64, 32)),
+        dict(num_classes=3, in_chans=1, gem_power=2.0, last_stride=2),
+    ],
+)
+def test_a_saved_model_is_loaded_with_its_arguments_and_weights(tmp_path: Path, kwargs: dict) -> None:
+    model = _model(**kwargs, **SMALL).to(memory_format=torch.channels_last)
+    save_model_folder(model, tmp_path / 'model', facts={'dataset': 'none'})
+    assert sorted(path.name for path in (tmp_path / 'model').iterdir()) == FILES
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert loaded.num_classes == model.num_classes and loaded.fuse_layers == model.fuse_layers
+    assert loaded.gem_power == model.gem_power
+    config = _config(tmp_path / 'model')
+    assert config['architecture'] == 'vireid_dml_r10t' and config['vireid']['dataset'] == 'none'
+    assert config['pretrained_cfg']['crop_mode'] == 'squash' and 'file' not in config['pretrained_cfg']
+    # Written out, so that a later version with other defaults builds the same network.
+    assert config['model_args']['fuse_layers'] == list(model.fuse_layers)
+    assert config['model_args']['gem_power'] == model.gem_power
+    assert check_model(tmp_path / 'model')
+
+
+def test_files_are_for_everybody_to_read_where_the_users_files_are(saved: Path) -> None:
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_timm_loads_a_folder_in_every_way(tmp_path: Path, half: bool) -> None:
+    model = _model(num_classes=5, **SMALL)
+    save_model_folder(model, tmp_path / 'model', half=half, input_size=SIZE)
+    if half:
+        round_to_half(model)
+    name = f'local-dir:{tmp_path / "model"}'
+    stored = safetensors.torch.load_file(tmp_path / 'model/model.safetensors')
+    types = {value.dtype for value in stored.values() if value.is_floating_point()}
+    assert types == {torch.float16 if half else torch.float32}
+    loaded = timm.create_model(name, pretrained=True)
+    assert next(loaded.parameters()).dtype == torch.float32
+    torch.testing.assert_close(_features(loaded), _features(model), rtol=0, atol=0)
+    assert timm.create_model(name, pretrained=True, in_chans=1).eval()(torch.zeros(1, 1, 64, 32)).shape == (1, 5)
+    maps = timm.create_model(name, pretrained=True, features_only=True).eval()(torch.zeros(1, 3, 64, 32))
+    assert [entry.shape[1] for entry in maps] == [8, 16, 24, 32]
+    torch.testing.assert_close(maps[3], model.forward_intermediates(torch.zeros(1, 3, 64, 32))[1][3])
+    model.reset_classifier(0)
+    loaded = timm.create_model(name, pretrained=True, num_classes=0)
+    torch.testing.assert_close(_features(loaded), _features(model), rtol=0, atol=0)
+    assert tuple(timm.data.resolve_model_data_config(loaded)['input_size']) == SIZE
+
+
+def test_what_half_precision_cannot_hold_is_named(tmp_path: Path) -> None:
+    model = _model(**SMALL)
+    with torch.no_grad():
+        model.global_head.neck.running_var[0] = 1e6
+    with pytest.raises(ValueError, match='global_head.neck.running_var.*half'):
+        save_model_folder(model, tmp_path / 'model', half=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reference_features_are_those_of_noise_by_the_definition(saved: Path) -> None:
+    reference = safetensors.torch.load_file(saved / REFERENCE)
+    model = load_model(saved).eval()
+    for modality in ('visible', 'infrared'):
+        pictures = reference[modality]
+        assert pictures.dtype == torch.uint8 and pictures.shape == (2, *SIZE) and pictures.float().std() > 60
+        mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ('mean', 'std'))
+        normalised = {modality: (pictures.float() / 255 - mean) / std}
+        with torch.inference_mode():
+            after, before = model(**normalised), model.forward_branches(**normalised).features
+        torch.testing.assert_close(reference[f'{modality}_after_bn'], after)
+        torch.testing.assert_close(reference[f'{modality}_before_bn'], before)
+    assert not torch.equal(reference['visible'], reference['infrared'])
+
+
+def test_a_checkout_is_named_by_its_commit(saved: Path) -> None:
+    root = Path(vireid_timm.__file__).parents[1]
+    commit = None
+    if (root / '.git').exists():
+        command = ['git', '-C', str(root), 'rev-parse', 'HEAD']
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert _config(saved)['vireid']['versions'].get('commit') == commit
+
+
+def test_writing_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:
+    model = _model(**SMALL)
+    state = torch.get_rng_state()
+    save_model_folder(model, tmp_path / 'model', sample=True)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_nothing_that_names_a_place_on_this_machine_is_kept(tmp_path: Path) -> None:
+    training = dict(data_dir='/home/me/data', output='/home/me/out', experiment='mine', resume='/home/me/run', lr=0.1)
+    facts = {'dataset': 'folder', 'training': {**training, 'model': 'local-dir:/home/me/run/best'}}
+    save_model_folder(_model(**SMALL), tmp_path / 'model', facts=facts)
+    assert _config(tmp_path / 'model')['vireid']['training'] == {'lr': 0.1, 'model': 'local-dir:best'}
+    for name in ('config.json', 'README.md'):
+        assert '/home/me' not in (tmp_path / 'model' / name).read_text()
+    assert facts['training']['data_dir'] == '/home/me/data'
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos/me.jpg').touch()
+    with pytest.raises(ValueError, match='photos holds other things .me.jpg.'):
+        save_model_folder(_model(**SMALL), tmp_path / 'photos')
+    assert (tmp_path / 'photos/me.jpg').is_file()
+
+
+def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> None:
+    model = _model(num_classes=5)
+    save_embedded_weights(model, tmp_path / 'weights.safetensors')
+    saved = safetensors.torch.load_file(tmp_path / 'weights.safetensors')
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float16}
+    assert not [name for name in saved if '.fc.' in name]
+    loaded = timm.create_model(
+        'vireid_dml_r10t', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.safetensors'))
+    )
+    model.reset_classifier(0)
+    torch.testing.assert_close(_features(loaded), _features(model), rtol=0.02, atol=0.02)
+
+
+# From a run to a folder
+
+
+def test_hub_save_evaluates_and_writes_what_it_measured(saved: Path, tmp_path: Path, capsys) -> None:
+    kwargs = [f'{name}={value}' for name, value in DATA.items()]
+    command = ['hub', 'save', str(saved), str(tmp_path / 'out'), '--half', '--license', 'mit', '--data-terms', 'Mine.']
+    assert main([*command, '--dataset', 'synthetic', '--device', 'cpu', '--dataset-kwargs', *kwargs]) == 0
+    said = capsys.readouterr().out
+    assert 'reference: every tensor fits' in said and 'float16' in said
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [*FILES, 'sample.png']
+    model = load_model(saved)
+    round_to_half(model)
+    expected = vireid_timm.evaluate(model, vireid_timm.create_dataset('synthetic', **DATA), cache='off')
+    config = _config(tmp_path / 'out')
+    facts = config['vireid']['evaluation']
+    assert facts['weights'] == expected.weights and facts['size'] == [64, 32]
+    assert facts['protocols'].keys() == expected.protocols.keys()
+    for name, result in expected.protocols.items():
+        assert facts['protocols'][name]['mean']['mAP'] == pytest.approx(result.mean['mAP'], abs=1e-6)
+    assert config['pretrained_cfg']['license'] == 'mit' and config['vireid']['data_terms'] == 'Mine.'
+    card = (tmp_path / 'out/README.md').read_text()
+    assert 'license: mit' in card and 'Mine.' in card and 'sample.png' in card and 'model-index' in card
+    # Saved again, what was stated stays, and what nobody measured is not said.
+    save_run(tmp_path / 'out', tmp_path / 'again')
+    card = (tmp_path / 'again/README.md').read_text()
+    assert 'license: mit' in card and 'Mine.' in card and 'model-index' not in card
+    assert 'evaluation' not in _config(tmp_path / 'again')['vireid']
+    assert _config(tmp_path / 'again')['num_classes'] == 5
+
+
+def test_a_report_of_other_weights_is_refused(saved: Path, tmp_path: Path) -> None:
+    dataset = vireid_timm.create_dataset('synthetic', **DATA)
+    report = vireid_timm.evaluate(load_model(saved), dataset, 'infrared-to-visible', cache='off')
+    save_run(saved, tmp_path / 'right', report=report)
+    with pytest.raises(ValueError, match='report is about the weights .* in half precision has'):
+        save_run(saved, tmp_path / 'rounded', report=report, half=True)
+    path = tmp_path / 'report.json'
+    vireid_timm.evaluate(_model(num_classes=0, **SMALL | {'gem_power': 2.0}), dataset, cache='off').save(path)
+    other = _model(num_classes=5)
+    save_model_folder(other, tmp_path / 'other')
+    assert main(['hub', 'save', str(tmp_path / 'other'), str(tmp_path / 'wrong'), '--report', str(path)]) == 1
+    assert not (tmp_path / 'wrong').exists() and not (tmp_path / 'rounded').exists()
+
+
+def test_a_run_is_saved_from_its_best_model(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / 'run/best')
+    config = _config(tmp_path / 'run/best')
+    config['vireid']['validation'] = {'rank1': 0.5, 'mAP': 0.25}
+    _save_config(tmp_path / 'run/best', config)
+    save_run(tmp_path / 'run', tmp_path / 'out')
+    assert 'rank1 50.00 %, mAP 25.00 %' in (tmp_path / 'out/README.md').read_text()
+    with pytest.raises(ValueError, match='nowhere is neither a run'):
+        save_run(tmp_path / 'nowhere', tmp_path / 'out')
+
+
+# Loading
+
+
+def test_a_model_loads_from_every_name_that_it_has(saved: Path) -> None:
+    model = _model(num_classes=5, **SMALL)
+    model.reset_classifier(0)
+    expected = _features(model)
+    for source in (f'local-dir:{saved}', str(saved), saved / 'model.safetensors'):
+        loaded = load_model(source)
+        assert loaded.num_classes == 0
+        torch.testing.assert_close(_features(loaded), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        ('vireid_dml_r51', 'neither a folder, a file nor a model'),
+        ('resnet18', 'not a visible-infrared re-ID model'),
+        ('vireid_dml_r10t.nonsense', 'nonsense'),
+        ('local-dir:no/such/folder', 'no/such/folder'),
+        ('no/such/file.pth', 'no/such/file.pth'),
+        ('hf-hub:someone/nothing', 'someone/nothing'),
+    ],
+)
+def test_what_is_no_model_is_named(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(source, pretrained=source != 'resnet18')
+    assert '\n' not in str(caught.value)
+
+
+def test_damaged_and_foreign_weights_are_named(copy: Path) -> None:
+    weights = copy / 'model.safetensors'
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match='cannot load a model'):
+        load_model(copy)
+    other = _model('vireid_base_r10t', num_classes=5, **SMALL).state_dict()
+    safetensors.torch.save_file(other, weights)
+    # Classifiers that nobody asked for do not excuse the rest.
+    with pytest.raises(ValueError, match='Missing key'):
+        load_model(copy)
+    config = _config(copy)
+    config['model_args']['nonsense'] = 1
+    _save_config(copy, config)
+    with pytest.raises(ValueError, match='nonsense'):
+        load_model(copy)
+    (copy / 'config.json').write_text('{')
+    with pytest.raises(ValueError, match='cannot load a model'):
+        load_model(copy)
+    (copy.parent / 'empty').mkdir()
+    with pytest.raises(ValueError, match='no checkpoint'):
+        load_model(copy.parent / 'empty')
+
+
+def test_hub_convert_writes_a_folder_and_says_what_it_dropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    weights = timm.create_model('resnet18', num_classes=3).state_dict()
+    safetensors.torch.save_file(weights, tmp_path / 'resnet.safetensors')
+    folder = tmp_path / 'out'
+    command = ['hub', 'convert', str(tmp_path / 'resnet.safetensors'), str(folder), '--from', 'torchvision']
+    assert main([*command, '--license', 'bsd-3-clause']) == 0
+    said = capsys.readouterr().out
+    assert 'Not used: fc' in said and 'start for fine-tuning' in said
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert torch.equal(loaded.stem.infrared.conv1.weight, weights['conv1.weight'])
+    # What the training goes by when it scales the learning rate of what was pretrained.
+    assert loaded.pretrained_cfg['tag'].endswith('in1k')
+    config = _config(folder)
+    assert config['vireid']['converted']['file'] == 'resnet.safetensors'
+    assert 'Nothing was measured' in (folder / 'README.md').read_text()
+    assert main([*command[:3], str(tmp_path / 'no'), '--from', 'agw']) == 1
+    assert not (tmp_path / 'no').exists()
+
+
+def test_package_offers_what_the_design_names() -> None:
+    for name in (
+        'create_dataset',
+        'protocol_trials',
+        'rank_metrics',
+        'evaluate',
+        'embed',
+        'train',
+        'RandomChannelCombination',
+        'ChannelRandomErasing',
+        'WeightedRegularizedTriplet',
+        'MutualLearningLoss',
+        'IdentityModalitySampler',
+        'GeneralizedMeanPool',
+    ):
+        assert callable(getattr(vireid_timm, name))

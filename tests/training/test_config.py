@@ -1,0 +1,127 @@
+"""Settings: one dataclass behind the command line, YAML files and `train()`."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from vireid_timm.training.config import SETTINGS, TrainConfig, add_arguments, load_yaml
+
+
+def _parse(*arguments: str) -> dict:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    config = TrainConfig()
+    assert (config.epochs, config.lr, config.momentum, config.weight_decay) == (80, 0.1, 0.9, 5e-4)
+    assert (config.global_weight, config.fusion_weight, config.mutual) == (0.6, 1.8, 'joint-to-both')
+    assert (config.identities_per_batch, config.pictures_per_modality) == (None, 4)
+    assert (config.channel_combination, config.reprob, config.smoothing) == (True, 0.5, 0.0)
+
+
+def test_every_setting_has_a_flag_and_only_given_flags_are_returned() -> None:
+    assert _parse() == {}
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    flags = {action.dest for action in parser._actions}
+    assert set(SETTINGS) <= flags
+
+
+def test_flags_parse_to_the_settings_types() -> None:
+    given = _parse(
+        '--lr',
+        '0.02',
+        '--epochs',
+        '3',
+        '--no-channel-combination',
+        '--amp',
+        '--decay-milestones',
+        '3',
+        '5',
+        '--input-size',
+        '3',
+        '64',
+        '32',
+        '--model-kwargs',
+        'spatial_weights=static',
+        'fuse_layers=(2,3)',
+        '--dataset-kwargs',
+        'trial=4',
+        '--identities-per-batch',
+        '6',
+        '--clip-grad',
+        '1',
+    )
+    config = TrainConfig.from_mapping(given)
+    assert config.lr == 0.02 and config.epochs == 3 and config.channel_combination is False and config.amp is True
+    assert config.decay_milestones == [3, 5] and config.input_size == [3, 64, 32]
+    assert config.model_kwargs == {'spatial_weights': 'static', 'fuse_layers': (2, 3)}
+    assert config.dataset_kwargs == {'trial': 4} and config.identities_per_batch == 6 and config.clip_grad == 1.0
+
+
+def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('lr: 5e-3\nweight-decay: 0\nmodel: vireid_base_r50\nidentities_per_batch:\n')
+    assert load_yaml(path) == {
+        'lr': 0.005,
+        'weight_decay': 0.0,
+        'model': 'vireid_base_r50',
+        'identities_per_batch': None,
+    }
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('learning_rate: 1', "no setting 'learning_rate'"),
+        ('epoch: 3', "did you mean 'epochs'"),
+        ('epochs: many', 'epochs must be of type int'),
+        ('epochs: 2.5', 'epochs must be of type int'),
+        ('epochs: true', 'epochs must be of type int'),
+        ('epochs:', 'epochs needs a value'),
+        ('lr: fast', 'lr must be of type float'),
+        ('amp: 1', 'amp must be of type bool'),
+        ('val_interval: 0', 'val_interval must be at least 1, got 0'),
+        ('checkpoint_interval: 10 min', "checkpoint_interval must be 500, 10m, or nothing for none, got '10 min'"),
+        ('checkpoint_interval: 0', "got '0'"),
+        ('checkpoint_interval: 0.0m', "got '0.0m'"),
+        ('smoothing: 2', 'smoothing must be at most 1, got 2.0'),
+        ('clip_grad: 0', 'clip_grad must be above 0, got 0.0'),
+        ('lr: .nan', 'lr must be at least 0, got nan'),
+        ('workers: -3', 'workers must be at least 0, got -3'),
+        ('input_size: [288, 144]', r'input_size must be a list of 3 int values, got \[288, 144\]'),
+        ('input_size: [3, 288, -144]', 'input_size must be at least 1, got -144'),
+        ('input_size: 288', 'input_size must be a list of 3 int values, got 288'),
+        ('decay_milestones: [a]', "decay_milestones must be of type int, got 'a'"),
+        ('id_branches: joint', "id_branches must be a list of str values, got 'joint'"),
+        ('erasing_fill: [0, zero, 0]', "erasing_fill must be of type float, got 'zero'"),
+        ('model_kwargs: static', "model_kwargs must be of type dict, got 'static'"),
+        ('dist_bn: none', 'dist_bn must be one of reduce, broadcast'),
+        ('mutual: all', 'mutual must be one of none, global-to-fusion'),
+        ('- a\n- b', 'setting: value'),
+        ('a: [', 'cannot read'),
+    ],
+)
+def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_numbers_can_be_text(tmp_path: Path) -> None:
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('checkpoint_interval: 500\nexperiment: 7\n')
+    assert load_yaml(path) == {'checkpoint_interval': '500', 'experiment': '7'}
+    for text in ('10m', '0.5m', "''"):
+        path.write_text(f'checkpoint_interval: {text}\n')
+        assert load_yaml(path) == {'checkpoint_interval': text.strip("'")}
+
+
+def test_a_missing_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='nowhere.yaml'):
+        load_yaml(tmp_path / 'nowhere.yaml')

@@ -1,0 +1,213 @@
+"""`vireid train --dry-run` as its users run it: what it says is so, and it leaves nothing behind."""
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from vireid_timm.cli.main import main
+from vireid_timm.data import store as pictures_module
+from vireid_timm.data.layouts import write_layout
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SIZE = (64, 32)
+SMALL = (
+    *('--model', 'vireid_dml_r10t', '--input-size', '3', '64', '32', '--identities-per-batch', '3'),
+    *('--pictures-per-modality', '2', '--epochs', '7', '--warmup-epochs', '0', '--workers', '0', '--no-amp'),
+)
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six people, one of whom no infrared camera saw."""
+    root = tmp_path_factory.mktemp('data') / 'pictures'
+    write_layout(root, 'folder', identities=6, test_identities=2, size=SIZE, workers=0)
+    person = sorted((root / 'train/infrared').iterdir())[0]
+    for path in person.iterdir():
+        path.unlink()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command is run, with a cache of its own: nothing may appear in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('VIREID_CACHE', str(tmp_path / 'cache'))
+    return tmp_path
+
+
+def _dry_run(capsys: pytest.CaptureFixture, *words: object) -> str:
+    assert main(['train', '--dry-run', *SMALL, *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def _files(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob('*')}
+
+
+def test_it_says_what_there_is_and_writes_nothing(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    before, state = _files(pictures), torch.get_rng_state()
+    said = _dry_run(capsys, '--data-dir', pictures, '--val-share', '0')
+    assert _files(pictures) == before and not list(here.iterdir()) and torch.equal(torch.get_rng_state(), state)
+
+    people = sorted(path.name for path in (pictures / 'train/visible').iterdir())
+    counts = {
+        modality: sum(1 for name in people[1:] for _ in (pictures / 'train' / modality / name).iterdir())
+        for modality in ('visible', 'infrared')
+    }
+    assert re.search(rf'to train on +5 +{counts["visible"]} +{counts["infrared"]}\n', said), said
+    assert f'left out, with pictures of one modality only: {people[0]}\n' in said
+    for modality in counts:
+        cameras = dict(re.findall(r'(\d+): (\d+)', re.search(rf'{modality} by camera: (.*)', said)[1]))
+        for camera, count in cameras.items():
+            found = [
+                path for name in people[1:] for path in (pictures / 'train' / modality / name).glob(f'c{camera}_*')
+            ]
+            assert len(found) == int(count)
+        assert sum(map(int, cameras.values())) == counts[modality]
+
+    per_epoch = max(counts.values()) // 6 + 1
+    assert '3 identities x (2 visible + 2 infrared) = 12 pictures per batch\n' in said
+    assert f'{per_epoch} per epoch, 7 epochs: {7 * per_epoch} batches, {7 * per_epoch} optimiser steps\n' in said
+    model = timm.create_model('vireid_dml_r10t', num_classes=5)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert re.search(rf'parameters +{count / 1e6:.2f} M +{4 * count / 1e6:.2f} MB\n', said)
+    assert re.search(rf'gradients +{4 * count / 1e6:.2f} MB\n', said)
+    assert re.search(rf'optimiser +sgd +{4 * count / 1e6:.2f} MB\n', said)  # momentum
+    assert re.search(rf'[\d.]+ ms per optimiser step, [\d.,]+ images/s\n +[\d:]+ for {7 * per_epoch} steps', said)
+    assert 'Nothing was trained, nothing was written.' in said
+
+
+def test_only_settings_that_are_not_the_defaults_are_listed(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = _dry_run(capsys, '--data-dir', pictures, '--model-kwargs', 'gem_power=4').partition('\n\n')[0]
+    listed = dict(re.findall(r'^  (\w+) +(\S.*)$', settings, flags=re.MULTILINE))
+    assert listed == {
+        **{'data_dir': str(pictures), 'model': 'vireid_dml_r10t', 'model_kwargs': 'gem_power=4', 'amp': 'False'},
+        **{'input_size': '3 64 32', 'identities_per_batch': '3', 'pictures_per_modality': '2', 'epochs': '7'},
+        **{'warmup_epochs': '0', 'workers': '0'},
+    }
+
+
+def test_held_out_people_accumulation_and_averages_are_counted(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ('--val-share', '0.4', '--grad-accum-steps', '3', '--model-ema', '--opt', 'adamw', '--lr', '0.001')
+    said = _dry_run(capsys, '--data-dir', pictures, *words)
+    held_out = re.search(r'held out: (.*)', said)[1].split(', ')
+    assert re.search(r'to train on +3 ', said) and re.search(r'held out for validation +2 ', said)
+    assert len(held_out) == 2 and set(held_out) < {path.name for path in (pictures / 'train/visible').iterdir()}
+    assert '3 batches accumulated: 36 per optimiser step\n' in said
+    batches, steps = map(int, re.search(r': (\d+) batches, (\d+) optimiser steps', said).groups())
+    assert steps == 7 * -(-(batches // 7) // 3)
+    sizes = {
+        name: float(re.search(rf'{name}.* ([\d.]+) MB\n', said)[1]) for name in ('parameters', 'optimiser', 'average')
+    }
+    assert sizes['optimiser'] == pytest.approx(2 * sizes['parameters'], rel=1e-3)  # AdamW keeps two values each
+    assert sizes['average'] == pytest.approx(sizes['parameters'], rel=0.01)  # and its own batch norm statistics
+
+
+def test_unset_settings_are_shown_with_what_they_come_to(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', pictures, '--backbone-lr-scale', '0.3', '--lr', '0.02', '--warmup-epochs', '4']
+
+    def resolved(*more: object) -> dict[str, str]:
+        part = _dry_run(capsys, *words, *more).split('\n\n')[1]
+        return dict(re.findall(r'^  (\w[\w -]*?)  +(\S.*)$', part, flags=re.MULTILINE))
+
+    assert resolved() == {
+        **{'learning rate': '0.02, of what was pretrained 0.006', 'input size': '3 64 32', 'cache': 'disk'},
+        **{'warm-up': '4 epochs from 0.002, of what was pretrained 0.0006', 'device': 'cpu, computing in float32'},
+        **{'workers': '0'},
+    }
+    # Without a schedule nothing scales the rates, and nothing warms up.
+    constant = resolved('--sched', 'none', '--cache', 'ram', '--amp')
+    assert constant['learning rate'] == '0.02' and constant['cache'] == 'ram' and 'warm-up' not in constant
+    assert constant['device'] == 'cpu, computing in bfloat16'
+
+
+def test_the_store_is_the_one_that_training_makes(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', str(pictures), '--val-share', '0.4', '--cache', 'disk']
+    line = r'Decoded pictures of 64x32\n  (\d+), ([\d.]+) MB, (would be written to|found in) (\S+)\n'
+    ((count, size, what, folder),) = re.findall(line, _dry_run(capsys, *words))
+    assert what == 'would be written to' and not (here / 'cache').exists()
+    assert main(['train', *SMALL, *words, '--epochs', '1', '--output', str(here / 'runs')]) == 0
+    capsys.readouterr()
+    assert [path for path in (here / 'cache').iterdir() if path.is_dir()] == [Path(folder)]
+    size_on_disk = (Path(folder) / 'pixels.bin').stat().st_size
+    assert size_on_disk == 3 * 64 * 32 * int(count) and float(size) == pytest.approx(size_on_disk / 1e6, abs=0.01)
+    before = _files(here)
+    other = _dry_run(capsys, *words, '--seed', '7', '--val-share', '0')  # of the same pictures, held out or not
+    assert re.findall(line, other) == [(count, size, 'found in', folder)]
+    assert _files(here) == before
+
+
+def test_the_speed_of_reading_is_that_of_the_first_time(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, load = set(), pictures_module.load_picture
+
+    def load_from_slow_disk(path: str, size: tuple[int, int]) -> np.ndarray:
+        if path not in known:  # the system keeps what was read once
+            known.add(path)
+            time.sleep(0.02)
+        return load(path, size)
+
+    monkeypatch.setattr(pictures_module, 'load_picture', load_from_slow_disk)
+    said = _dry_run(capsys, '--data-dir', pictures)
+    assert int(re.search(r'read here at ([\d,]+) pictures/s', said)[1].replace(',', '')) <= 50
+
+
+def test_a_resumed_run_is_told_what_is_left(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', str(pictures), '--val-share', '0', '--experiment', 'run', '--output', str(here / 'runs')]
+    assert main(['train', *SMALL, *words, '--epochs', '1', '--cache', 'ram']) == 0
+    before = _files(here)
+    capsys.readouterr()
+    assert main(['train', '--dry-run', '--resume', str(here / 'runs/run'), '--epochs', '4']) == 0
+    said = capsys.readouterr().out
+    per_epoch = int(re.search(r'(\d+) per epoch, 4 epochs', said)[1])
+    assert f'{per_epoch} batches are done; it goes on in epoch 1\n' in said
+    assert f'for {3 * per_epoch} steps' in said and f'go to {here / "runs/run"}.' in said
+    assert _files(here) == before
+    # As training would: the run is there already.
+    assert main(['train', '--dry-run', *SMALL, *words]) == 1
+    assert '--resume' in capsys.readouterr().err
+
+
+def test_broken_pictures_are_named(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    copy = here / 'broken'
+    for path in pictures.rglob('*.*'):
+        target = copy / path.relative_to(pictures)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    broken = sorted((copy / 'train/visible').glob('*/*'))[-1]
+    broken.write_bytes(b'no picture')
+    for share in ('0', '0.25', '0.5'):  # whether it was to be trained on, or held out
+        said = _dry_run(capsys, '--data-dir', copy, '--val-share', share, '--skip-broken')
+        assert re.search(rf'left out, 1 that cannot be read: {broken}', said)
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--model', 'resnet18'], 'resnet18'),
+        (['--identities-per-batch', '64'], '64 identities'),
+        (['--data-dir', 'nowhere'], 'nowhere'),
+    ],
+)
+def test_what_cannot_be_trained_is_an_error_here_too(
+    pictures: Path, here: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
+) -> None:
+    assert main(['train', '--dry-run', *SMALL, '--data-dir', str(pictures), *words]) == 1
+    assert message in capsys.readouterr().err and not list(here.iterdir())
+
+
+def test_a_recipe_is_a_dry_run_away_from_its_cost(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    """The one that needs no download, on people that it is meant for."""
+    recipe = Path(__file__).parents[2] / 'hub/fine_tune.yaml'
+    assert main(['train', '--dry-run', '--config', str(recipe), '--data-dir', str(pictures), '--no-amp']) == 0
+    said = capsys.readouterr()
+    assert 'all but the classifiers, which are new, for the 5 identities here' in said.err
+    assert re.search(r'freeze_bn +True\n', said.out) and 'nobody is held out' in said.out
+    assert '5 identities x (4 visible + 4 infrared) = 40 pictures per batch\n' in said.out

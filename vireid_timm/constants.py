@@ -1,0 +1,7 @@
+"""The words for modalities and splits, one each, everywhere."""
+
+VISIBLE = 'visible'
+INFRARED = 'infrared'
+MODALITIES = (VISIBLE, INFRARED)
+SPLITS = ('train', 'query', 'gallery', 'test')  # test: a picture that may serve as query and as gallery
+UNKNOWN_CAMERA = 0

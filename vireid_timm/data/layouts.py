@@ -1,0 +1,449 @@
+"""SynthVI on disk: rendered pictures in the layouts of SYSU-MM01, RegDB, LLCM and own folders.
+
+What is written is read by the data set reader of that name, with the owners' file names, lists and camera numbers, and
+at full size with the real data set's identities and picture counts: for trying a pipeline at its true scale before, or
+without, having the licensed pictures.
+"""
+
+import functools
+import io
+import json
+import logging
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..constants import INFRARED, MODALITIES, VISIBLE
+from ..synthvi.render import SPECTRA, render
+from .readers import PERMUTATION_FILE, PERMUTATION_VARIABLE, REGDB_TRIALS, SYSU_CAMERAS
+from .store import CHUNK, PROCESSES_FROM
+from .workers import default_workers, in_order
+
+_logger = logging.getLogger(__name__)
+
+LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
+ABOUT_FILE = 'synthvi.json'  # in every folder that is written here: what it holds, and that it is complete
+JPEG_QUALITY = 95
+
+_SYSU_PICTURES = {VISIBLE: 2, INFRARED: 4}  # per identity and camera: eight of each modality
+_REGDB_PICTURES = 10  # per identity and modality, in the real data set too
+_LLCM_PICTURES = 2  # per identity, modality and camera
+_LLCM_NO_INFRARED = 3  # the one camera without infrared pictures
+_FOLDER_PICTURES = 6  # per identity and modality
+_PERMUTATION_TRIALS = 10
+# SciPy notes the time and the platform here, in the text that opens a MATLAB file.
+_MATLAB_HEADER = b'MATLAB 5.0 MAT-file, written by vireid_timm'.ljust(116)
+
+Cells = dict[tuple[int, int], int]  # (identity, camera) -> number of pictures
+
+
+class PlannedPicture(NamedTuple):
+    """One picture to be rendered, and where it goes inside the root folder."""
+
+    path: str
+    modality: str
+    identity: int
+    camera: int
+    picture: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutPlan:
+    """Everything that a layout consists of.
+
+    Attributes:
+        pictures: In the order of writing.
+        lists: Path inside the root folder -> text of the layout's lists of identities or pictures.
+        identities: How many identities there are to learn from.
+        test_identities: How many more there are to test on.
+    """
+
+    pictures: list[PlannedPicture]
+    lists: dict[str, str]
+    identities: int
+    test_identities: int
+
+
+def write_layout(
+    root: str | os.PathLike,
+    layout: str,
+    *,
+    identities: int | None = None,
+    test_identities: int | None = None,
+    seed: int = 0,
+    spectrum: str | None = None,
+    size: tuple[int, int] = (128, 64),
+    full_size: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> LayoutPlan:
+    """Render SynthVI into a folder, which appears when it is complete; the same arguments give the same files.
+
+    Args:
+        root: The folder to create. If it already holds exactly what is asked for, nothing is done.
+        layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
+        identities: How many identities to learn from; see `plan_layout`.
+        test_identities: How many identities to test on; see `plan_layout`.
+        seed: Of the people, their pictures and the cameras.
+        spectrum: `near-infrared` or `thermal`; None is the layout's own: thermal for RegDB, else near-infrared.
+        size: Height and width of a picture.
+        full_size: Mirror the real data set's identities and picture counts.
+        workers: How many render at a time; None is one per core, at most 8; 0 renders in the calling thread.
+        progress: Show a progress bar, if the output is a terminal.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: On arguments that make no sense, or when the folder holds something else.
+        OSError: If writing fails; nothing is left behind.
+    """
+    plan = plan_layout(layout, identities=identities, test_identities=test_identities, full_size=full_size)
+    spectrum = spectrum or ('thermal' if layout == 'regdb' else 'near-infrared')
+    if spectrum not in SPECTRA:
+        raise ValueError(f'unknown spectrum {spectrum!r}; expected one of {", ".join(SPECTRA)}')
+    target = Path(root).expanduser().absolute()
+    about = {
+        'layout': layout,
+        'identities': plan.identities,
+        'test_identities': plan.test_identities,
+        'full_size': full_size,
+        'seed': seed,
+        'spectrum': spectrum,
+        'size': list(size),
+        'pictures': len(plan.pictures),
+    }
+    if _is_written(target, about):
+        _logger.info(f'{target} already holds these {len(plan.pictures):,} pictures')
+        return plan
+    partial = target.with_name(f'{target.name}.partial')
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(
+            f'{partial} was left by a run that was interrupted, or is being written; '
+            f'remove it if no other run is at work, then try again'
+        ) from None
+    try:
+        _write_plan(plan, partial, seed, spectrum, tuple(size), workers, progress)
+        if layout == 'sysu_mm01':
+            write_permutations(plan, partial, seed)
+        (partial / ABOUT_FILE).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
+        if target.is_dir():
+            target.rmdir()  # empty, as checked above
+        os.rename(partial, target)
+    except ChildProcessError:  # an OSError that is not about the disk
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno, f'cannot write {len(plan.pictures):,} pictures to {target} ({error.strerror})'
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return plan
+
+
+def plan_layout(
+    layout: str,
+    *,
+    identities: int | None = None,
+    test_identities: int | None = None,
+    full_size: bool = False,
+) -> LayoutPlan:
+    """What `write_layout` would write, without rendering anything.
+
+    Args:
+        layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
+        identities: How many identities to learn from.
+        test_identities: How many more to test on; None is a fifth of `identities`, at least 8, and for RegDB, whose
+            trials halve the identities, as many as to learn from.
+        full_size: Mirror the real data set instead; there is none behind `folder`.
+    """
+    if layout not in LAYOUT_NAMES:
+        raise ValueError(f'unknown layout {layout!r}; expected one of {", ".join(LAYOUT_NAMES)}')
+    if full_size:
+        if layout == 'folder':
+            raise ValueError(
+                'full_size (--full-size) mirrors a real data set, and there is none with layout folder; '
+                'choose sysu_mm01, regdb or llcm, or a number of identities'
+            )
+        if identities is not None or test_identities is not None:
+            raise ValueError('full_size (--full-size) sets the number of identities itself; leave either out')
+        return {'sysu_mm01': _plan_full_sysu_mm01, 'regdb': lambda: _plan_regdb(206, 206), 'llcm': _plan_full_llcm}[
+            layout
+        ]()
+    if identities is None or identities < 1:
+        raise ValueError(f'the number of identities must be at least 1, got {identities}')
+    if test_identities is None:
+        test_identities = identities if layout == 'regdb' else max(8, identities // 5)
+    if test_identities < 1:
+        raise ValueError(f'the number of test identities must be at least 1, got {test_identities}')
+    planner = {'folder': _plan_folder, 'sysu_mm01': _plan_sysu_mm01, 'regdb': _plan_regdb, 'llcm': _plan_llcm}[layout]
+    return planner(identities, test_identities)
+
+
+def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
+    """Write what SYSU-MM01's owners draw galleries by, in their format: `exp/rand_perm_cam.mat`.
+
+    A cell array of the cameras, each a cell array by identity number, each a matrix whose row t orders the pictures of
+    that identity and camera for trial t, counted from 1; empty where there are none. Left out where SciPy is missing.
+
+    Args:
+        plan: Of the layout `sysu_mm01`.
+        folder: Its root folder.
+        seed: Of the permutations.
+    """
+    try:
+        from scipy.io import savemat
+    except ImportError:
+        _logger.info(
+            f"No {PERMUTATION_FILE}, which draw 'official' needs: install the extra `official` "
+            '(pip install "vireid_timm[official]") and write into another folder to get it'
+        )
+        return
+    rng = random.Random(f'permutations {seed}')
+    counts = Counter((picture.camera, picture.identity) for picture in plan.pictures)
+    cameras = np.empty((len(SYSU_CAMERAS), 1), dtype=object)
+    for place, (camera, _) in enumerate(SYSU_CAMERAS):
+        seen = [identity for number, identity in counts if number == camera]
+        cameras[place, 0] = np.empty((max(seen, default=0), 1), dtype=object)
+        for identity in range(1, len(cameras[place, 0]) + 1):
+            numbers = range(1, counts[camera, identity] + 1)
+            orders = [rng.sample(numbers, len(numbers)) for _ in range(_PERMUTATION_TRIALS if numbers else 0)]
+            cameras[place, 0][identity - 1, 0] = np.asarray(orders, dtype=np.uint16).reshape(len(orders), len(numbers))
+    content = io.BytesIO()
+    savemat(content, {PERMUTATION_VARIABLE: cameras}, do_compression=True)  # with a checksum, as MATLAB writes it
+    (folder / PERMUTATION_FILE).write_bytes(_MATLAB_HEADER + content.getvalue()[len(_MATLAB_HEADER) :])
+
+
+def _is_written(target: Path, about: dict[str, object]) -> bool:
+    """Whether the folder already holds what is asked for; it may also be absent or empty, but nothing else."""
+    if not target.exists():
+        return False
+    if not target.is_dir():
+        raise ValueError(f'{target} is a file; expected a folder to create')
+    if not any(target.iterdir()):
+        return False
+    try:
+        held = json.loads((target / ABOUT_FILE).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise ValueError(f'{target} is not empty and was not written by this command; choose another folder') from None
+    if held != about:
+        differing = [
+            f'{key} {held.get(key)!r} instead of {value!r}' for key, value in about.items() if held.get(key) != value
+        ]
+        raise ValueError(
+            f'{target} holds other SynthVI pictures ({", ".join(differing)}); remove it or choose another folder'
+        )
+    return True
+
+
+def _write_plan(
+    plan: LayoutPlan,
+    folder: Path,
+    seed: int,
+    spectrum: str,
+    size: tuple[int, int],
+    workers: int | None,
+    progress: bool,
+) -> None:
+    for inner in sorted({os.path.dirname(name) for name in (*plan.lists, *(p.path for p in plan.pictures))}):
+        (folder / inner).mkdir(parents=True, exist_ok=True)
+    for name, text in plan.lists.items():
+        (folder / name).write_text(text, encoding='utf-8')
+    chunks = [plan.pictures[start : start + CHUNK] for start in range(0, len(plan.pictures), CHUNK)]
+    write = functools.partial(_write_chunk, folder=str(folder), seed=seed, spectrum=spectrum, size=size)
+    written = in_order(
+        write,
+        chunks,
+        workers=default_workers() if workers is None else workers,
+        processes=len(plan.pictures) >= PROCESSES_FROM,
+    )
+    bar = tqdm(total=len(plan.pictures), desc='rendering pictures', unit='pic', disable=None if progress else True)
+    with bar, closing(written):
+        for count in written:
+            bar.update(count)
+
+
+def _write_chunk(
+    pictures: list[PlannedPicture],
+    folder: str,
+    seed: int,
+    spectrum: str,
+    size: tuple[int, int],
+) -> int:
+    for plan in pictures:
+        pixels = render(
+            plan.modality, plan.identity, plan.camera, plan.picture, seed=seed, spectrum=spectrum, size=size
+        )
+        # One channel for infrared, as the real files have.
+        image = Image.fromarray(pixels if plan.modality == VISIBLE else pixels[..., 0])
+        image.save(os.path.join(folder, plan.path), quality=JPEG_QUALITY)
+    return len(pictures)
+
+
+def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:
+    """Own folders; of the test identities, every second picture is a query, the others are the gallery."""
+    cameras = {modality: [number for number, kind in SYSU_CAMERAS if kind == modality] for modality in MODALITIES}
+    pictures = []
+    for identity in range(identities + test_identities):
+        for modality in MODALITIES:
+            for picture in range(_FOLDER_PICTURES):
+                split = 'train' if identity < identities else ('gallery', 'query')[picture % 2]
+                camera = cameras[modality][(identity + picture) % len(cameras[modality])]
+                path = f'{split}/{modality}/{identity:05d}/c{camera}_{picture:04d}.jpg'
+                pictures.append(PlannedPicture(path, modality, identity, camera, picture))
+    return LayoutPlan(pictures, {}, identities, test_identities)
+
+
+def _plan_sysu_mm01(identities: int, test_identities: int) -> LayoutPlan:
+    """A small SYSU-MM01: everybody passes every camera; a quarter of the training identities is the validation list."""
+    numbers = range(1, identities + test_identities + 1)
+    cells = {(identity, camera): _SYSU_PICTURES[modality] for identity in numbers for camera, modality in SYSU_CAMERAS}
+    num_train = identities - identities // 4
+    return _sysu_plan(cells, numbers[:num_train], numbers[num_train:identities], numbers[identities:])
+
+
+def _plan_full_sysu_mm01() -> LayoutPlan:
+    """The real SYSU-MM01's numbers, as its stored permutations give them: who is seen by which camera, how often.
+
+    Identities up to 333 pass all cameras, the later ones only 3, 4 and 5. Of the test identities, 40 are not seen by
+    the indoor visible cameras 1 and 2, which leaves 2,208 of the 3,803 queries with a match in the indoor search.
+    """
+    rng = random.Random('SYSU-MM01')
+    test = [6, 333, *rng.sample(range(7, 333), 94)]
+    early = [1, *rng.sample(sorted(set(range(2, 334)) - set(test)), 199)]
+    late = [533, *rng.sample(range(334, 533), 95)]
+    val = rng.sample(sorted(set(range(334, 534)) - set(late)), 99)
+    rng.shuffle(test)
+    indoor, outdoor = test[:56], test[56:]
+    cells: Cells = {}
+    # Camera, how many pictures in all, of whom, at least and at most how many of each.
+    for camera, total, seen, least, most in (
+        (1, 1374, indoor, 13, 42),
+        (2, 1565, indoor, 18, 40),
+        (3, 1088, indoor[2:], 20, 26),
+        (3, 795, outdoor[1:], 20, 26),
+        (4, 1918, indoor[:2] + indoor[3:] + outdoor[:1] + outdoor[2:], 20, 27),
+        (5, 1918, indoor + outdoor[:2] + outdoor[3:], 20, 24),
+        (6, 1920, test, 20, 20),
+        (1, 4721, early[:194], 13, 42),
+        (2, 5753, early[:195], 18, 40),
+        (3, 5929, early[3:] + late, 20, 26),
+        (4, 4821, early[:187] + late, 10, 27),
+        (5, 4989, early[2:] + late, 10, 27),
+        (6, 4000, early, 20, 20),
+        (3, 1980, val, 20, 20),
+        (4, 987, val, 6, 20),
+        (5, 987, val, 6, 20),
+    ):
+        cells |= _spread(rng, total, [(identity, camera) for identity in seen], least, most)
+    return _sysu_plan(cells, early + late, val, test)
+
+
+def _sysu_plan(cells: Cells, train: Sequence[int], val: Sequence[int], test: Sequence[int]) -> LayoutPlan:
+    modality_of = dict(SYSU_CAMERAS)
+    pictures = [
+        PlannedPicture(
+            f'cam{camera}/{identity:04d}/{picture + 1:04d}.jpg', modality_of[camera], identity, camera, picture
+        )
+        for (identity, camera), count in sorted(cells.items())
+        for picture in range(count)
+    ]
+    listed = {'train': train, 'val': val, 'test': test, 'available': [*train, *val, *test]}
+    lists = {f'exp/{name}_id.txt': _number_line(numbers) for name, numbers in listed.items()}
+    return LayoutPlan(pictures, lists, len(train) + len(val), len(test))
+
+
+def _plan_regdb(identities: int, test_identities: int) -> LayoutPlan:
+    """RegDB, small or real (206 and 206): each trial draws anew who is learned from."""
+    numbers = range(1, identities + test_identities + 1)
+    folders = ((VISIBLE, 'visible', 'Visible', 1), (INFRARED, 'thermal', 'Thermal', 2))
+    paths: dict[tuple[int, str], list[str]] = {}
+    pictures = []
+    for identity in numbers:
+        for modality, word, folder, camera in folders:
+            for picture in range(_REGDB_PICTURES):
+                path = f'{folder}/{identity}/synthvi_{word[0]}_{picture:05d}_{identity}.bmp'
+                paths.setdefault((identity, word), []).append(path)
+                pictures.append(PlannedPicture(path, modality, identity, camera, picture))
+    lists = {}
+    for trial in REGDB_TRIALS:
+        train = set(random.Random(f'RegDB trial {trial}').sample(numbers, identities))
+        for split in ('train', 'test'):
+            members = [identity for identity in numbers if (identity in train) == (split == 'train')]
+            for _, word, _, _ in folders:
+                lists[f'idx/{split}_{word}_{trial}.txt'] = _labelled_lines([paths[member, word] for member in members])
+    return LayoutPlan(pictures, lists, identities, test_identities)
+
+
+def _plan_llcm(identities: int, test_identities: int) -> LayoutPlan:
+    """A small LLCM: everybody passes three of the nine cameras."""
+    rng = random.Random('small LLCM')
+    numbers = range(1, identities + test_identities + 1)
+    visible = [(number, camera) for number in numbers for camera in sorted(rng.sample(range(1, 10), 3))]
+    cells = {
+        VISIBLE: dict.fromkeys(visible, _LLCM_PICTURES),
+        INFRARED: dict.fromkeys([cell for cell in visible if cell[1] != _LLCM_NO_INFRARED], _LLCM_PICTURES),
+    }
+    return _llcm_plan(cells, numbers[:identities], numbers[identities:])
+
+
+def _plan_full_llcm() -> LayoutPlan:
+    """The real LLCM's identities and picture counts; who passes which five of the cameras is drawn."""
+    rng = random.Random('LLCM')
+    test = sorted([3, *rng.sample([*range(1, 3), *range(4, 1065)], 350)])
+    train = sorted(set(range(1, 1065)) - set(test))
+    cells: dict[str, Cells] = {VISIBLE: {}, INFRARED: {}}
+    for numbers, num_visible, num_infrared in ((train, 16946, 13975), (test, 8680, 7166)):
+        visible = [(number, camera) for number in numbers for camera in sorted(rng.sample(range(1, 10), 5))]
+        infrared = [cell for cell in visible if cell[1] != _LLCM_NO_INFRARED]
+        cells[VISIBLE] |= _spread(rng, num_visible, visible, 2, 20)
+        cells[INFRARED] |= _spread(rng, num_infrared, infrared, 2, 20)
+    return _llcm_plan(cells, train, test)
+
+
+def _llcm_plan(cells: dict[str, Cells], train: Sequence[int], test: Sequence[int]) -> LayoutPlan:
+    pictures, lists, tested = [], {'idx/test_id.txt': _number_line(test)}, set(test)
+    for modality, word in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
+        paths: dict[int, list[str]] = {}
+        for (identity, camera), count in sorted(cells[modality].items()):
+            folder = f'test_{word}/cam{camera}/{identity:04d}' if identity in tested else f'{word}/{identity:04d}'
+            for picture in range(count):
+                stamp = f's{180000 + 100 * camera}_f{1000 + picture}'
+                path = f'{folder}/{identity:04d}_c{camera:02d}_{stamp}_{word}.jpg'
+                paths.setdefault(identity, []).append(path)
+                pictures.append(PlannedPicture(path, modality, identity, camera, picture))
+        for split, members in (('train', train), ('test', test)):
+            lists[f'idx/{split}_{word}.txt'] = _labelled_lines([paths[identity] for identity in sorted(members)])
+    return LayoutPlan(pictures, lists, len(train), len(test))
+
+
+def _spread(rng: random.Random, total: int, cells: list[tuple[int, int]], least: int, most: int) -> Cells:
+    """Deal pictures at random to cells, at least and at most so many to each."""
+    assert least * len(cells) <= total <= most * len(cells), f'{total} pictures do not fit into {len(cells)} cells'
+    counts = dict.fromkeys(cells, least)
+    for _ in range(total - least * len(cells)):
+        cell = rng.choice(cells)
+        while counts[cell] == most:
+            cell = rng.choice(cells)
+        counts[cell] += 1
+    return counts
+
+
+def _number_line(numbers: Sequence[int]) -> str:
+    return ','.join(str(number) for number in sorted(numbers)) + '\n'
+
+
+def _labelled_lines(paths_per_label: list[list[str]]) -> str:
+    return ''.join(f'{path} {label}\n' for label, paths in enumerate(paths_per_label) for path in paths)

@@ -1,0 +1,156 @@
+"""Two reports side by side: which settings differ, and whether the difference could be chance."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..text import aligned
+from .confidence import bootstrap_intervals, paired_test
+from .report import (
+    ABSENT,
+    COLUMN_OF,
+    HEADER_OF,
+    ProtocolResult,
+    Report,
+    interval_text,
+    protocol_settings,
+    query_values,
+    report_settings,
+)
+
+SIGNIFICANCE = 0.05  # a p-value below it is called a difference
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How a metric differs between two reports that were measured on the same pictures.
+
+    Attributes:
+        interval: 95 % bootstrap interval of the difference, second minus first, over the queries.
+        p: Of `paired_test`.
+    """
+
+    interval: tuple[float, float]
+    p: float
+
+
+@dataclass(frozen=True)
+class ProtocolComparison:
+    """One protocol of two reports.
+
+    Attributes:
+        first: `rank1`, `mAP` and `mINP` of the first report, as fractions.
+        second: Those of the second.
+        paired: For the same metrics what their difference is worth; empty if the pictures were not the same.
+    """
+
+    first: dict[str, float]
+    second: dict[str, float]
+    paired: dict[str, PairedDifference]
+
+    @property
+    def verdict(self) -> str:
+        """Which is better in mAP, in words."""
+        if not self.paired:
+            return 'measured on other pictures, so that no test can tell the two apart'
+        if self.paired['mAP'].p >= SIGNIFICANCE:
+            return 'no difference in mAP that these queries could show'
+        return f'second is {"better" if self.second["mAP"] > self.first["mAP"] else "worse"} in mAP'
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; prints as text in percent.
+
+    Attributes:
+        settings: Name, value in the first and value in the second report of everything that differs and changes a
+            number.
+        protocols: Name -> comparison of every protocol that both have.
+        only_first: Protocols that the second report lacks.
+        only_second: Protocols that the first report lacks.
+    """
+
+    settings: list[tuple[str, str, str]]
+    protocols: dict[str, ProtocolComparison]
+    only_first: list[str]
+    only_second: list[str]
+
+    def __str__(self) -> str:
+        lines = ['no setting differs']
+        if self.settings:
+            lines = aligned([['setting', 'first', 'second'], *map(list, self.settings)], left=(0, 1, 2))
+        if self.protocols:
+            lines += ['', *aligned(_comparison_rows(self.protocols), left=(0, 1)), '']
+            lines += [f'{name}: {comparison.verdict}' for name, comparison in self.protocols.items()]
+        for which, names in (('first', self.only_first), ('second', self.only_second)):
+            if names:
+                lines.append(f'only in the {which} report: {", ".join(names)}')
+        return '\n'.join(lines)
+
+
+def compare(first: Report, second: Report) -> Comparison:
+    """Compare two reports, protocol by protocol, query by query where both were measured on the same pictures.
+
+    The test says whether other queries of the same kind would show the difference too. It knows nothing of chance in
+    training: the same recipe with another seed differs as well, which only several trainings can show.
+    """
+    common = [name for name in first.protocols if name in second.protocols]
+    left, right = ({**report_settings(report), **protocol_settings(report, common)} for report in (first, second))
+    return Comparison(
+        settings=[
+            (name, left.get(name, ABSENT), right.get(name, ABSENT))
+            for name in dict.fromkeys([*left, *right])
+            if left.get(name, ABSENT) != right.get(name, ABSENT)
+        ],
+        protocols={name: _compare_results(first[name], second[name]) for name in common},
+        only_first=[name for name in first.protocols if name not in common],
+        only_second=[name for name in second.protocols if name not in common],
+    )
+
+
+def _compare_results(first: ProtocolResult, second: ProtocolResult) -> ProtocolComparison:
+    means = [{name: result.mean[name] for name in COLUMN_OF} for result in (first, second)]
+    values = [query_values(result) for result in (first, second)]
+    if not _same_pictures(first, second):
+        return ProtocolComparison(*means, {})
+    valid = np.isfinite(values[0][0])
+    left, right = (value[:, valid] for value in values)
+    intervals = bootstrap_intervals(right - left).tolist()
+    return ProtocolComparison(
+        *means,
+        {
+            name: PairedDifference((low, high), paired_test(*pair))
+            for name, (low, high), pair in zip(COLUMN_OF, intervals, zip(left, right))
+        },
+    )
+
+
+def _same_pictures(first: ProtocolResult, second: ProtocolResult) -> bool:
+    """Whether the same queries searched the same galleries, and were valid in both."""
+    columns = ('path', 'identity', 'camera', 'modality')
+    return (
+        first.trials_fingerprint == second.trials_fingerprint
+        and all(first.queries[column] == second.queries[column] for column in columns)
+        and np.array_equal(*(np.isfinite(query_values(result)[0]) for result in (first, second)))
+    )
+
+
+def _comparison_rows(protocols: dict[str, ProtocolComparison]) -> list[list[str]]:
+    """Cells of the table of `Comparison`, header first."""
+    rows = [['protocol', 'metric', 'first', 'second', 'difference', '95 %', 'p']]
+    for protocol, comparison in protocols.items():
+        for name in COLUMN_OF:
+            first, second = comparison.first[name], comparison.second[name]
+            difference = comparison.paired.get(name)
+            rows.append(
+                [
+                    protocol if name == 'rank1' else '',
+                    HEADER_OF[name],
+                    f'{100 * first:.2f}',
+                    f'{100 * second:.2f}',
+                    f'{100 * (second - first):+.2f}',
+                    interval_text(difference.interval, '+') if difference else ABSENT,
+                    f'{difference.p:.4f}' if difference else ABSENT,
+                ]
+            )
+    return rows

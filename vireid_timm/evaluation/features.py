@@ -1,0 +1,407 @@
+"""From pictures to features: every picture once through the network, by one process or dealt out among several."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import distributed, nn
+from tqdm import tqdm
+
+from ..constants import MODALITIES
+from ..data.augment import normalize
+from ..data.records import Records
+from ..data.store import CACHES, PictureStore, picture_store
+from ..data.workers import in_order
+from ..device import named_device
+from ..distributed import is_primary, process, together
+
+FEATURES = ('after-bn', 'before-bn')
+CROPS = (1, 5)
+CROP_BORDER = (10 / 288, 10 / 144)  # the border that training pads with by default, as a share of height and width
+AMP_DTYPES = (None, torch.bfloat16, torch.float16)
+
+Pictures = Records | Sequence[str | Path | Image.Image]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are extracted.
+
+    Attributes:
+        features: `after-bn` (behind the BN-neck, what the model returns) or `before-bn`.
+        flip_test: Average over each picture and its mirror image.
+        crops: 1, or 5 to average over the picture and its shifts into the four corners, see `views`.
+        size: Height and width that pictures are resized to; None for the model's own.
+        batch_size: Pictures per forward pass.
+        device: Where to compute; None where the model is.
+        amp_dtype: Type that autocast computes in, bfloat16 or float16; None for full precision.
+        cache: Where decoded pictures are kept, see `picture_store`; `device` is `disk` here. Several processes share
+            `disk` alone.
+        cache_dir: Folder of the disk cache.
+        skip_broken: Leave unreadable pictures out rather than stop.
+        workers: Pictures decoded at a time; None for one per core.
+        progress: Show progress bars, if the output is a terminal.
+    """
+
+    features: str = 'after-bn'
+    flip_test: bool = False
+    crops: int = 1
+    size: tuple[int, int] | None = None
+    batch_size: int = 128
+    device: torch.device | str | None = None
+    amp_dtype: torch.dtype | None = None
+    cache: str = 'auto'
+    cache_dir: str | Path | None = None
+    skip_broken: bool = False
+    workers: int | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ('features', FEATURES),
+            ('crops', CROPS),
+            ('cache', CACHES),
+            ('amp_dtype', AMP_DTYPES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(map(str, allowed))}')
+        if self.batch_size < 1:
+            raise ValueError(f'batch_size must be at least 1, got {self.batch_size}')
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f'workers must be at least 0, got {self.workers}')
+        if self.size is not None:
+            if len(self.size) != 2 or min(self.size) < 1:
+                raise ValueError(f'size must be height and width in pixels, got {self.size}')
+            object.__setattr__(self, 'size', (int(self.size[0]), int(self.size[1])))
+        if self.device is not None:
+            object.__setattr__(self, 'device', named_device(self.device))
+
+
+def embed(
+    model: nn.Module,
+    pictures: Pictures,
+    modality: str | None = None,
+    *,
+    cache: str = 'off',
+    **options: object,
+) -> tuple[torch.Tensor, list[str] | list[int]]:
+    """Features of pictures, ready to be compared by inner product.
+
+    The model is left as it was: on its device, every module in the mode that it was in. Where `torch.distributed` runs
+    with several processes, all of them have to make this call: they share the work, and each gets all features.
+
+    Args:
+        model: One of this package's models, with or without classifiers.
+        pictures: A record table, paths, or PIL pictures of mode RGB or L (taken as they are, resized only).
+        modality: Of paths and PIL pictures, `visible` or `infrared`; records know their own.
+        cache: Where decoded pictures are kept, see `picture_store`.
+        **options: The other fields of `Extraction`: `features`, `flip_test`, `crops`, `size`, `batch_size`, ...
+
+    Returns:
+        L2-normalised features on the CPU, [N, D] float32, and what each row shows: its path, or for PIL pictures its
+        place in `pictures`. Rows come in the order of `pictures`; only pictures that were skipped are missing.
+
+    Raises:
+        ValueError: On a missing or unknown modality, an option that is out of its range, a picture that cannot be read,
+            or features that are not finite; the message names the picture.
+    """
+    extraction = Extraction(cache=cache, **options)
+    check_model(model)
+    records, images = _as_records(pictures, modality)
+    if images:
+        size = picture_size(model, extraction)
+        store = PictureStore(records.path, size, _resized(images, size), {})
+    else:
+        store = open_store(model, records, extraction)
+    rows = store.intact()
+    table = extract(model, records[rows], store, rows, extraction).cpu()
+    return table, rows.tolist() if images else records.path[rows].tolist()
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models that do not tell visible from infrared pictures.
+
+    Raises:
+        ValueError: If the model is none of this package's.
+    """
+    if not hasattr(model, 'forward_branches'):
+        raise ValueError(
+            f'{type(model).__name__} is none of the models of vireid_timm, which take visible and infrared pictures; '
+            "create one with timm.create_model('vireid_...')"
+        )
+
+
+def picture_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
+    """Height and width that pictures are resized to: those asked for, or the model's own."""
+    return extraction.size or tuple(resolve_model_data_config(model)['input_size'][-2:])
+
+
+def open_store(model: nn.Module, records: Records, extraction: Extraction) -> PictureStore:
+    """The pictures of a table as the extraction wants them, see `picture_store`.
+
+    Of several processes that share a disk cache, one decodes while the others wait; they then find the file whole.
+
+    Raises:
+        PictureError: If a picture is broken, unless such pictures are to be skipped.
+        OSError: If the store cannot be written.
+    """
+    return together(
+        lambda: picture_store(
+            records,
+            picture_size(model, extraction),
+            # Every picture is needed once: a copy of all of them on the device would save nothing.
+            cache='disk' if extraction.cache == 'device' else extraction.cache,
+            cache_dir=extraction.cache_dir,
+            skip_broken=extraction.skip_broken,
+            workers=extraction.workers,
+            progress=extraction.progress,
+        )
+    )
+
+
+def extract(
+    model: nn.Module,
+    records: Records,
+    store: PictureStore,
+    store_rows: np.ndarray,
+    extraction: Extraction,
+) -> torch.Tensor:
+    """Features of a table's pictures, one pass.
+
+    Where `torch.distributed` runs with several processes, all of them have to make this call. They take turns at the
+    batches, which are composed as in a single process, and each ends up with the features of all pictures.
+
+    Args:
+        model: One of this package's models, with or without classifiers; left as it was.
+        records: The pictures, [N].
+        store: Where their bytes are.
+        store_rows: Row of the store that shows each of them, [N].
+        extraction: How.
+
+    Returns:
+        L2-normalised features in the order of `records`, [N, D] float32, on the device that computed them.
+
+    Raises:
+        ValueError: On a picture that cannot be read or has features that are not finite, and if processes were given
+            different things to extract or another of them failed.
+    """
+    number, count = process()
+    if count > 1:
+        _check_agreement(model, records, extraction)
+    batches = _batches(records, extraction.batch_size)[number::count]
+    device = extraction.device or next(model.parameters()).device
+    table = torch.zeros(len(records), model.num_features, device=device)
+    together(lambda: _fill(table, model, batches, store, store_rows, extraction))
+    if count > 1:
+        _gather(table, [row for _, rows in batches for row in rows.tolist()])
+    # Not batch by batch: each look at the values would make the processor wait for the GPU.
+    check_finite(table, records.path)
+    return table
+
+
+def views(pictures: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iterator[torch.Tensor]:
+    """The variants of each picture whose normalised features are averaged.
+
+    With five crops these are the picture and its shifts into the four corners of a black border as wide as training's:
+    10 of 288 pixels in height and 10 of 144 in width. With the flip test, each is followed by its mirror image.
+
+    Args:
+        pictures: [B, 3, H, W] float, before normalisation (black is 0).
+        flip_test: Whether mirror images take part.
+        crops: 1 or 5.
+
+    Yields:
+        [B, 3, H, W]; the first is `pictures` itself.
+    """
+    high, wide = (max(1, round(side * share)) for side, share in zip(pictures.shape[2:], CROP_BORDER, strict=True))
+    shifts = [(0, 0), (-high, -wide), (-high, wide), (high, -wide), (high, wide)]
+    for down, right in shifts[:crops]:
+        # A border of negative width cuts off: what comes in at one edge goes out at the other.
+        view = F.pad(pictures, (right, -right, down, -down)) if down else pictures
+        yield view
+        if flip_test:
+            yield view.flip(3)
+
+
+def check_finite(features: torch.Tensor, paths: Sequence[str]) -> None:
+    """Name the first picture whose features [N, D] are not finite.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if not features.numel() or torch.stack(features.aminmax()).isfinite().all():
+        return  # found in one pass over the memory
+    broken = (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    raise ValueError(
+        f'{paths[broken[0]]}: the features of this picture are not finite ({len(broken)} such pictures among '
+        f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them'
+    )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """First 12 digits of the SHA-256 over names, shapes, types and values of the state dict, whatever its device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def _as_records(pictures: Pictures, modality: str | None) -> tuple[Records, list[Image.Image]]:
+    """The pictures as a table, and themselves if they are PIL pictures."""
+    if isinstance(pictures, Records):
+        if modality is not None:
+            raise ValueError(f'records know their modality; embed some of them by their rows, not with {modality!r}')
+        return pictures, []
+    if isinstance(pictures, (str, Path, Image.Image)):
+        raise ValueError(f'embed takes a list of pictures, got the single {pictures!r}')
+    if modality not in MODALITIES:
+        raise ValueError(f'modality must be one of {", ".join(MODALITIES)} unless records are given, got {modality!r}')
+    pictures = list(pictures)
+    images = [picture for picture in pictures if isinstance(picture, Image.Image)]
+    if images and len(images) < len(pictures):
+        raise ValueError(f'paths and PIL pictures cannot be mixed, got {len(images)} PIL pictures of {len(pictures)}')
+    names = [f'picture {i}' for i in range(len(images))] or [str(path) for path in pictures]
+    return Records.from_rows([(name, '', 0, modality, 'test') for name in names]), images
+
+
+def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+    """PIL pictures as bytes [N, 3, H, W], resized as `picture_store` does."""
+    for i, image in enumerate(images):
+        if image.mode not in ('RGB', 'L'):
+            raise ValueError(
+                f'picture {i} has mode {image.mode}; PIL pictures must be RGB or L (8 bits): convert it, or give its '
+                'path instead, which is read with all that its format needs'
+            )
+    squashed = [image.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
+    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in squashed])
+
+
+def _batches(records: Records, batch_size: int) -> list[tuple[str, np.ndarray]]:
+    """Modality and rows of every batch; a batch has one modality."""
+    batches = []
+    for modality in MODALITIES:
+        rows = np.flatnonzero(records.modality == modality)
+        batches += [(modality, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return batches
+
+
+def _fill(
+    table: torch.Tensor,
+    model: nn.Module,
+    batches: list[tuple[str, np.ndarray]],
+    store: PictureStore,
+    store_rows: np.ndarray,
+    extraction: Extraction,
+) -> None:
+    """Extract the batches into their rows of the table [N, D]."""
+    total = sum(len(rows) for _, rows in batches)
+    hidden = None if extraction.progress and is_primary() else True  # None: unless the output is a terminal
+    bar = tqdm(total=total, desc='features', unit='pic', disable=hidden)
+    # Two threads read ahead while the network computes.
+    loaded = in_order(store.__getitem__, [store_rows[rows] for _, rows in batches], workers=2)
+    with bar, closing(loaded), _inference(model, table.device):
+        for (modality, rows), pixels in zip(batches, loaded, strict=True):
+            try:
+                features = _batch_features(model, modality, torch.from_numpy(pixels), table.device, extraction)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f'{len(rows)} pictures at a time do not fit into the memory of {table.device}; try a smaller '
+                    'batch_size (--batch-size)'
+                ) from error
+            table[torch.from_numpy(rows).to(table.device, non_blocking=True)] = features
+            bar.update(len(rows))
+
+
+def _batch_features(
+    model: nn.Module,
+    modality: str,
+    pixels: torch.Tensor,
+    device: torch.device,
+    extraction: Extraction,
+) -> torch.Tensor:
+    """L2-normalised features [B, D] float32 of stored pictures, uint8 [B, H, W, 3]."""
+    if device.type == 'cuda':  # from pinned memory, the copy does not wait for the batch before
+        pixels = pixels.pin_memory()
+    pictures = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    config = resolve_model_data_config(model)
+    amp, dtype = extraction.amp_dtype, next(model.parameters()).dtype
+    total = 0
+    for view in views(pictures, extraction.flip_test, extraction.crops):
+        view = normalize(view, config['mean'], config['std']).to(dtype)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            output = _forward(model, modality, view, extraction.features)
+        total = total + F.normalize(output.float())
+    return F.normalize(total)
+
+
+def _forward(model: nn.Module, modality: str, pictures: torch.Tensor, features: str) -> torch.Tensor:
+    if features == 'before-bn':
+        return model.forward_branches(**{modality: pictures}).features
+    if model.num_classes == 0:
+        return model(**{modality: pictures})
+    return model.forward_head(model.forward_features(**{modality: pictures}), pre_logits=True)
+
+
+@contextmanager
+def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """No gradients, evaluation mode, on a device; afterwards everything as it was."""
+    modes = {module: module.training for module in model.modules()}
+    home = next(model.parameters()).device
+    try:
+        model.eval().to(device)
+        with torch.inference_mode():
+            yield
+    finally:
+        model.to(home)
+        # Module by module: `model.train()` would also wake those that the caller keeps in evaluation mode.
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:
+    """Make sure that all processes are about to extract the same, or their features would not belong together."""
+    pictures = '\n'.join([*records.path.tolist(), *records.modality.tolist()])
+    number, count = process()
+    own = {
+        'weights': weights_fingerprint(model),
+        'pictures': hashlib.sha256(pictures.encode('utf-8', 'surrogatepass')).hexdigest(),
+        'features': extraction.features,
+        'flip_test': extraction.flip_test,
+        'crops': extraction.crops,
+        'size': picture_size(model, extraction),
+        'batch_size': extraction.batch_size,
+        'amp_dtype': str(extraction.amp_dtype),
+    }
+    everyone = [own] * count
+    distributed.all_gather_object(everyone, own)
+    differing = [name for name, value in own.items() if any(other[name] != value for other in everyone)]
+    if differing:
+        raise ValueError(
+            f'the {count} processes were given different {", ".join(differing)} to extract features with: give all of '
+            'them the same arguments, and the same seed where weights are random'
+        )
+
+
+def _gather(table: torch.Tensor, rows: list[int]) -> None:
+    """Complete a table [N, D] in every process, which filled these rows of it and left zeros in the others.
+
+    Adding zeros changes no number, and a sum needs no memory for a second table.
+    """
+    filled = torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=len(table)).to(table.device)
+    distributed.all_reduce(filled)
+    distributed.all_reduce(table)
+    wrong = (filled != 1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f'the processes extracted row {wrong[0]} {int(filled[wrong[0]])} times ({len(wrong)} such rows of '
+            f'{len(table)}); every row has to be extracted exactly once'
+        )

@@ -1,0 +1,47 @@
+"""Rank lists as an image: queries, and what was found for each (paper, fig. 6)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..data.images import load_picture
+
+HIT = (40, 170, 70)
+MISS = (205, 50, 45)
+_MARGIN = 6
+_FRAME = 3
+
+
+def rank_list_picture(
+    queries: Sequence[str],
+    found: Sequence[Sequence[str]],
+    hits: Sequence[Sequence[bool]],
+    size: tuple[int, int] = (128, 64),
+) -> Image.Image:
+    """One row per query: the query, then what was found, best first; hits framed green, misses red (paper, fig. 6).
+
+    Args:
+        queries: Path of every query, [Q].
+        found: Paths of what was found for each, [Q][K].
+        hits: Whether that is the person searched for, [Q][K].
+        size: Height and width of each picture.
+
+    Raises:
+        PictureError: A picture that cannot be read.
+    """
+    height, width = size
+    columns = 1 + max(len(row) for row in found)
+    step_x, step_y = width + 2 * _FRAME + _MARGIN, height + 2 * _FRAME + _MARGIN
+    sheet = Image.new('RGB', (columns * step_x + 2 * _MARGIN, len(queries) * step_y + _MARGIN + 16), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, 3), 'query', fill=(0, 0, 0))
+    draw.text((step_x + 2 * _MARGIN, 3), 'nearest first: green = same person, red = somebody else', fill=(0, 0, 0))
+    for row, (query, paths, marks) in enumerate(zip(queries, found, hits, strict=True)):
+        colours = [(0, 0, 0), *(HIT if mark else MISS for mark in marks)]
+        for column, (path, colour) in enumerate(zip([query, *paths], colours, strict=True)):
+            x = _MARGIN + column * step_x + (_MARGIN if column else 0)
+            y = 16 + row * step_y
+            draw.rectangle((x, y, x + width + 2 * _FRAME - 1, y + height + 2 * _FRAME - 1), fill=colour)
+            sheet.paste(Image.fromarray(np.asarray(load_picture(path, size))), (x + _FRAME, y + _FRAME))
+    return sheet

@@ -1,0 +1,131 @@
+"""Power means: generalised-mean pooling (GeM), and the weighted sum of powers that it is made of."""
+
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+from timm.models import register_notrace_module
+
+# As AGW: keeps the root's gradient finite where a channel is zero everywhere, without clamping the values themselves.
+POWER_EPS = 1e-12
+POOL_TYPES = ('gem', 'avg', '')
+_BLOCK = 2**18  # values, 1 MB in float32: what a core's cache holds
+
+
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 as it is: what power means run in."""
+    # In half precision small values vanish when cubed and the root's gradient overflows.
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def root(mean_power: torch.Tensor, power: float, eps: float = POWER_EPS) -> torch.Tensor:
+    """From the mean of powers to the power mean."""
+    return (mean_power + eps).pow(1.0 / power)
+
+
+def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Batched matrix product in its operands' precision, whatever the autocast (the meta device knows none)."""
+    if a.device.type == 'meta':
+        return torch.bmm(a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
+
+
+def _blocks(maps: torch.Tensor) -> list[slice]:
+    """Rows [B, ...] in blocks of about `_BLOCK` values on a CPU, all at once elsewhere."""
+    if maps.device.type != 'cpu' or torch.compiler.is_compiling():
+        return [slice(0, len(maps))]
+    rows = max(1, _BLOCK * len(maps) // max(1, maps.numel()))
+    return [slice(start, min(start + rows, len(maps))) for start in range(0, max(1, len(maps)), rows)]
+
+
+class _PowerSum(torch.autograd.Function):
+    """Sum over positions of weights * features ** power, see `power_sum`.
+
+    It keeps its inputs for backward and no power of them. All of it is memory traffic: on a CPU it therefore goes
+    through the rows in blocks whose full-precision values stay in the cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        weights: Optional[torch.Tensor],
+        power: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(features, weights)
+        ctx.power = power
+        maps = features.flatten(2)
+        kind = torch.promote_types(maps.dtype, torch.float32)
+        sums = maps.new_empty(maps.shape[:2], dtype=kind)
+        blocks = _blocks(maps)
+        buffer = torch.empty_like(maps[blocks[0]], dtype=kind)
+        for block in blocks:
+            powers = buffer[: block.stop - block.start].copy_(maps[block]).clamp_(min=0.0).pow_(power)
+            if weights is None:
+                sums[block] = powers.sum(dim=2)
+            else:
+                sums[block] = _exact_bmm(powers, weights[block].flatten(2).transpose(1, 2)).squeeze(2)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor], None]:
+        features, weights = ctx.saved_tensors
+        maps, scale = features.flatten(2), ctx.power * grad[:, :, None]
+        grad_maps = torch.empty_like(maps)
+        grad_weights = None if weights is None else torch.empty_like(weights.flatten(2))
+        blocks = _blocks(maps)
+        first, second = (torch.empty_like(maps[blocks[0]], dtype=grad.dtype) for _ in range(2))
+        for block in blocks:
+            values, powers = first[: block.stop - block.start], second[: block.stop - block.start]
+            torch.pow(values.copy_(maps[block]).clamp_(min=0.0), ctx.power - 1.0, out=powers)
+            if weights is not None:
+                grad_weights[block] = _exact_bmm(grad[block, None, :], values.mul_(powers))
+                powers.mul_(weights[block].flatten(2))
+            grad_maps[block] = powers.mul_(scale[block])
+        return grad_maps.view_as(features), grad_weights if weights is None else grad_weights.view_as(weights), None
+
+
+def power_sum(features: torch.Tensor, weights: Optional[torch.Tensor], power: float) -> torch.Tensor:
+    """Sum over positions of weights * features ** power in float32 or better.
+
+    Args:
+        features: Values >= 0 (negative ones count as 0), [B, C, H, W].
+        weights: [B, 1, H, W] of the result's type, or None for 1 everywhere.
+        power: The exponent, at least 1.
+
+    Returns:
+        [B, C].
+    """
+    return _PowerSum.apply(features, weights, power)
+
+
+@register_notrace_module
+class GeneralizedMeanPool(nn.Module):
+    """Generalised mean (GeM) pooling, arXiv:1711.02512: the power mean over all positions, in float32 or better.
+
+    Args:
+        power: The exponent p; 1 is average pooling, and the maximum is approached as p grows.
+        pool_type: How timm names the pooling: `gem`, `avg` (p = 1 whatever `power`), or '' for no pooling.
+
+    Raises:
+        ValueError: Power below 1, or an unknown pool type.
+    """
+
+    def __init__(self, power: float = 3.0, pool_type: str = 'gem') -> None:
+        super().__init__()
+        if not power >= 1.0:
+            raise ValueError(f'GeM needs a power of at least 1, got {power}')
+        if pool_type not in POOL_TYPES:
+            raise ValueError(f'unknown pooling {pool_type!r}; expected one of {POOL_TYPES}')
+        self.power = 1.0 if pool_type == 'avg' else float(power)
+        self.pool_type = pool_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool a map of values >= 0 (negative ones count as 0): [B, C, H, W] -> [B, C], or the map itself for ''."""
+        if self.pool_type == '':
+            return x
+        return root(full_precision(x).clamp(min=0.0).pow(self.power).mean(dim=(2, 3)), self.power)
+
+    def extra_repr(self) -> str:
+        return f'power={self.power}, pool_type={self.pool_type!r}'

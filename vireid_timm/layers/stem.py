@@ -1,0 +1,60 @@
+"""The stems: one per modality, before the layers that both share."""
+
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from timm.models import register_notrace_module
+from timm.models.resnet import ResNet
+
+
+class Stem(nn.Module):
+    """The modality-specific part (layer0 of the paper): conv1, bn1, act1 and maxpool of a timm ResNet."""
+
+    def __init__(self, resnet: ResNet) -> None:
+        super().__init__()
+        self.conv1 = resnet.conv1
+        self.bn1 = resnet.bn1
+        self.act1 = resnet.act1
+        self.maxpool = resnet.maxpool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+
+
+@register_notrace_module
+class DualStem(nn.Module):
+    """One stem per modality; the outputs are stacked, visible rows first."""
+
+    def __init__(self, visible: Stem, infrared: Stem, in_chans: int) -> None:
+        super().__init__()
+        self.visible = visible
+        self.infrared = infrared
+        self.in_chans = in_chans
+
+    def forward(
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        maps = []
+        if visible is not None:
+            self._check(visible, 'visible')
+            maps.append(self.visible(visible))
+        if infrared is not None:
+            self._check(infrared, 'infrared')
+            maps.append(self.infrared(infrared))
+        if len(maps) == 0:
+            raise ValueError('no pictures: give visible=, infrared=, or both, each [B, C, H, W]')
+        if len(maps) == 1:
+            return maps[0]
+        if visible is not None and infrared is not None and visible.shape[2:] != infrared.shape[2:]:
+            raise ValueError(
+                f'visible and infrared pictures need the same height and width, got {list(visible.shape)} and '
+                f'{list(infrared.shape)}'
+            )
+        return torch.cat(maps)
+
+    def _check(self, pictures: torch.Tensor, modality: str) -> None:
+        if pictures.dim() != 4 or pictures.shape[1] != self.in_chans:
+            raise ValueError(f'{modality} pictures need shape [B, {self.in_chans}, H, W], got {list(pictures.shape)}')

@@ -1,0 +1,567 @@
+"""Dual-stream ResNets for visible-infrared person re-identification, registered with timm.
+
+The network of "Visible-Infrared Person Re-Identification via Feature Fusion and Deep Mutual Learning" (Lin and Wang):
+one stem per modality, shared layers, a global branch over layer4, a fusion branch over layer1-3 with adaptive spatial
+weights (ASFF, arXiv:1911.09516), and a joint branch that concatenates the two and is what retrieval uses.
+
+The fused map, power-averaged to layer4's grid, beside layer4's own map gives one joint map whose GeM is the paper's
+V_joint (`layers/fusion.py` says why that is exact). `forward_features` returns that map, and timm's conventions hold for it
+without a special case.
+
+AGW (arXiv:2001.04193), the network that the field starts from, is the global branch alone with non-local blocks in the
+trunk.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ..layers.fusion import SPATIAL_WEIGHTS, FusionBranch
+from ..layers.head import BranchHead
+from ..layers.non_local import NonLocalBlock
+from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
+from ..layers.stem import DualStem, Stem
+
+__all__ = ['BranchOutput', 'DualStreamResNet']
+
+_logger = logging.getLogger(__name__)
+
+
+class BranchOutput(NamedTuple):
+    """What training needs of a forward pass.
+
+    Attributes:
+        features: V_joint before the BN-neck, float32 also under autocast, [B, num_features].
+        logits: Branch name (`global`, `fusion`, `joint`) -> [B, num_classes]; empty when `num_classes=0`.
+    """
+
+    features: torch.Tensor
+    logits: dict[str, torch.Tensor]
+
+
+def set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
+    """Undo layer4's stride, as re-ID does by convention; timm's `output_stride=16` would add dilation."""
+    if last_stride == 2:
+        return
+    for name, module in layer4[0].named_modules():
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.stride = (1, 1)
+        elif isinstance(module, nn.AvgPool2d):
+            parent, _, child = name.rpartition('.')
+            setattr(layer4[0].get_submodule(parent), child, nn.Identity())
+
+
+def _with_non_local(
+    layer: nn.Sequential,
+    count: int,
+    channels: int,
+    width: Union[int, str],
+    dd: dict[str, Any],
+) -> nn.Sequential:
+    """The layer with a non-local block behind each of its last `count` blocks, which keep the names of a ResNet's."""
+    modules = OrderedDict()
+    for i, (name, block) in enumerate(layer.named_children()):
+        modules[name] = block
+        if i >= len(layer) - count:
+            inner = channels // 2 if width == 'half' else int(width)
+            modules[f'{name}_non_local'] = NonLocalBlock(channels, inner, **dd)
+    return nn.Sequential(modules)
+
+
+class DualStreamResNet(nn.Module):
+    """Dual-stream ResNet with a global, a fusion and a joint branch (or the global branch alone, the paper's baseline).
+
+    Args:
+        block: timm's residual block.
+        layers: Blocks per stage.
+        num_classes: Identities to classify; 0 returns the retrieval features.
+        in_chans: Channels of both modalities' pictures.
+        global_pool: `gem`, `avg`, or '' (with `num_classes=0`) for the unpooled joint map.
+        drop_rate: Dropout before each classifier.
+        fuse_layers: Layers that the fusion branch takes, of 1 to 4 (table 2); empty for the baseline.
+        fuse_width: Channels per fused layer.
+        gem_power: GeM's exponent p.
+        spatial_weights: `asff` (weight maps predicted per picture) or `static` (one learned map per layer).
+        last_stride: Stride of layer4, 1 or 2.
+        plain_fusion: Pool the paper's full fused map instead of taking the exact shortcut.
+        non_local_blocks: How many of the last blocks of layer1 to 4 have a non-local block behind them; none for the
+            paper's networks, (0, 2, 3, 0) for AGW (arXiv:2001.04193).
+        non_local_width: Inner channels of the non-local blocks, or `half` of their map's. AGW meant half, but its code,
+            and so all weights made with it, have 1.
+        img_size: Default picture height and width, the size of the `static` weight maps.
+        resnet_args: Further arguments of timm's `ResNet` (stem type, ...).
+
+    Raises:
+        ValueError: An argument outside its values.
+    """
+
+    def __init__(
+        self,
+        block: Union[type[BasicBlock], type[Bottleneck]],
+        layers: Sequence[int],
+        num_classes: int = 0,
+        in_chans: int = 3,
+        global_pool: str = 'gem',
+        drop_rate: float = 0.0,
+        fuse_layers: Sequence[int] = (1, 2, 3),
+        fuse_width: int = 256,
+        gem_power: float = 3.0,
+        spatial_weights: str = 'asff',
+        last_stride: int = 1,
+        plain_fusion: bool = False,
+        non_local_blocks: Sequence[int] = (0, 0, 0, 0),
+        non_local_width: Union[int, str] = 1,
+        img_size: tuple[int, int] = (288, 144),
+        resnet_args: Optional[dict[str, Any]] = None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        fuse_layers = tuple(fuse_layers)
+        _check_arguments(fuse_layers, spatial_weights, last_stride, num_classes, global_pool)
+        _check_non_local(non_local_blocks, non_local_width, layers)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.gem_power = gem_power
+        self.grad_checkpointing = False
+
+        trunk = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
+        other = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
+        # Both streams start from the same values, as they do from ImageNet weights.
+        other.load_state_dict(trunk.state_dict())
+        self.stem = DualStem(Stem(trunk), Stem(other), in_chans)
+        set_last_stride(trunk.layer4, last_stride)
+        for i, count in enumerate(non_local_blocks, start=1):
+            channels = trunk.feature_info[i]['num_chs']
+            layer = _with_non_local(getattr(trunk, f'layer{i}'), count, channels, non_local_width, dd)
+            setattr(self, f'layer{i}', layer)
+        steps = (1, 2, 4, 4 * last_stride)
+        self.feature_info = [
+            dict(info, reduction=4 * step, module=f'layer{i + 1}')
+            for i, (info, step) in enumerate(zip(trunk.feature_info[1:], steps))
+        ]
+
+        self.global_pool = GeneralizedMeanPool(gem_power, global_pool)
+        self.fuse_layers = fuse_layers
+        self.fusion = None
+        if fuse_layers:
+            self.fusion = FusionBranch(
+                [self.feature_info[i - 1]['num_chs'] for i in fuse_layers],
+                [steps[i - 1] for i in fuse_layers],
+                out_step=steps[3],
+                channels=fuse_width,
+                power=self.global_pool.power,
+                spatial_weights=spatial_weights,
+                grid=(-(-img_size[0] // 4), -(-img_size[1] // 4)),
+                plain=plain_fusion,
+                **dd,
+            )
+        self._create_heads(trunk.num_features, dd)
+
+    def _create_heads(self, global_features: int, dd: dict[str, Any]) -> None:
+        self.global_head = BranchHead(global_features, self.num_classes, self.drop_rate, **dd)
+        self.fusion_head = None
+        self.joint_head = None
+        self.num_features = self.head_hidden_size = global_features
+        self.branches = ('global',)  # the last one is what retrieval uses
+        if self.fusion is not None:
+            self.branches = ('global', 'fusion', 'joint')
+            fused = self.fusion.num_features
+            self.num_features = self.head_hidden_size = global_features + fused
+            self.fusion_head = BranchHead(fused, self.num_classes, self.drop_rate, **dd)
+            self.joint_head = BranchHead(self.num_features, self.num_classes, self.drop_rate, **dd)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        return dict(stem=r'^stem', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier of the branch that retrieval uses."""
+        head = self.joint_head if self.joint_head is not None else self.global_head
+        return nn.Identity() if head is None else head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace every branch's classifier; the necks stay. A pooling of None keeps the current one."""
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool = GeneralizedMeanPool(self.gem_power, global_pool).train(self.training)
+        self.num_classes = num_classes
+        if self.fusion is not None:
+            self.fusion.power = self.global_pool.power
+        if self.global_head is None and global_pool:  # pruned: a head for the features that are left
+            self._create_heads(self.num_features, get_device_dtype(self.stem))
+            self.global_head.train(self.training)
+        for head in (self.global_head, self.fusion_head, self.joint_head):
+            if head is not None:
+                head.reset(num_classes)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+        indices: Optional[Union[int, list[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[list[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]:
+        """timm's `forward_intermediates` over layer1-4 (indices 0-3), for either or both modalities.
+
+        Returns:
+            The joint map (the last layer's own map if `stop_early` came before layer4) and the chosen layers' maps, or
+            the latter alone with `intermediates_only`.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f'output_fmt must be NCHW, got {output_fmt!r}')
+        take, last = feature_take_indices(4, indices)
+        x = self.stem(visible, infrared)
+        levels = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[: last + 1 if stop_early else 4]:
+            x = self._forward_layer(layer, x)
+            levels.append(x)
+        intermediates = [levels[i] for i in take]
+        if intermediates_only:
+            return intermediates
+        return self._joint_map(levels) if len(levels) == 4 else levels[-1], intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, list[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the layers after the last of `indices`; the head goes with them, or alone with `prune_head`."""
+        take, last = feature_take_indices(4, indices)
+        for i in range(last + 1, 4):
+            setattr(self, f'layer{i + 1}', nn.Sequential().train(self.training))  # empty, for checkpoint_seq
+        if prune_head or last < 3:
+            self.reset_classifier(0, '')
+            self.fusion = self.global_head = self.fusion_head = self.joint_head = None
+            self.branches = ('global',)
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        return take
+
+    def _forward_layer(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(layer, x)
+        return layer(x)
+
+    def _forward_levels(
+        self,
+        visible: Optional[torch.Tensor],
+        infrared: Optional[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        x0 = self.stem(visible, infrared)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x1 = checkpoint_seq(self.layer1, x0)
+            x2 = checkpoint_seq(self.layer2, x1)
+            x3 = checkpoint_seq(self.layer3, x2)
+            x4 = checkpoint_seq(self.layer4, x3)
+        else:
+            x1 = self.layer1(x0)
+            x2 = self.layer2(x1)
+            x3 = self.layer3(x2)
+            x4 = self.layer4(x3)
+        return [x1, x2, x3, x4]
+
+    def _joint_map(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        x = levels[3]
+        if self.fusion is not None:
+            size = [levels[0].shape[2], levels[0].shape[3]]
+            powers = self.fusion([levels[i - 1] for i in self.fuse_layers], size)
+            x = torch.cat([x, root(powers, self.global_pool.power)], dim=1)
+        return x
+
+    def forward_features(
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """The joint map, whose GeM is V_joint: layer4's channels, then the fused ones, [B, num_features, h, w]."""
+        return self._joint_map(self._forward_levels(visible, infrared))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool the joint map and apply BN-neck and classifier; `pre_logits` stops at the features after BN."""
+        x = self.global_pool(x)
+        if self.global_pool.pool_type == '':
+            return x
+        if self.joint_head is not None:
+            return self.joint_head(x, pre_logits)
+        return self.global_head(x, pre_logits)
+
+    def forward(
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Joint logits [B, num_classes], or the features after BN [B, num_features] when `num_classes=0`.
+
+        Args:
+            visible: Normalised visible pictures [B, 3, H, W].
+            infrared: Normalised infrared pictures [B, 3, H, W]; their rows come after the visible ones.
+
+        Raises:
+            ValueError: Neither modality given, or a shape that does not fit.
+        """
+        return self.forward_head(self.forward_features(visible, infrared))
+
+    @torch.jit.ignore
+    def forward_branches(
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+    ) -> BranchOutput:
+        """What the losses need: V_joint before BN and every branch's logits (eq. 3, 4), visible rows first."""
+        if self.global_pool.pool_type == '':
+            raise ValueError("forward_branches needs a pooling; this model was made with global_pool=''")
+        levels = self._forward_levels(visible, infrared)
+        size = levels[3].shape[2] * levels[3].shape[3]
+        mean_power = power_sum(levels[3], None, self.global_pool.power) / size
+        branch_features = {'global': root(mean_power, self.global_pool.power)}
+        if self.fusion is not None:
+            fused = [levels[i - 1] for i in self.fuse_layers]
+            mean_power = self.fusion.mean_power(fused, list(levels[0].shape[2:]))
+            branch_features['fusion'] = root(mean_power, self.global_pool.power)
+            branch_features['joint'] = torch.cat(list(branch_features.values()), dim=1)
+        heads = {'global': self.global_head, 'fusion': self.fusion_head, 'joint': self.joint_head}
+        logits = {name: heads[name](branch_features[name]) for name in self.branches} if self.num_classes else {}
+        return BranchOutput(branch_features[self.branches[-1]], logits)
+
+
+def _check_arguments(
+    fuse_layers: tuple[int, ...],
+    spatial_weights: str,
+    last_stride: int,
+    num_classes: int,
+    global_pool: str,
+) -> None:
+    if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
+        raise ValueError(f'fuse_layers must be increasing layer numbers of 1 to 4, got {fuse_layers}')
+    if spatial_weights not in SPATIAL_WEIGHTS:
+        raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
+    if last_stride not in (1, 2):
+        raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
+    if global_pool == '' and num_classes > 0:
+        raise ValueError("a classifier needs a pooling: use num_classes=0 with global_pool=''")
+
+
+def _check_non_local(blocks: Sequence[int], width: Union[int, str], layers: Sequence[int]) -> None:
+    if len(blocks) != 4 or not all(0 <= count <= num_blocks for count, num_blocks in zip(blocks, layers)):
+        raise ValueError(f'non_local_blocks must be four counts of at most {tuple(layers)}, got {tuple(blocks)}')
+    if width != 'half' and not (isinstance(width, int) and width >= 1):
+        raise ValueError(f"non_local_width must be a number of channels from 1 on, or 'half', got {width!r}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Map a timm or torchvision ImageNet ResNet onto the dual-stream network; our own weights pass unchanged.
+
+    The stem goes to both modalities, the trunk is shared, the ImageNet classifier is dropped; fusion branch, non-local
+    blocks and heads keep their fresh values.
+
+    Raises:
+        RuntimeError: A tensor of the source that fits nowhere, or one of stem and trunk that the source lacks.
+    """
+    if any(key.startswith('stem.') for key in state_dict):
+        _check_own_weights(state_dict, model)
+        return state_dict
+    mapped = {}
+    for key, value in state_dict.items():
+        if key.startswith(('conv1.', 'bn1.')):
+            mapped[f'stem.visible.{key}'] = value
+            mapped[f'stem.infrared.{key}'] = value.clone()
+        elif not key.startswith('fc.'):
+            mapped[key] = value
+    own = model.state_dict()
+    pretrained_part = {key for key in own if key.startswith(('stem.', 'layer')) and '_non_local.' not in key}
+    unknown = sorted(set(mapped) - pretrained_part)
+    if unknown:
+        raise RuntimeError(f'ImageNet weights with tensors that fit nowhere in this network: {", ".join(unknown)}')
+    missing = sorted(key for key in pretrained_part - set(mapped) if not key.endswith('num_batches_tracked'))
+    if missing:
+        raise RuntimeError(f'ImageNet weights lack tensors of stem and trunk: {", ".join(missing)}')
+    _logger.warning(
+        'ImageNet weights in both stems and the trunk. This is a start for fine-tuning, not a re-identification model.'
+    )
+    return {**own, **mapped}
+
+
+def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """timm is not strict where the number of classes differs: all but the classifiers has to fit all the same."""
+    given, own = (
+        {key for key in state if not key.endswith('_head.fc.weight')} for state in (state_dict, model.state_dict())
+    )
+    if given != own:
+        missing, unknown = (', '.join(sorted(keys)) or 'none' for keys in (own - given, given - own))
+        raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
+
+
+def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any) -> dict[str, Any]:
+    conv = 'conv1.0' if deep_stem else 'conv1'
+    heads = ('joint_head', 'global_head', 'fusion_head') if fused else ('global_head',)
+    size = (128, 64) if deep_stem else (288, 144)
+    return {
+        **({'hf_hub_id': hf_hub_id} if hf_hub_id else {}),
+        'num_classes': 0,
+        'input_size': (3, *size),
+        'pool_size': (size[0] // 16, size[1] // 16),
+        'crop_pct': 1.0,
+        'crop_mode': 'squash',
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': (f'stem.visible.{conv}', f'stem.infrared.{conv}'),
+        'classifier': tuple(f'{head}.fc' for head in heads),
+        'license': 'apache-2.0',
+        'paper_name': 'Visible-Infrared Person Re-Identification via Feature Fusion and Deep Mutual Learning',
+        **kwargs,
+    }
+
+
+_WEIGHTS = Path(__file__).parents[1] / 'weights'
+
+default_cfgs = generate_default_cfgs(
+    {
+        'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
+        'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
+        # What the field starts from comes first, and so is the default; a1 (arXiv:2110.00476) and tv2 are the stronger
+        # ImageNet recipes of timm and torchvision.
+        'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r18.a1_in1k': _cfg('timm/resnet18.a1_in1k'),
+        'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r34.a1_in1k': _cfg('timm/resnet34.a1_in1k'),
+        'vireid_dml_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.tv2_in1k': _cfg('timm/resnet50.tv2_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.a1_in1k': _cfg('timm/resnet50.a1_in1k'),
+        'vireid_dml_r101.tv_in1k': _cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.tv2_in1k': _cfg('timm/resnet101.tv2_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.a1_in1k': _cfg('timm/resnet101.a1_in1k'),
+        'vireid_base_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
+        'vireid_base_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_base_r50.tv2_in1k': _cfg('timm/resnet50.tv2_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_base_r50.a1_in1k': _cfg('timm/resnet50.a1_in1k', fused=False),
+        'vireid_agw_r50.tv_in1k': _cfg(
+            'timm/resnet50.tv_in1k',
+            fused=False,
+            license='bsd-3-clause',
+            paper_name='Deep Learning for Person Re-Identification: A Survey and Outlook',
+            paper_ids='arXiv:2001.04193',
+        ),
+    }
+)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """timm would let the newcomer replace a model of the same name, with a warning that is easily overlooked."""
+    for name in names:
+        owner = model_entrypoint(name).__module__ if is_model(name) else __name__
+        if owner != __name__:
+            raise ImportError(
+                f'cannot register the model {name} with timm: {owner} has registered one of this name. '
+                f'Use {owner.partition(".")[0]} and vireid_timm in separate programs.'
+            )
+
+
+_check_names(default_cfgs)
+
+
+def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    return build_model_with_cfg(
+        DualStreamResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_R10T = dict(
+    block=BasicBlock,
+    layers=(1, 1, 1, 1),
+    img_size=(128, 64),
+    resnet_args=dict(stem_width=32, stem_type='deep_tiered', avg_down=True),
+)
+
+
+@register_model
+def vireid_dml_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's network on timm's ResNet-10-T, for CPUs, demos and tests; default input 128x64."""
+    return _create_dual_stream('vireid_dml_r10t', pretrained, **dict(_R10T, **kwargs))
+
+
+@register_model
+def vireid_dml_r18(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's network on ResNet-18."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_dual_stream('vireid_dml_r18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_dml_r34(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's network on ResNet-34."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_dual_stream('vireid_dml_r34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_dml_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's network: ResNet-50, layer1-3 fused, V_joint of 2048 + 768 features."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_dual_stream('vireid_dml_r50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_dml_r101(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's network on ResNet-101."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_dual_stream('vireid_dml_r101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_base_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's baseline, the global branch alone, on timm's ResNet-10-T; default input 128x64."""
+    model_args = dict(_R10T, fuse_layers=())
+    return _create_dual_stream('vireid_base_r10t', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_base_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """The paper's baseline: ResNet-50, GeM, BN-neck and classifier over the global branch alone."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=())
+    return _create_dual_stream('vireid_base_r50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vireid_agw_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    """AGW (arXiv:2001.04193) on ResNet-50: the baseline with two non-local blocks in layer2 and three in layer3."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=(), non_local_blocks=(0, 2, 3, 0))
+    return _create_dual_stream('vireid_agw_r50', pretrained, **dict(model_args, **kwargs))
