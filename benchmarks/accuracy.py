@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py --rows baseline --seeds 0       one run
     python benchmarks/accuracy.py --save benchmarks/results/synthvi.json
 
-The standard setting: 2,000 rendered people to learn from and 200 others to search, four pictures of each per modality,
+The standard setting: 2,000 rendered people to learn from and 200 others to search, four images of each per modality,
 the same four visible and two infrared cameras. Runs go to --output and are kept: a second call trains what is missing
 and continues what was interrupted. Prints a table in per cent and, as its last line, one JSON object.
 """
@@ -24,19 +24,19 @@ import torch.nn.functional as F
 from measuring import publish
 
 import vireid_timm
-from vireid_timm.data.store import picture_store
+from vireid_timm.data.store import image_store
 from vireid_timm.device import resolve_device
 from vireid_timm.files import save_json
 from vireid_timm.run_folder import LAST
 
-DATASET = dict(identities=2000, test_identities=200, pictures_per_modality=4, seed=0)
+DATASET = dict(identities=2000, test_identities=200, images_per_modality=4, seed=0)
 SIZE = (128, 64)
 TRAINING = {
     'dataset': 'synthetic',
     'dataset_kwargs': DATASET,
     'val_share': 0.0,
     'identities_per_batch': 16,
-    'pictures_per_modality': 2,
+    'images_per_modality': 2,
     'pad': 5,
     'opt': 'adamw',
     'lr': 0.001,
@@ -57,24 +57,24 @@ GROUPS = ('unlearned', 'embedded', *LEARNED)
 PROTOCOL = 'infrared-to-visible'
 
 
-def histogram(pictures: torch.Tensor) -> torch.Tensor:
+def histogram(images: torch.Tensor) -> torch.Tensor:
     """Joint colour histogram of 8 x 8 x 8 bins: [N, H, W, 3] uint8 -> [N, 512]."""
-    bins = (pictures // 32).long()
+    bins = (images // 32).long()
     index = (bins[..., 0] * 64 + bins[..., 1] * 8 + bins[..., 2]).flatten(1)
-    return torch.zeros(len(pictures), 512).scatter_add_(1, index, torch.ones(index.shape)).sqrt()
+    return torch.zeros(len(images), 512).scatter_add_(1, index, torch.ones(index.shape)).sqrt()
 
 
-def pixels(pictures: torch.Tensor) -> torch.Tensor:
+def pixels(images: torch.Tensor) -> torch.Tensor:
     """Grey pixels at 32 x 16 with zero mean: [N, H, W, 3] uint8 -> [N, 512]."""
-    grey = pictures.float().mean(dim=3)[:, None]
+    grey = images.float().mean(dim=3)[:, None]
     values = F.interpolate(grey, size=(32, 16), mode='area').flatten(1)
     return values - values.mean(dim=1, keepdim=True)
 
 
 def unlearned(dataset: vireid_timm.Dataset) -> dict[str, list[dict[str, Any]]]:
     """Results of what needs no training, one per row of the table."""
-    pictures = torch.from_numpy(picture_store(dataset.test, SIZE)[:])
-    chance = torch.from_numpy(np.random.default_rng(0).normal(size=(len(pictures), 64))).float()
+    images = torch.from_numpy(image_store(dataset.test, SIZE)[:])
+    chance = torch.from_numpy(np.random.default_rng(0).normal(size=(len(images), 64))).float()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained = timm.create_model('vireid_dml_r10t', num_classes=0)
@@ -82,8 +82,8 @@ def unlearned(dataset: vireid_timm.Dataset) -> dict[str, list[dict[str, Any]]]:
         name: vireid_timm.evaluate_features(F.normalize(features, dim=1), dataset, PROTOCOL)
         for name, features in (
             ('chance', chance),
-            ('colour histogram', histogram(pictures)),
-            ('raw pixels', pixels(pictures)),
+            ('colour histogram', histogram(images)),
+            ('raw pixels', pixels(images)),
         )
     }
     rows['untrained network'] = vireid_timm.evaluate(untrained, dataset, PROTOCOL)

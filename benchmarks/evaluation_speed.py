@@ -4,8 +4,8 @@
     python benchmarks/evaluation_speed.py --device cuda
     python benchmarks/evaluation_speed.py --save benchmarks/results/evaluation_speed.cpu.json
 
-Features of SYSU-MM01's size (3,803 queries, 6,775 visible test pictures, 2,816 numbers each, the cameras and identities
-of the real test set) are drawn at random, so that no picture is needed. Before anything is timed, the library and the
+Features of SYSU-MM01's size (3,803 queries, 6,775 visible test images, 2,816 numbers each, the cameras and identities
+of the real test set) are drawn at random, so that no image is needed. Before anything is timed, the library and the
 loop have to agree. Prints a table and, as its last line, one JSON object. Ratios are of medians, measured alternately.
 """
 
@@ -29,25 +29,25 @@ DIMENSION = 2816
 SIGNAL = 0.2  # share of the identity in the features
 MANY = 100_000
 SAMPLE = 1_000  # queries of the large case that are really ranked
-PICTURES_PER_PERSON = 10
+IMAGES_PER_PERSON = 10
 
 
 def sysu_mm01() -> vireid_timm.Dataset:
-    """The test table of SYSU-MM01's size, without pictures."""
+    """The test table of SYSU-MM01's size, without images."""
     plan = plan_layout('sysu_mm01', full_size=True)
     tested = {int(number) for number in plan.lists['exp/test_id.txt'].split(',')}
-    pictures = [picture for picture in plan.pictures if picture.identity in tested]
-    rows = [(f'/{p.path}', f'{p.identity:04d}', p.camera, p.modality, 'test') for p in pictures]
+    images = [image for image in plan.images if image.identity in tested]
+    rows = [(f'/{p.path}', f'{p.identity:04d}', p.camera, p.modality, 'test') for p in images]
     empty = vireid_timm.Records.from_rows([])
     return vireid_timm.Dataset('sysu_mm01', '/', empty, vireid_timm.Records.from_rows(rows))
 
 
 def many() -> vireid_timm.Dataset:
-    """A large gallery of visible pictures and a sample of the infrared ones that would search it."""
-    rows = [(f'/visible/{i:06d}.jpg', f'{i // PICTURES_PER_PERSON:05d}', 0, 'visible', 'gallery') for i in range(MANY)]
+    """A large gallery of visible images and a sample of the infrared ones that would search it."""
+    rows = [(f'/visible/{i:06d}.jpg', f'{i // IMAGES_PER_PERSON:05d}', 0, 'visible', 'gallery') for i in range(MANY)]
     step = MANY // SAMPLE
     rows += [
-        (f'/infrared/{i:06d}.jpg', f'{i // PICTURES_PER_PERSON:05d}', 0, 'infrared', 'query')
+        (f'/infrared/{i:06d}.jpg', f'{i // IMAGES_PER_PERSON:05d}', 0, 'infrared', 'query')
         for i in range(0, MANY, step)
     ]
     empty = vireid_timm.Records.from_rows([])

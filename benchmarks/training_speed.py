@@ -6,17 +6,17 @@
 
 Parts, each measured side by side in this one run (`--parts` chooses):
 
-    data        batches from the store to network input, against a chain of PIL and torchvision for each picture in
+    data        batches from the store to network input, against a chain of PIL and torchvision for each image in
                 worker processes
     step        an optimiser step with all losses, against one of timm's bare ResNet of the same depth, size, last
                 stride, precision and memory format
     loop        a whole epoch of the training loop, against its steps alone on one batch that is there already
-    peers       the same network in float32, contiguous, with the fused map built in full, pictures augmented one by one
+    peers       the same network in float32, contiguous, with the fused map built in full, images augmented one by one
                 in worker processes, the loss read back after every step, and the allocator as it comes
     saving      what `--grad-checkpointing`, and `--cached-triplet` over two batches, cost in time
     batches     rate and memory of other batch sizes
     profile     where the time of a step goes, by kind of operation (torch's profiler)
-    full-size   an epoch of SYSU-MM01's size, on SynthVI pictures that are written to DIR unless they are there, and
+    full-size   an epoch of SYSU-MM01's size, on SynthVI images that are written to DIR unless they are there, and
                 what the recipe's 80 epochs would take
 
 `--settings` go to every run of this library's, as flags of `vireid train` would: `amp=False grad_checkpointing=True`.
@@ -93,7 +93,7 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
 
 
 @contextmanager
-def training(args: argparse.Namespace, pictures: int, **settings: Any) -> Iterator[Run]:
+def training(args: argparse.Namespace, images: int, **settings: Any) -> Iterator[Run]:
     """A run on rendered people, as `vireid train` sets it up with its defaults."""
     with tempfile.TemporaryDirectory() as folder:
         values = {
@@ -101,13 +101,13 @@ def training(args: argparse.Namespace, pictures: int, **settings: Any) -> Iterat
             'dataset_kwargs': {
                 'identities': args.identities,
                 'test_identities': 2,
-                'pictures_per_modality': pictures,
+                'images_per_modality': images,
                 'size': args.size,
             },
             'model': args.model,
             'input_size': [3, *args.size],
             'identities_per_batch': args.identities,
-            'pictures_per_modality': args.batch_size // (2 * args.identities),
+            'images_per_modality': args.batch_size // (2 * args.identities),
             'val_share': 0.0,
             'cache': 'auto' if args.device.type == 'cuda' else 'ram',
             'output': folder,
@@ -127,8 +127,8 @@ def drawn(run: Run, count: int) -> list[Batch]:
         return list(islice(all_of_them, count))
 
 
-def picture_chain(run: Run) -> Callable[[Image.Image], torch.Tensor]:
-    """What re-ID code does to one picture: border, crop, flip, channels, normalisation, erasing."""
+def image_chain(run: Run) -> Callable[[Image.Image], torch.Tensor]:
+    """What re-ID code does to one image: border, crop, flip, channels, normalisation, erasing."""
     augment = run.augments['visible']
     return transforms.Compose(
         [
@@ -143,31 +143,31 @@ def picture_chain(run: Run) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-class PerPicture(Dataset):
-    """Stored pictures that a worker augments one by one."""
+class PerImage(Dataset):
+    """Stored images that a worker augments one by one."""
 
     def __init__(self, run: Run) -> None:
-        self.pictures = np.ascontiguousarray(run.data.store[:])
-        self.labels, self.chain = run.data.labels, picture_chain(run)
+        self.images = np.ascontiguousarray(run.data.store[:])
+        self.labels, self.chain = run.data.labels, image_chain(run)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self.chain(Image.fromarray(self.pictures[row])), int(self.labels[row])
+        return self.chain(Image.fromarray(self.images[row])), int(self.labels[row])
 
 
-def per_picture(run: Run, count: int, workers: int) -> DataLoader:
+def per_image(run: Run, count: int, workers: int) -> DataLoader:
     """The first batches of the first epoch the way re-ID code makes them; the workers stay."""
     run.data.sampler.set_epoch(0)
     order = list(islice(run.data.sampler, count))
-    return DataLoader(PerPicture(run), batch_sampler=order, num_workers=workers, persistent_workers=workers > 0)
+    return DataLoader(PerImage(run), batch_sampler=order, num_workers=workers, persistent_workers=workers > 0)
 
 
 def data(args: argparse.Namespace) -> dict[str, float]:
-    """Pictures per second from the store to network input."""
-    pictures = DATA_BATCHES * args.batch_size // (2 * args.identities)
-    with training(args, pictures=pictures, cache='disk') as run:
+    """Images per second from the store to network input."""
+    images = DATA_BATCHES * args.batch_size // (2 * args.identities)
+    with training(args, images=images, cache='disk') as run:
         count = run.batches_per_epoch
         total = sum(len(batch.labels) for batch in drawn(run, count))
-        loader = per_picture(run, count, args.workers)
+        loader = per_image(run, count, args.workers)
         works = {
             'ours': lambda: [None for _ in drawn_one_by_one(run)],
             'chain': lambda: [None for _ in loader],
@@ -175,9 +175,9 @@ def data(args: argparse.Namespace) -> dict[str, float]:
         times = alternate(works, args.device, 2 * args.repeats + 1)
     rate, chain_rate = (total / statistics.median(times[name]) for name in ('ours', 'chain'))
     return {
-        'data_pictures_per_s': rate,
+        'data_images_per_s': rate,
         'data_ms_per_batch': 1000 * args.batch_size / rate,
-        'chain_pictures_per_s': chain_rate,
+        'chain_images_per_s': chain_rate,
         'data_over_chain': ratio(times, 'chain', 'ours'),
     }
 
@@ -189,7 +189,7 @@ def drawn_one_by_one(run: Run) -> Iterator[Batch]:
 
 
 def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
-    """An optimiser step of timm's ResNet alone: one stem for all pictures, one classifier, one loss."""
+    """An optimiser step of timm's ResNet alone: one stem for all images, one classifier, one loss."""
     depth = run.config.model.partition('.')[0].rpartition('_r')[2]
     network = timm.create_model(f'resnet{depth}', num_classes=num_classes)
     set_last_stride(network.layer4, 1)
@@ -198,9 +198,9 @@ def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
     forward = torch.compile(network) if run.config.torchcompile else network
 
     def step(batch: Batch) -> None:
-        pictures = torch.cat(batch.inputs)
+        images = torch.cat(batch.inputs)
         with torch.autocast(run.device.type, dtype=run.dtype or torch.bfloat16, enabled=run.dtype is not None):
-            loss = F.cross_entropy(forward(pictures), batch.labels)
+            loss = F.cross_entropy(forward(images), batch.labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -210,7 +210,7 @@ def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
     """The network with all losses against a bare ResNet, on the same batch."""
-    with training(args, pictures=args.batch_size // (2 * args.identities)) as run:
+    with training(args, images=args.batch_size // (2 * args.identities)) as run:
         (batch,) = drawn(run, 1)
         bare = bare_step(run, len(run.data.class_map))
         works = {'bare': lambda: bare(batch), 'ours': lambda: train_step(run, [batch])}
@@ -226,8 +226,8 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def loop(args: argparse.Namespace) -> dict[str, float]:
-    """Epochs of the training loop, from stored pictures on, against as many steps on one batch."""
-    with training(args, pictures=args.pictures) as run:
+    """Epochs of the training loop, from stored images on, against as many steps on one batch."""
+    with training(args, images=args.images) as run:
         count = run.batches_per_epoch
         (batch,) = drawn(run, 1)
         run.task.train()
@@ -242,19 +242,17 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
 
 def epoch(run: Run) -> None:
     """One epoch, always the first."""
-    pictures = 2 * run.data.sampler.identities_per_batch * run.data.sampler.pictures_per_modality
-    tracker = Tracker(
-        num_epochs=1, steps_per_epoch=run.batches_per_epoch, pictures_per_step=pictures, device=run.device
-    )
+    images = 2 * run.data.sampler.identities_per_batch * run.data.sampler.images_per_modality
+    tracker = Tracker(num_epochs=1, steps_per_epoch=run.batches_per_epoch, images_per_step=images, device=run.device)
     with closing(tracker):
         train_one_epoch(run, tracker, CheckpointInterval(''), StopRequest())
     run.progress.step = 0
 
 
 def peers(args: argparse.Namespace) -> dict[str, float]:
-    """Whole loops from stored pictures on: this library's defaults, and the way of the field's code."""
+    """Whole loops from stored images on: this library's defaults, and the way of the field's code."""
     count = max(2, args.steps)
-    with training(args, pictures=args.pictures) as run, field_way(args, count) as theirs:
+    with training(args, images=args.images) as run, field_way(args, count) as theirs:
         run.task.train()
 
         def ours() -> None:
@@ -263,10 +261,10 @@ def peers(args: argparse.Namespace) -> dict[str, float]:
                     train_step(run, [batch])
 
         times = alternate({'peers': theirs, 'ours': ours}, args.device, args.repeats)
-    pictures = count * args.batch_size
+    images = count * args.batch_size
     return {
-        'peers_pictures_per_s': pictures / statistics.median(times['peers']),
-        'pictures_per_s': pictures / statistics.median(times['ours']),
+        'peers_images_per_s': images / statistics.median(times['peers']),
+        'images_per_s': images / statistics.median(times['ours']),
         'over_peers': ratio(times, 'peers', 'ours'),
     }
 
@@ -297,13 +295,13 @@ def serve_field_way(connection: Connection, args: argparse.Namespace, count: int
         keep_memory()
     options = {'fused': False, 'foreach': False}
     plain = {'model_kwargs': {'plain_fusion': True}, 'amp': False, 'channels_last': False, 'torchcompile': False}
-    with training(args, pictures=args.pictures, cache='ram', opt_kwargs=options, **plain) as run:
+    with training(args, images=args.images, cache='ram', opt_kwargs=options, **plain) as run:
         run.task.train()
-        loader = per_picture(run, count, args.workers)
+        loader = per_image(run, count, args.workers)
         with suppress(EOFError):
             while connection.recv():
-                for pictures, labels in loader:
-                    inputs = tuple(pictures.to(args.device).chunk(2))
+                for images, labels in loader:
+                    inputs = tuple(images.to(args.device).chunk(2))
                     (result,) = train_step(run, [Batch(0, inputs, labels.to(args.device), [])])
                     result['loss'].item()
                 finish(args.device)
@@ -312,7 +310,7 @@ def serve_field_way(connection: Connection, args: argparse.Namespace, count: int
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
     """Shares of a step's time by kind of operation."""
-    with training(args, pictures=args.batch_size // (2 * args.identities)) as run:
+    with training(args, images=args.batch_size // (2 * args.identities)) as run:
         (batch,) = drawn(run, 1)
         run.task.train()
         train_step(run, [batch])
@@ -330,11 +328,11 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 
 def saving(args: argparse.Namespace) -> dict[str, float]:
     """An optimiser step on two batches with what saves memory, against one without."""
-    pictures = args.batch_size // (2 * args.identities)
+    images = args.batch_size // (2 * args.identities)
     with (
-        training(args, pictures, grad_accum_steps=2) as run,
-        training(args, pictures, grad_accum_steps=2, grad_checkpointing=True) as checkpointing,
-        training(args, pictures, grad_accum_steps=2, cached_triplet=True) as cached,
+        training(args, images, grad_accum_steps=2) as run,
+        training(args, images, grad_accum_steps=2, grad_checkpointing=True) as checkpointing,
+        training(args, images, grad_accum_steps=2, cached_triplet=True) as cached,
     ):
         group = drawn(run, 2)
         runs = {'plain': run, 'checkpointing': checkpointing, 'cached': cached}
@@ -353,7 +351,7 @@ def other_batches(args: argparse.Namespace) -> dict[str, Any]:
     sizes = {}
     for size in args.batches:
         args_of_size = argparse.Namespace(**{**vars(args), 'batch_size': size})
-        with training(args_of_size, pictures=size // (2 * args.identities)) as run:
+        with training(args_of_size, images=size // (2 * args.identities)) as run:
             if args.device.type == 'cuda':
                 torch.cuda.reset_peak_memory_stats(args.device)
             (batch,) = drawn(run, 1)
@@ -361,7 +359,7 @@ def other_batches(args: argparse.Namespace) -> dict[str, Any]:
             works = {'step': lambda run=run, batch=batch: train_step(run, [batch])}
             times = alternate(works, args.device, args.repeats)
             memory = peak_memory(args.device)
-        sizes[size] = {'pictures_per_s': size / statistics.median(times['step']), 'peak_gib': memory / 2**30}
+        sizes[size] = {'images_per_s': size / statistics.median(times['step']), 'peak_gib': memory / 2**30}
     return {'batches': sizes}
 
 
@@ -370,7 +368,7 @@ def full_size(args: argparse.Namespace) -> dict[str, float]:
     if not args.full_size.exists():
         write_layout(args.full_size, 'sysu_mm01', full_size=True, size=args.size)
     real = {'dataset': 'sysu_mm01', 'data_dir': str(args.full_size), 'dataset_kwargs': {}, 'cache': 'auto'}
-    with training(args, 0, identities_per_batch=8, pictures_per_modality=4, **real) as run:
+    with training(args, 0, identities_per_batch=8, images_per_modality=4, **real) as run:
         if args.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(args.device)
         epoch(run)
@@ -387,16 +385,16 @@ def full_size(args: argparse.Namespace) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     """Markdown of what was measured."""
     rows = (
-        ('data_pictures_per_s', 'augmented batches from the store, pictures/s', '{:,.0f}'),
+        ('data_images_per_s', 'augmented batches from the store, images/s', '{:,.0f}'),
         ('data_ms_per_batch', '... ms per batch', '{:.2f}'),
-        ('chain_pictures_per_s', 'PIL and torchvision for each picture, in workers, pictures/s', '{:,.0f}'),
+        ('chain_images_per_s', 'PIL and torchvision for each image, in workers, images/s', '{:,.0f}'),
         ('data_over_chain', '... times faster', '{:.1f}'),
         ('bare_step_s', "a step of timm's bare ResNet, s", '{:.3f}'),
         ('step_s', 'a step with both stems, all branches and losses, s', '{:.3f}'),
         ('step_over_bare', '... times the bare one', '{:.2f}'),
         ('loop_over_step_rate', "the whole loop's rate, share of the step's", '{:.3f}'),
-        ('pictures_per_s', 'the whole loop, pictures/s', '{:.1f}'),
-        ('peers_pictures_per_s', "the field's way, pictures/s", '{:.1f}'),
+        ('images_per_s', 'the whole loop, images/s', '{:.1f}'),
+        ('peers_images_per_s', "the field's way, images/s", '{:.1f}'),
         ('over_peers', '... times faster', '{:.2f}'),
         ('checkpointing_over_step', 'a step with --grad-checkpointing, times one without', '{:.2f}'),
         ('cached_triplet_over_step', '... with --cached-triplet over two batches', '{:.2f}'),
@@ -407,8 +405,8 @@ def table(result: dict[str, Any]) -> str:
     for kind, share in result.get('profile', {}).items():
         lines.append(f'| share of a step: {kind} | {share:.1%} |')
     for size, measured in result.get('batches', {}).items():
-        rate, memory = measured['pictures_per_s'], measured['peak_gib']
-        lines.append(f'| batch of {size}: pictures/s, peak memory | {rate:,.1f}, {memory:.1f} GiB |')
+        rate, memory = measured['images_per_s'], measured['peak_gib']
+        lines.append(f'| batch of {size}: images/s, peak memory | {rate:,.1f}, {memory:.1f} GiB |')
     return '\n'.join(['| | |', '|---|---|', *lines])
 
 
@@ -419,7 +417,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--model', default='vireid_dml_r50')
     parser.add_argument('--size', nargs=2, type=int, default=[288, 144], metavar=('H', 'W'))
-    parser.add_argument('--batch-size', type=int, default=64, help='pictures, half of them infrared')
+    parser.add_argument('--batch-size', type=int, default=64, help='images, half of them infrared')
     parser.add_argument('--batches', nargs='*', type=int, default=[], help='further batch sizes')
     parser.add_argument('--identities', type=int, default=8, help='in a batch')
     parser.add_argument('--steps', type=int, help='of an epoch that is measured; 4 on a CPU, 60 elsewhere')
@@ -433,8 +431,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.device = resolve_device(args.device)
     args.steps = args.steps or (4 if args.device.type == 'cpu' else 60)
-    # An epoch has one batch more than the pictures fill.
-    args.pictures = max(1, args.steps - 1) * args.batch_size // (2 * args.identities)
+    # An epoch has one batch more than the images fill.
+    args.images = max(1, args.steps - 1) * args.batch_size // (2 * args.identities)
     args.parts += [part for part, given in (('batches', args.batches), ('full-size', args.full_size)) if given]
     return args
 

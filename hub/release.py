@@ -83,7 +83,7 @@ def trained(settings: dict[str, Any], work: Path, device: str) -> Path:
 
 
 def evaluated(run: Path, path: Path, settings: dict[str, Any], args: argparse.Namespace) -> None:
-    """Evaluate the run's model on the test pictures, every protocol unless some are named."""
+    """Evaluate the run's model on the test images, every protocol unless some are named."""
     if path.is_file():
         print(f'evaluate: done already ({path})')
         return
@@ -230,7 +230,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument('--protocol', nargs='+', metavar='NAME', help='all if unset')
     parser.add_argument('--half', action='store_true', help='publish the weights in half precision')
     parser.add_argument('--license', default='', metavar='ID', help='of the weights')
-    parser.add_argument('--data-terms', default='', metavar='TEXT', help='terms of the training pictures')
+    parser.add_argument('--data-terms', default='', metavar='TEXT', help='terms of the training images')
     parser.add_argument('--push', metavar='OWNER/NAME', help='publish on the Hub')
     parser.add_argument('--private', action='store_true', help='for nobody else to see')
     parser.add_argument('--embed', action='store_true', help='write the files that the package ships instead')

@@ -21,9 +21,9 @@ def train_command(output: Path, *arguments: str) -> list[str]:
     """Words of a training on enough rendered people for some sixty short steps per epoch, saving every few of them."""
     return [
         *('train', '--dataset', 'synthetic'),
-        *('--dataset-kwargs', 'identities=120', 'test_identities=2', 'pictures_per_modality=2', 'size=(64,32)'),
+        *('--dataset-kwargs', 'identities=120', 'test_identities=2', 'images_per_modality=2', 'size=(64,32)'),
         *('--model', 'vireid_dml_r10t', '--model-kwargs', f'resnet_args={THIN["resnet_args"]}'),
-        *('--input-size', '3', '64', '32', '--identities-per-batch', '4', '--pictures-per-modality', '1', '--pad', '2'),
+        *('--input-size', '3', '64', '32', '--identities-per-batch', '4', '--images-per-modality', '1', '--pad', '2'),
         *('--epochs', '2', '--warmup-epochs', '0', '--lr', '0.01', '--val-share', '0.05', '--val-interval', '1'),
         *('--model-ema', '--model-ema-decay', '0.9', '--drop', '0.1', '--workers', '0', '--device', 'cpu', '--no-amp'),
         *('--deterministic', '--checkpoint-interval', '4', '--resume', 'auto'),
@@ -32,7 +32,7 @@ def train_command(output: Path, *arguments: str) -> list[str]:
 
 
 class Training:
-    """A process that trains into `folder` / `EXPERIMENT`, with a picture store of its own."""
+    """A process that trains into `folder` / `EXPERIMENT`, with an image store of its own."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.run = folder / EXPERIMENT
@@ -64,8 +64,8 @@ class Training:
             raise TimeoutError(self.said())
         return self.process.exitcode
 
-    def stores_pictures(self) -> bool:
-        """Whether the picture store is being written."""
+    def stores_images(self) -> bool:
+        """Whether the image store is being written."""
         return self.cache.is_dir() and any(path.suffix == '.tmp' for path in self.cache.iterdir())
 
     def writes(self, name: str) -> Callable[[], bool]:
@@ -90,12 +90,12 @@ class Training:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two checkpoints are the same, bit for bit; pictures per second aside, which are wall-clock time."""
+    """Whether two checkpoints are the same, bit for bit; images per second aside, which are wall-clock time."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
-        keys = first.keys() - {'train_pictures_per_second'}
-        return keys == second.keys() - {'train_pictures_per_second'} and all(
+        keys = first.keys() - {'train_images_per_second'}
+        return keys == second.keys() - {'train_images_per_second'} and all(
             equal(first[key], second[key]) for key in keys
         )
     if isinstance(first, (list, tuple)):

@@ -72,8 +72,8 @@ def _kill(training: Training, chance: random.Random) -> tuple[str, float]:
 
 def _moment(training: Training, chance: random.Random) -> tuple[str, Callable[[], bool]]:
     """What to wait for before the kill, in words and as a test."""
-    if not any(training.cache.glob('pictures-*')) and chance.random() < 0.7:
-        return 'storing pictures', training.stores_pictures
+    if not any(training.cache.glob('images-*')) and chance.random() < 0.7:
+        return 'storing images', training.stores_images
     wait_for = chance.random()
     if wait_for < 0.25:
         return 'writing a checkpoint', training.writes('last.pth')

@@ -40,7 +40,7 @@ ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packa
 IMPORT_NAMES = {'pillow': 'PIL', 'pyyaml': 'yaml', 'faiss-cpu': 'faiss'}
 
 # Modalities are visible and infrared: no name and no flag has these words, no argument is called these. Exempt is, by
-# module, what means something else: `thermal` as a spectrum of SynthVI, `rgb` as Pillow's picture mode.
+# module, what means something else: `thermal` as a spectrum of SynthVI, `rgb` as Pillow's image mode.
 BANNED_WORDS = {'rgb', 'ir', 'nir', 'vis', 'thermal', 'color'}
 BANNED_ARGUMENTS = {'x1', 'x2'}
 EXEMPT_WORDS = {'synthvi.person': {'thermal'}, 'synthvi.render': {'thermal'}, 'data.images': {'rgb'}}

@@ -20,7 +20,7 @@ from .evaluation.protocols import protocol_trials as protocol_trials
 from .evaluation.protocols import protocols_of as protocols_of
 from .evaluation.report import Report as Report
 from .evaluation.reranking import ReRanking as ReRanking
-from .figures.rank_list import rank_list_picture as rank_list_picture
+from .figures.rank_list import rank_list_image as rank_list_image
 from .hub.folder import load_model as load_model
 from .hub.folder import save_model_folder as save_model_folder
 from .hub.folder import save_run as save_run

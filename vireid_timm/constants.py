@@ -3,5 +3,5 @@
 VISIBLE = 'visible'
 INFRARED = 'infrared'
 MODALITIES = (VISIBLE, INFRARED)
-SPLITS = ('train', 'query', 'gallery', 'test')  # test: a picture that may serve as query and as gallery
+SPLITS = ('train', 'query', 'gallery', 'test')  # test: an image that may serve as query and as gallery
 UNKNOWN_CAMERA = 0

@@ -1,4 +1,4 @@
-"""The `vireid` command as its users run it, on every layout, from pictures on disk to a report."""
+"""The `vireid` command as its users run it, on every layout, from images on disk to a report."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from vireid_timm.evaluation.report import Report
 TINY = (
     '--identities-per-batch',
     '3',
-    '--pictures-per-modality',
+    '--images-per-modality',
     '2',
     '--epochs',
     '1',
@@ -55,7 +55,7 @@ def _train_command(root: Path, output: Path) -> list[str]:
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _synth(tmp_path_factory.mktemp('data') / 'pictures')
+    return _synth(tmp_path_factory.mktemp('data') / 'images')
 
 
 @pytest.fixture(scope='module')
@@ -266,7 +266,7 @@ def test_user_errors_are_one_line_and_a_non_zero_exit_code(
     assert [path.name for path in tmp_path.iterdir()] == ['bad.yaml']
 
 
-def test_a_broken_picture_stops_a_run_unless_it_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_broken_image_stops_a_run_unless_it_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = _synth(tmp_path / 'data')
     broken = sorted((root / 'train/visible').glob('*/*'))[0]
     broken.write_bytes(broken.read_bytes()[:40])
@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     assert main(['train', '--resume', str(tmp_path / 'run'), '--epochs', '2']) == 0
 
 
-def test_infrared_pictures_of_one_channel_and_sixteen_bits_train(tmp_path: Path) -> None:
+def test_infrared_images_of_one_channel_and_sixteen_bits_train(tmp_path: Path) -> None:
     root = _synth(tmp_path / 'data')
     for path in sorted((root / 'train/infrared').glob('*/*')):
         grey = Image.open(path).convert('L').point(lambda value: value * 200, 'I').convert('I;16')

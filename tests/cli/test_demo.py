@@ -43,7 +43,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path: Path) -> None:
     assert summary['reloaded'] == summary['fine_tuned']
     assert summary['embedded']['mAP'] > summary['untrained']['mAP']
     assert (Path(summary['model']) / 'model.safetensors').is_file()
-    pixels = np.asarray(Image.open(summary['picture']))
+    pixels = np.asarray(Image.open(summary['image']))
     assert (pixels == HIT).all(axis=2).any() and (pixels == MISS).all(axis=2).any()
 
 

@@ -1,4 +1,4 @@
-"""The augmentations against per-picture versions, their statistics under fixed seeds, and their determinism."""
+"""The augmentations against per-image versions, their statistics under fixed seeds, and their determinism."""
 
 import itertools
 import random
@@ -23,7 +23,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
 
 
@@ -46,41 +46,41 @@ def global_random_state_untouched() -> Iterator[None]:
 def test_new_tensor_of_the_same_type_and_memory_format(
     make: Callable, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    pictures = (random_pictures(6, 3, 32, 16) / 255).to(dtype).contiguous(memory_format=memory_format)
-    before = pictures.clone()
-    result = make()(pictures, generator())
+    images = (random_images(6, 3, 32, 16) / 255).to(dtype).contiguous(memory_format=memory_format)
+    before = images.clone()
+    result = make()(images, generator())
     assert result.dtype == dtype
-    assert result.shape == pictures.shape
+    assert result.shape == images.shape
     assert result.is_contiguous(memory_format=memory_format)
-    assert result.data_ptr() != pictures.data_ptr()
-    assert torch.equal(pictures, before), 'the input was changed'
-    torch.testing.assert_close(result, make()(pictures.contiguous(), generator()).to(result))
+    assert result.data_ptr() != images.data_ptr()
+    assert torch.equal(images, before), 'the input was changed'
+    torch.testing.assert_close(result, make()(images.contiguous(), generator()).to(result))
 
 
 @pytest.mark.parametrize('make', TRANSFORMS.values(), ids=TRANSFORMS)
-def test_same_generator_state_gives_the_same_pictures(make: Callable) -> None:
-    pictures = random_pictures(8, 3, 40, 20) / 255
-    first, again, other = (make()(pictures, generator(seed)) for seed in (1, 1, 2))
+def test_same_generator_state_gives_the_same_images(make: Callable) -> None:
+    images = random_images(8, 3, 40, 20) / 255
+    first, again, other = (make()(images, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     transform, shared = make(), generator(1)
-    assert torch.equal(transform(pictures, shared), first)
-    assert not torch.equal(transform(pictures, shared), first), 'a second batch must get new draws'
+    assert torch.equal(transform(images, shared), first)
+    assert not torch.equal(transform(images, shared), first), 'a second batch must get new draws'
 
 
 @pytest.mark.parametrize('make', [PadCropFlip, RandomChannelCombination, ChannelRandomErasing])
 def test_without_a_generator_the_seed_decides(make: Callable) -> None:
-    pictures = random_pictures(8, 3, 40, 20) / 255
+    images = random_images(8, 3, 40, 20) / 255
     first, second, other = make(seed=3), make(seed=3), make(seed=4)
     for _ in range(2):
-        assert torch.equal(first(pictures), second(pictures))
-    assert not torch.equal(first(pictures), other(pictures))
+        assert torch.equal(first(images), second(images))
+    assert not torch.equal(first(images), other(images))
 
 
 @pytest.mark.parametrize('make', TRANSFORMS.values(), ids=TRANSFORMS)
-def test_each_picture_has_its_own_draw(make: Callable) -> None:
-    picture = random_pictures(1, 3, 40, 20) / 255
-    results = make()(picture.expand(64, 3, 40, 20), generator())
+def test_each_image_has_its_own_draw(make: Callable) -> None:
+    image = random_images(1, 3, 40, 20) / 255
+    results = make()(image.expand(64, 3, 40, 20), generator())
     assert len({result.numpy().tobytes() for result in results}) >= 7
 
 
@@ -102,8 +102,8 @@ def test_never_waits_for_the_device(make: Callable) -> None:
 
 
 @pytest.mark.parametrize('make', [RandomChannelCombination, ChannelRandomErasing])
-def test_integer_pictures_are_refused_where_values_are_mixed(make: Callable) -> None:
-    with pytest.raises(ValueError, match='float pictures expected, got torch.uint8'):
+def test_integer_images_are_refused_where_values_are_mixed(make: Callable) -> None:
+    with pytest.raises(ValueError, match='float images expected, got torch.uint8'):
         make()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 
@@ -112,23 +112,23 @@ def test_integer_pictures_are_refused_where_values_are_mixed(make: Callable) -> 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_normalize_is_per_channel(memory_format: torch.memory_format) -> None:
-    pictures = (random_pictures(2, 3, 5, 4) / 255).contiguous(memory_format=memory_format)
-    before = pictures.clone()
-    result = normalize(pictures, MEAN, STD)
+    images = (random_images(2, 3, 5, 4) / 255).contiguous(memory_format=memory_format)
+    before = images.clone()
+    result = normalize(images, MEAN, STD)
     assert result.is_contiguous(memory_format=memory_format)
-    assert torch.equal(pictures, before)
+    assert torch.equal(images, before)
     for channel in range(3):
-        torch.testing.assert_close(result[:, channel], (pictures[:, channel] - MEAN[channel]) / STD[channel])
+        torch.testing.assert_close(result[:, channel], (images[:, channel] - MEAN[channel]) / STD[channel])
 
 
 # Pad, crop, flip --------------------------------------------------------------------------------------------------
 
 
-def naive_crops(picture: torch.Tensor, pad: int) -> Iterator[tuple[tuple[int, int, bool], torch.Tensor]]:
-    """Every crop of one padded picture [3, H, W], plain and mirrored."""
-    _, height, width = picture.shape
-    padded = torch.zeros(3, height + 2 * pad, width + 2 * pad, dtype=picture.dtype)
-    padded[:, pad : pad + height, pad : pad + width] = picture
+def naive_crops(image: torch.Tensor, pad: int) -> Iterator[tuple[tuple[int, int, bool], torch.Tensor]]:
+    """Every crop of one padded image [3, H, W], plain and mirrored."""
+    _, height, width = image.shape
+    padded = torch.zeros(3, height + 2 * pad, width + 2 * pad, dtype=image.dtype)
+    padded[:, pad : pad + height, pad : pad + width] = image
     for top, left in itertools.product(range(2 * pad + 1), repeat=2):
         crop = padded[:, top : top + height, left : left + width]
         yield (top, left, False), crop
@@ -140,10 +140,10 @@ def naive_crops(picture: torch.Tensor, pad: int) -> Iterator[tuple[tuple[int, in
 def test_crops_are_exactly_those_of_the_loop_and_all_of_them_occur(
     size: tuple[int, int], pad: int, dtype: torch.dtype
 ) -> None:
-    picture = random_pictures(3, *size).to(dtype)
-    expected = {crop.numpy().tobytes(): draw for draw, crop in naive_crops(picture, pad)}
+    image = random_images(3, *size).to(dtype)
+    expected = {crop.numpy().tobytes(): draw for draw, crop in naive_crops(image, pad)}
     assert len(expected) == 2 * (2 * pad + 1) ** 2
-    results = PadCropFlip(pad)(picture.expand(3000, 3, *size), generator())
+    results = PadCropFlip(pad)(image.expand(3000, 3, *size), generator())
     counts = dict.fromkeys(expected.values(), 0)
     for result in results:
         counts[expected[result.numpy().tobytes()]] += 1
@@ -153,16 +153,16 @@ def test_crops_are_exactly_those_of_the_loop_and_all_of_them_occur(
 
 @pytest.mark.parametrize('flip', [0.0, 1.0])
 def test_flip_probability_at_its_ends(flip: float) -> None:
-    pictures = random_pictures(20, 3, 6, 4)
-    result = PadCropFlip(0, flip)(pictures, generator())
-    assert torch.equal(result, pictures.flip(3) if flip else pictures)
+    images = random_images(20, 3, 6, 4)
+    result = PadCropFlip(0, flip)(images, generator())
+    assert torch.equal(result, images.flip(3) if flip else images)
 
 
-def test_crop_moves_every_picture_of_a_batch_alone() -> None:
-    """Different pictures: none may be cut from its neighbour."""
-    pictures = random_pictures(12, 3, 8, 6)
-    for result, picture in zip(PadCropFlip(10)(pictures, generator()), pictures, strict=True):
-        assert any(torch.equal(result, crop) for _, crop in naive_crops(picture, 10))
+def test_crop_moves_every_image_of_a_batch_alone() -> None:
+    """Different images: none may be cut from its neighbour."""
+    images = random_images(12, 3, 8, 6)
+    for result, image in zip(PadCropFlip(10)(images, generator()), images, strict=True):
+        assert any(torch.equal(result, crop) for _, crop in naive_crops(image, 10))
 
 
 @pytest.mark.parametrize('options', [{'pad': -1}, {'flip': 1.5}])
@@ -186,9 +186,9 @@ def chi_square_limit(outcomes: int) -> float:
     return freedom + 4 * (2 * freedom) ** 0.5
 
 
-def naive_outcomes(picture: torch.Tensor) -> list[torch.Tensor]:
-    """The seven pictures of the paper's section 3.1 made of one picture [3, H, W]."""
-    red, green, blue = picture
+def naive_outcomes(image: torch.Tensor) -> list[torch.Tensor]:
+    """The seven images of the paper's section 3.1 made of one image [3, H, W]."""
+    red, green, blue = image
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
     return [
         torch.stack((red, green, blue)),
@@ -202,10 +202,10 @@ def naive_outcomes(picture: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_seven_outcomes_exact_and_equally_likely() -> None:
-    picture = random_pictures(3, 4, 3) / 255
-    *orders, gray = naive_outcomes(picture)
+    image = random_images(3, 4, 3) / 255
+    *orders, gray = naive_outcomes(image)
     counts = [0] * 7
-    for result in RandomChannelCombination()(picture.expand(3500, 3, 4, 3), generator()):
+    for result in RandomChannelCombination()(image.expand(3500, 3, 4, 3), generator()):
         matches = [number for number, order in enumerate(orders) if torch.equal(result, order)]  # bit for bit
         if not matches:
             torch.testing.assert_close(result, gray, rtol=0.0, atol=1e-6)
@@ -217,10 +217,10 @@ def test_seven_outcomes_exact_and_equally_likely() -> None:
 
 
 def test_combination_is_exact_under_autocast() -> None:
-    pictures = random_pictures(32, 3, 4, 3) / 255
+    images = random_images(32, 3, 4, 3) / 255
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        result = RandomChannelCombination()(pictures, generator())
-    assert torch.equal(result, RandomChannelCombination()(pictures, generator()))
+        result = RandomChannelCombination()(images, generator())
+    assert torch.equal(result, RandomChannelCombination()(images, generator()))
     assert result.dtype == torch.float32
 
 
@@ -237,8 +237,8 @@ def rectangle_of(erased: torch.Tensor) -> tuple[int, int, int, int]:
 
 def test_erasing_draws_rectangles_in_the_ranges_with_one_value_per_channel() -> None:
     height, width = 72, 36
-    pictures = torch.full((2000, 3, height, width), 9.0)  # a value that a standard normal does not take
-    results = ChannelRandomErasing()(pictures, generator())
+    images = torch.full((2000, 3, height, width), 9.0)  # a value that a standard normal does not take
+    results = ChannelRandomErasing()(images, generator())
     erased = results != 9.0
     chosen = erased.flatten(1).any(1)
     assert abs(chosen.float().mean() - 0.5) < 0.05
@@ -274,8 +274,8 @@ def test_erasing_draws_rectangles_in_the_ranges_with_one_value_per_channel() -> 
 
 
 def test_erasing_with_fixed_values_and_certainty() -> None:
-    pictures = torch.full((50, 3, 24, 12), 9.0)
-    results = ChannelRandomErasing(1.0, fill=(0.25, -0.5, 1.0))(pictures, generator())
+    images = torch.full((50, 3, 24, 12), 9.0)
+    results = ChannelRandomErasing(1.0, fill=(0.25, -0.5, 1.0))(images, generator())
     for result in results:
         erased = result[0] != 9.0
         rectangle_of(erased)
@@ -285,16 +285,16 @@ def test_erasing_with_fixed_values_and_certainty() -> None:
 
 
 def test_erasing_never_with_probability_zero_or_where_nothing_fits() -> None:
-    pictures = random_pictures(50, 3, 24, 12) / 255
-    assert torch.equal(ChannelRandomErasing(0.0)(pictures, generator()), pictures)
-    # As tall as wide at the full area: too wide for an upright picture, every time.
-    assert torch.equal(ChannelRandomErasing(1.0, (1.0, 1.0), (1.0, 1.0))(pictures, generator()), pictures)
+    images = random_images(50, 3, 24, 12) / 255
+    assert torch.equal(ChannelRandomErasing(0.0)(images, generator()), images)
+    # As tall as wide at the full area: too wide for an upright image, every time.
+    assert torch.equal(ChannelRandomErasing(1.0, (1.0, 1.0), (1.0, 1.0))(images, generator()), images)
 
 
 def test_erasing_falls_back_on_a_later_candidate() -> None:
-    """Wide rectangles on a narrow picture: most candidates do not fit, yet nearly every picture gets one."""
-    pictures = torch.full((500, 3, 64, 16), 9.0)
-    results = ChannelRandomErasing(1.0, (0.1, 0.3), (0.3, 3.33))(pictures, generator())
+    """Wide rectangles on a narrow image: most candidates do not fit, yet nearly every image gets one."""
+    images = torch.full((500, 3, 64, 16), 9.0)
+    results = ChannelRandomErasing(1.0, (0.1, 0.3), (0.3, 3.33))(images, generator())
     assert (results != 9.0).flatten(1).any(1).float().mean() > 0.98
 
 
@@ -330,7 +330,7 @@ def test_augment_is_its_parts_in_order(modality: str) -> None:
     augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, erasing_fill=(0.1, 0.2, 0.3))
     # Several batches, also of other sizes: nothing of one may show in the next, whose memory is used again.
     for seed, shape in enumerate([(40, 3, 32, 16), (40, 3, 32, 16), (3, 3, 32, 16), (3, 3, 16, 32), (3, 3, 16, 32)]):
-        stored = random_pictures(*shape, seed=seed)
+        stored = random_images(*shape, seed=seed)
         before = stored.clone()
         result = augment(stored, generator(5))
         assert result.dtype == torch.float32
@@ -341,8 +341,8 @@ def test_augment_is_its_parts_in_order(modality: str) -> None:
         assert torch.equal(augment(pixel_after_pixel, generator(5)), result)
 
 
-def test_augment_without_anything_is_the_normalised_picture() -> None:
-    stored = random_pictures(4, 3, 9, 7)
+def test_augment_without_anything_is_the_normalised_image() -> None:
+    stored = random_images(4, 3, 9, 7)
     augment = Augment('visible', MEAN, STD, pad=0, flip=0.0, channel_combination=False, erasing_probability=0.0)
     expected = (stored / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(augment(stored), expected)
@@ -356,14 +356,14 @@ def test_augment_of_nothing_and_without_waiting_for_the_device() -> None:
 
 
 def test_infrared_channels_stay_equal_until_erasing() -> None:
-    stored = random_pictures(8, 1, 20, 10).expand(8, 3, 20, 10)
+    stored = random_images(8, 1, 20, 10).expand(8, 3, 20, 10)
     result = Augment('infrared', (0.5,) * 3, (0.25,) * 3, erasing_probability=0.0)(stored, generator())
     assert torch.equal(result[:, 0], result[:, 1])
     assert torch.equal(result[:, 0], result[:, 2])
 
 
 def test_augment_seed_decides_without_a_generator() -> None:
-    stored = random_pictures(8, 3, 20, 10)
+    stored = random_images(8, 3, 20, 10)
     first, second, other = (Augment('visible', MEAN, STD, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first(stored), second(stored))
     assert not torch.equal(first(stored), other(stored))
@@ -372,7 +372,7 @@ def test_augment_seed_decides_without_a_generator() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('modality', ['visible', 'infrared'])
 def test_augment_is_the_same_on_a_gpu(modality: str) -> None:
-    stored = random_pictures(40, 3, 64, 32)
+    stored = random_images(40, 3, 64, 32)
     augment = Augment(modality, MEAN, STD)
     expected = augment(stored, generator(3))
     torch.testing.assert_close(augment(stored.cuda(), generator(3)).cpu(), expected, rtol=0.0, atol=1e-6)
@@ -383,5 +383,5 @@ def test_augment_errors() -> None:
         Augment('grey', MEAN, STD)
     with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[2, 8, 8, 3\]'):
         Augment('visible', MEAN, STD)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match='uint8 pictures expected.*, got torch.float32'):
+    with pytest.raises(ValueError, match='uint8 images expected.*, got torch.float32'):
         Augment('visible', MEAN, STD)(torch.zeros(2, 3, 8, 8))

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from vireid_timm.constants import INFRARED, VISIBLE
-from vireid_timm.data.images import read_picture
+from vireid_timm.data.images import read_image
 from vireid_timm.data.layouts import ABOUT_FILE, LAYOUT_NAMES, plan_layout, write_layout, write_permutations
 from vireid_timm.data.readers import PUBLISHED_COUNTS, create_dataset
 from vireid_timm.data.records import Dataset, Records
@@ -52,13 +52,13 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize('layout', LAYOUT_NAMES)
-def test_every_picture_comes_back(written, layout):
+def test_every_image_comes_back(written, layout):
     root, plan = written[layout]
     dataset = create_dataset(layout, root)
-    planned = {str(root / picture.path): picture for picture in plan.pictures}
+    planned = {str(root / image.path): image for image in plan.images}
     paths = [path for records in tables(dataset) for path in records.path.tolist()]
     assert sorted(paths) == sorted(planned)
-    assert len({picture[1:] for picture in plan.pictures}) == len(plan.pictures), 'no two files show the same picture'
+    assert len({image[1:] for image in plan.images}) == len(plan.images), 'no two files show the same image'
     for records in tables(dataset):
         for path, identity, camera, modality in zip(
             records.path.tolist(),
@@ -67,20 +67,20 @@ def test_every_picture_comes_back(written, layout):
             records.modality.tolist(),
             strict=True,
         ):
-            picture = planned[path]
-            assert (int(identity), camera, modality) == (picture.identity, picture.camera, picture.modality)
-            with Image.open(path) as image:
-                assert image.mode == ('RGB' if modality == VISIBLE else 'L')
+            image = planned[path]
+            assert (int(identity), camera, modality) == (image.identity, image.camera, image.modality)
+            with Image.open(path) as opened:
+                assert opened.mode == ('RGB' if modality == VISIBLE else 'L')
             expected = render(
-                picture.modality,
-                picture.identity,
-                picture.camera,
-                picture.picture,
+                image.modality,
+                image.identity,
+                image.camera,
+                image.image,
                 seed=3,
                 spectrum='thermal' if layout == 'regdb' else 'near-infrared',
                 size=SIZE,
             )
-            difference = np.abs(np.asarray(read_picture(path)).astype(int) - expected)
+            difference = np.abs(np.asarray(read_image(path)).astype(int) - expected)
             assert difference.mean() <= (0 if path.endswith('.bmp') else 8), 'JPEG may lose a little'
 
 
@@ -132,8 +132,8 @@ def owners_orders(root):
 def test_sysu_mm01_has_the_owners_permutations(written):
     root, plan = written['sysu_mm01']
     listing = {}
-    for picture in plan.pictures:
-        listing.setdefault((picture.camera, picture.identity), []).append(str(root / picture.path))
+    for image in plan.images:
+        listing.setdefault((image.camera, image.identity), []).append(str(root / image.path))
     orders = owners_orders(root)
     assert orders.keys() == listing.keys()
     for cell, matrix in orders.items():
@@ -204,8 +204,8 @@ def test_regdb_trials_divide_the_identities_anew(written):
 
 def test_llcm_follows_the_owners(written):
     root, plan = written['llcm']
-    infrared = [picture for picture in plan.pictures if picture.modality == INFRARED]
-    assert all(picture.camera != 3 for picture in infrared)
+    infrared = [image for image in plan.images if image.modality == INFRARED]
+    assert all(image.camera != 3 for image in infrared)
     assert {
         len(line.split(' '))
         for name in ('train_vis', 'train_nir', 'test_vis', 'test_nir')
@@ -236,9 +236,9 @@ def test_spectrum_is_chosen_or_the_layouts_own(tmp_path):
         root = tmp_path / str(number)
         plan = write_layout(root, layout, identities=1, test_identities=1, spectrum=spectrum, size=SIZE)
         assert json.loads((root / ABOUT_FILE).read_text())['spectrum'] == expected
-        picture = next(picture for picture in plan.pictures if picture.modality == INFRARED)
-        pixels = render(INFRARED, picture.identity, picture.camera, picture.picture, spectrum=expected, size=SIZE)
-        assert np.abs(np.asarray(read_picture(str(root / picture.path))).astype(int) - pixels).mean() < 8
+        image = next(image for image in plan.images if image.modality == INFRARED)
+        pixels = render(INFRARED, image.identity, image.camera, image.image, spectrum=expected, size=SIZE)
+        assert np.abs(np.asarray(read_image(str(root / image.path))).astype(int) - pixels).mean() < 8
 
 
 def test_written_folder_is_left_as_it_is(tmp_path):
@@ -248,7 +248,7 @@ def test_written_folder_is_left_as_it_is(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in root.rglob('*')}
     write_layout(str(root), 'folder', identities=2, test_identities=1, size=list(SIZE))
     assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
-    with pytest.raises(ValueError, match=r'holds other SynthVI pictures \(seed 0 instead of 1\)'):
+    with pytest.raises(ValueError, match=r'holds other SynthVI images \(seed 0 instead of 1\)'):
         write_layout(root, 'folder', identities=2, test_identities=1, size=SIZE, seed=1)
     assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
     assert os.listdir(root.parent) == ['data']
@@ -265,7 +265,7 @@ def test_foreign_folders_are_refused(tmp_path):
 
 
 def test_interrupted_run_is_noticed(tmp_path):
-    with pytest.raises(ValueError, match='a picture needs'):
+    with pytest.raises(ValueError, match='an image needs'):
         write_layout(tmp_path / 'data', 'folder', identities=2, size=(4, 2))
     assert not list(tmp_path.iterdir()), 'an error leaves nothing behind'
     (tmp_path / 'data.partial').mkdir()  # as a killed run leaves it
@@ -319,14 +319,14 @@ def full():
         else:
             tested = set(plan.lists['exp/test_id.txt' if layout == 'sysu_mm01' else 'idx/test_id.txt'][:-1].split(','))
         rows = {True: [], False: []}
-        for picture in plan.pictures:
-            is_test = str(picture.identity) in tested
+        for image in plan.images:
+            is_test = str(image.identity) in tested
             rows[is_test].append(
                 (
-                    picture.path,
-                    f'{picture.identity:04d}',
-                    picture.camera,
-                    picture.modality,
+                    image.path,
+                    f'{image.identity:04d}',
+                    image.camera,
+                    image.modality,
                     'test' if is_test else 'train',
                 )
             )
@@ -343,13 +343,13 @@ def test_full_size_has_the_published_counts(full, layout):
     assert (plan.identities, plan.test_identities) == expected
     for records, modality in itertools.product(tables(dataset), (VISIBLE, INFRARED)):
         assert records[records.modality == modality].identities() == records.identities()
-    assert len({picture.path for picture in plan.pictures}) == len({picture[1:] for picture in plan.pictures})
-    assert len({picture.path for picture in plan.pictures}) == len(plan.pictures)
+    assert len({image.path for image in plan.images}) == len({image[1:] for image in plan.images})
+    assert len({image.path for image in plan.images}) == len(plan.images)
 
 
 def test_full_size_is_nothing_odd_to_the_reader(tmp_path, caplog):
-    plan = plan_layout('regdb', full_size=True)  # the smallest; readers do not open pictures
-    contents = {picture.path: '' for picture in plan.pictures} | plan.lists
+    plan = plan_layout('regdb', full_size=True)  # the smallest; readers do not open images
+    contents = {image.path: '' for image in plan.images} | plan.lists
     for folder in {os.path.dirname(name) for name in contents}:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -373,7 +373,7 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
     val = np.isin(dataset.train.identity.astype(int), sorted(lists['val']))
     assert [int((val & (dataset.train.modality == modality)).sum()) for modality in (VISIBLE, INFRARED)] == [1974, 1980]
 
-    # Camera: pictures, identities, least and most pictures per identity of the test; pictures, identities of training.
+    # Camera: images, identities, least and most images per identity of the test; images, identities of training.
     for camera, expected, expected_train in (
         (1, (1374, 56, 13, 42), (4721, 194)),
         (2, (1565, 56, 18, 40), (5753, 195)),
@@ -405,8 +405,8 @@ def full_tree(tmp_path_factory):
     root = folder / 'sysu_mm01'
     plan = plan_layout('sysu_mm01', full_size=True)
     names_in = {}
-    for picture in plan.pictures:
-        inner, name = os.path.split(picture.path)
+    for image in plan.images:
+        inner, name = os.path.split(image.path)
         names_in.setdefault(inner, []).append(name)
     for inner, names in names_in.items():
         shared = folder / f'{names[0]} to {names[-1]}'

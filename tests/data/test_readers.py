@@ -16,7 +16,7 @@ SYSU_MODALITY = {1: VISIBLE, 2: VISIBLE, 3: INFRARED, 4: VISIBLE, 5: VISIBLE, 6:
 
 
 def put(root, *names):
-    """A tiny picture under every name; the readers must not care what it shows."""
+    """A tiny image under every name; the readers must not care what it shows."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new('L', (2, 4)).save(root / name)
@@ -95,10 +95,10 @@ def test_sysu_mm01_says_what_is_odd(sysu, caplog):
     }
     create_dataset('sysu_mm01', root)
     empty, unseen, differing = warnings_in(caplog)
-    assert empty == f'1 folders hold no picture: {root}/cam1/0044'
-    assert unseen == '1 of the listed test identities have no picture: 0044'
+    assert empty == f'1 folders hold no image: {root}/cam1/0044'
+    assert unseen == '1 of the listed test identities have no image: 0044'
     assert (
-        f'{root}: picture counts differ from the published sysu_mm01: training visible {counts[VISIBLE]} '
+        f'{root}: image counts differ from the published sysu_mm01: training visible {counts[VISIBLE]} '
         f'(published 22,258), training infrared {counts[INFRARED]} (published 11,909)'
     ) in differing
 
@@ -297,8 +297,8 @@ def test_folder_says_what_is_odd(tmp_path, caplog):
     put_people(tmp_path, 'gallery', [], 'a')
     create_dataset('folder', tmp_path)
     assert warnings_in(caplog) == [
-        f'2 folders hold no picture: {tmp_path}/train/visible/nobody, {tmp_path}/train/infrared/nobody',
-        '3 training identities have pictures of one modality only and are skipped for batches: e, f, x',
+        f'2 folders hold no image: {tmp_path}/train/visible/nobody, {tmp_path}/train/infrared/nobody',
+        '3 training identities have images of one modality only and are skipped for batches: e, f, x',
         '1 identities are both learned from and tested on, which flatters the result: a',
     ]
 
@@ -316,14 +316,14 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match='has a folder query but no gallery'):
         create_dataset('folder', tmp_path)
     put_people(tmp_path, 'gallery', 'a', [])
-    with pytest.raises(ValueError, match='query holds no picture'):
+    with pytest.raises(ValueError, match='query holds no image'):
         create_dataset('folder', tmp_path)
 
 
-def test_folder_without_any_picture(tmp_path):
+def test_folder_without_any_image(tmp_path):
     for modality in (VISIBLE, INFRARED):
         (tmp_path / 'train' / modality).mkdir(parents=True)
-    with pytest.raises(ValueError, match=f'{tmp_path} holds no picture; expected:'):
+    with pytest.raises(ValueError, match=f'{tmp_path} holds no image; expected:'):
         create_dataset('folder', tmp_path, test_share=0)
 
 
@@ -360,7 +360,7 @@ def test_csv(tmp_path, caplog):
     assert warnings_in(caplog) == [f'{table}: 1 repeated lines are dropped']
 
 
-def test_csv_beside_its_pictures(tmp_path, monkeypatch):
+def test_csv_beside_its_images(tmp_path, monkeypatch):
     put(tmp_path, 'a.jpg')
     write_csv(tmp_path, 'a.jpg,anna,1,visible,test')
     monkeypatch.chdir(tmp_path)
@@ -387,11 +387,11 @@ def test_csv_numbers_cameras_that_have_names(tmp_path, caplog):
         (['a.jpg,,1,visible,train'], 'line 2: the identity is empty'),
         (['a.jpg,anna,1,visible'], 'line 2: expected 5 values'),
         (['a.jpg,anna,1,visible,train,x'], 'line 2: expected 5 values'),
-        (['a.jpg,anna,1,visible,query'], 'lists query pictures but no gallery'),
-        (['a.jpg,anna,1,visible,gallery'], 'lists gallery pictures but no query'),
+        (['a.jpg,anna,1,visible,query'], 'lists query images but no gallery'),
+        (['a.jpg,anna,1,visible,gallery'], 'lists gallery images but no query'),
         (['a.jpg,anna,1,visible,train', 'a.jpg,anna,1,visible,test'], 'lines 2 and 3: .*for training and for testing'),
         (['a.jpg,anna,1,visible,test', 'a.jpg,anna,2,visible,test'], 'lines 2 and 3: .*different identities, cameras'),
-        ([], 'holds no picture'),
+        ([], 'holds no image'),
     ],
 )
 def test_csv_errors(tmp_path, lines, message):
@@ -418,7 +418,7 @@ def test_synthetic():
         seed=2,
         spectrum='thermal',
         size=[64, 32],
-        pictures_per_modality=2,
+        images_per_modality=2,
         visible_cameras=3,
         infrared_cameras=2,
         first_camera=11,
@@ -428,7 +428,7 @@ def test_synthetic():
         'seed': 2,
         'spectrum': 'thermal',
         'size': (64, 32),
-        'pictures_per_modality': 2,
+        'images_per_modality': 2,
         'visible_cameras': 3,
         'infrared_cameras': 2,
         'first_camera': 11,
@@ -447,7 +447,7 @@ def test_synthetic_errors():
         create_dataset('synthetic', identities=-1)
     with pytest.raises(ValueError, match="takes no root folder, got '/somewhere'"):
         create_dataset('synthetic', '/somewhere')
-    with pytest.raises(ValueError, match='synthetic holds no picture'):
+    with pytest.raises(ValueError, match='synthetic holds no image'):
         create_dataset('synthetic', identities=0, test_identities=0)
 
 

@@ -16,7 +16,7 @@ Table = tuple[list[str], list[str]]
 
 
 def table(counts: dict[str, tuple[int, int]], seed: int = 0) -> Table:
-    """Columns identity and modality of name -> (visible pictures, infrared pictures), rows in random order."""
+    """Columns identity and modality of name -> (visible images, infrared images), rows in random order."""
     rows = [
         (name, modality)
         for name, pair in counts.items()
@@ -47,25 +47,25 @@ def halves_of(batch: list[int], columns: Table, per_identity: int) -> tuple[list
     return names[: len(names) // 2], names[len(names) // 2 :]
 
 
-@pytest.mark.parametrize(('identities_per_batch', 'pictures_per_modality'), [(8, 4), (1, 1), (30, 3), (5, 60)])
-def test_every_batch_is_balanced_and_ordered(identities_per_batch: int, pictures_per_modality: int) -> None:
+@pytest.mark.parametrize(('identities_per_batch', 'images_per_modality'), [(8, 4), (1, 1), (30, 3), (5, 60)])
+def test_every_batch_is_balanced_and_ordered(identities_per_batch: int, images_per_modality: int) -> None:
     columns = uneven_table()
     sizes = Counter(zip(*columns, strict=True))
     sampler = IdentityModalitySampler(
-        *columns, identities_per_batch=identities_per_batch, pictures_per_modality=pictures_per_modality
+        *columns, identities_per_batch=identities_per_batch, images_per_modality=images_per_modality
     )
     for batch in sampler:
-        assert len(batch) == 2 * identities_per_batch * pictures_per_modality
+        assert len(batch) == 2 * identities_per_batch * images_per_modality
         assert all(type(row) is int for row in batch)
-        visible, infrared = halves_of(batch, columns, pictures_per_modality)
+        visible, infrared = halves_of(batch, columns, images_per_modality)
         assert visible == infrared
         assert len(set(visible)) == identities_per_batch
         for row, times in Counter(batch).items():
             size = sizes[columns[0][row], columns[1][row]]
-            assert times <= -(-pictures_per_modality // size), 'a picture came twice before all came once'
+            assert times <= -(-images_per_modality // size), 'an image came twice before all came once'
 
 
-def test_epoch_length_is_that_of_agw_over_the_eligible_pictures() -> None:
+def test_epoch_length_is_that_of_agw_over_the_eligible_images() -> None:
     columns = uneven_table()
     sampler = IdentityModalitySampler(*columns)
     sizes = Counter(
@@ -84,9 +84,9 @@ def test_epoch_length_of_the_real_datasets(visible: int, infrared: int, batches:
     assert len(IdentityModalitySampler(number % 206, modalities)) == batches
 
 
-def test_pictures_of_an_identity_are_dealt_evenly_over_an_epoch() -> None:
+def test_images_of_an_identity_are_dealt_evenly_over_an_epoch() -> None:
     columns = table(dict.fromkeys('abcdefgh', (10, 7)))
-    counts = Counter(row for batch in IdentityModalitySampler(*columns, pictures_per_modality=3) for row in batch)
+    counts = Counter(row for batch in IdentityModalitySampler(*columns, images_per_modality=3) for row in batch)
     for name in 'abcdefgh':
         for modality in ('visible', 'infrared'):
             rows = [row for row, key in enumerate(zip(*columns, strict=True)) if key == (name, modality)]
@@ -96,7 +96,7 @@ def test_pictures_of_an_identity_are_dealt_evenly_over_an_epoch() -> None:
 
 def test_identities_are_equally_likely() -> None:
     columns = table({f'{number}': (20, 20) for number in range(10)})
-    sampler = IdentityModalitySampler(*columns, identities_per_batch=3, pictures_per_modality=1)
+    sampler = IdentityModalitySampler(*columns, identities_per_batch=3, images_per_modality=1)
     counts = Counter()
     for epoch in range(20):
         sampler.set_epoch(epoch)
@@ -125,7 +125,7 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
 
 def test_any_batch_of_an_epoch_can_be_the_start() -> None:
     columns = uneven_table()
-    sampler = IdentityModalitySampler(*columns, identities_per_batch=4, pictures_per_modality=2)
+    sampler = IdentityModalitySampler(*columns, identities_per_batch=4, images_per_modality=2)
     sampler.set_epoch(2)
     whole = list(sampler)
     for start in (0, 1, len(whole) - 1, len(whole)):
@@ -140,10 +140,10 @@ def test_any_batch_of_an_epoch_can_be_the_start() -> None:
 @pytest.mark.parametrize('world_size', [2, 3])
 def test_joined_processes_draw_the_batches_of_one(world_size: int) -> None:
     columns = uneven_table()
-    alone = IdentityModalitySampler(*columns, identities_per_batch=2 * world_size, pictures_per_modality=3)
+    alone = IdentityModalitySampler(*columns, identities_per_batch=2 * world_size, images_per_modality=3)
     ranks = [
         IdentityModalitySampler(
-            *columns, identities_per_batch=2, pictures_per_modality=3, rank=rank, world_size=world_size
+            *columns, identities_per_batch=2, images_per_modality=3, rank=rank, world_size=world_size
         )
         for rank in range(world_size)
     ]
@@ -213,7 +213,7 @@ def test_an_unset_p_takes_eight_or_what_there_is_and_says_so(caplog: pytest.LogC
 
 def test_too_few_identities_for_an_explicit_p() -> None:
     columns = table({'a': (5, 5), 'b': (5, 5), 'c': (5, 0)})
-    with pytest.raises(ValueError, match='needs 8 identities with pictures of both modalities, but there are 2'):
+    with pytest.raises(ValueError, match='needs 8 identities with images of both modalities, but there are 2'):
         IdentityModalitySampler(*columns)
     for wanted in (1, None):
         with pytest.raises(ValueError, match='needs 1 identities .* there are 0'):
@@ -226,7 +226,7 @@ def test_arguments_are_checked() -> None:
         IdentityModalitySampler(['a', 'b', 'c'], ['visible', 'infrared'])
     with pytest.raises(ValueError, match="'sepia'; expected one of visible, infrared"):
         IdentityModalitySampler(['a', 'b'], ['visible', 'sepia'])
-    for options in ({'identities_per_batch': 0}, {'pictures_per_modality': 0}):
+    for options in ({'identities_per_batch': 0}, {'images_per_modality': 0}):
         with pytest.raises(ValueError, match='at least one identity per batch'):
             IdentityModalitySampler(*columns, **options)
     sampler = IdentityModalitySampler(*columns, identities_per_batch=2)

@@ -1,4 +1,4 @@
-"""Reading pictures of every kind and in every state, and the store against decoding one by one."""
+"""Reading images of every kind and in every state, and the store against decoding one by one."""
 
 import copy
 import dataclasses
@@ -29,13 +29,13 @@ from PIL import Image
 from processes import start
 
 from vireid_timm.constants import INFRARED, VISIBLE
-from vireid_timm.data import store as pictures
-from vireid_timm.data.images import MAX_PIXELS, PictureError, load_picture, read_picture
+from vireid_timm.data import store as images
+from vireid_timm.data.images import MAX_PIXELS, ImageError, load_image, read_image
 from vireid_timm.data.readers import synthetic_records
 from vireid_timm.data.records import Records
-from vireid_timm.data.store import CACHES, PictureStore, default_cache_dir, picture_store, plan_store
+from vireid_timm.data.store import CACHES, ImageStore, default_cache_dir, image_store, plan_store
 from vireid_timm.data.workers import default_workers, in_order
-from vireid_timm.synthvi.render import picture_address, render
+from vireid_timm.synthvi.render import image_address, render
 
 SIZE = (24, 12)
 CPU = torch.device('cpu')
@@ -50,14 +50,14 @@ def records_of(paths):
 
 
 def naive_pixels(paths, size=SIZE):
-    resized = [read_picture(str(path)).resize((size[1], size[0]), Image.Resampling.BILINEAR) for path in paths]
-    return np.stack([np.asarray(picture) for picture in resized])
+    resized = [read_image(str(path)).resize((size[1], size[0]), Image.Resampling.BILINEAR) for path in paths]
+    return np.stack([np.asarray(image) for image in resized])
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Pictures of several sizes, formats and modes, and two that are rendered."""
-    folder = tmp_path / 'pictures'
+    """Images of several sizes, formats and modes, and two that are rendered."""
+    folder = tmp_path / 'images'
     folder.mkdir()
     paths = []
     for number in range(7):
@@ -65,11 +65,11 @@ def files(tmp_path):
         shape = (20 + 5 * number, 10 + 3 * number)
         Image.fromarray(noise(*shape, *((3,) if number % 2 else ()), seed=number)).save(path)
         paths.append(path)
-    return [*paths, *(picture_address(modality, 3, 1, 0, size=(32, 16)) for modality in (VISIBLE, INFRARED))]
+    return [*paths, *(image_address(modality, 3, 1, 0, size=(32, 16)) for modality in (VISIBLE, INFRARED))]
 
 
 def png_that_claims(width, height):
-    """A PNG file whose header promises a picture, with nothing behind it."""
+    """A PNG file whose header promises an image, with nothing behind it."""
 
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
@@ -93,17 +93,17 @@ def png_that_claims(width, height):
     ],
 )
 def test_every_mode_becomes_three_channels(tmp_path, mode, suffix):
-    path = tmp_path / f'picture{suffix}'
+    path = tmp_path / f'image{suffix}'
     Image.fromarray(noise(16, 8, 3)).convert(mode).save(path)
-    picture = read_picture(str(path))
+    image = read_image(str(path))
     with Image.open(path) as expected:
-        assert (picture.mode, picture.size) == ('RGB', (8, 16))
-        assert np.array_equal(np.asarray(picture), np.asarray(expected.convert('RGB')))
+        assert (image.mode, image.size) == ('RGB', (8, 16))
+        assert np.array_equal(np.asarray(image), np.asarray(expected.convert('RGB')))
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'L', 'RGB'])
 def test_transparent_parts_become_black(tmp_path, mode):
-    path = tmp_path / 'picture.png'
+    path = tmp_path / 'image.png'
     pixels = noise(16, 8, 4)
     pixels[:8, :, 3], pixels[8:, :, 3] = 0, 255
     if mode in ('RGBA', 'LA'):
@@ -116,11 +116,11 @@ def test_transparent_parts_become_black(tmp_path, mode):
         opaque = Image.new(mode, (8, 16), 'white')
         opaque.paste('gray', (0, 0, 8, 8))
         opaque.save(path, transparency=128 if mode == 'L' else (128, 128, 128))
-    picture = np.asarray(read_picture(str(path)))
-    assert (picture[:8] == 0).all()
-    assert picture[8:].any()
+    image = np.asarray(read_image(str(path)))
+    assert (image[:8] == 0).all()
+    assert image[8:].any()
     if mode == 'RGBA':
-        assert np.array_equal(picture[8:], pixels[8:, :, :3])
+        assert np.array_equal(image[8:], pixels[8:, :, :3])
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.tif'])
@@ -140,14 +140,14 @@ def test_transparent_parts_become_black(tmp_path, mode):
 )
 @pytest.mark.parametrize('deep', [False, True])
 def test_orientation_is_honoured(tmp_path, suffix, orientation, upright, deep):
-    path = tmp_path / f'picture{suffix}'
+    path = tmp_path / f'image{suffix}'
     pixels = np.arange(20 * 12, dtype=np.uint16).reshape(20, 12) * 200 if deep else noise(20, 12, 3)
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(path, **({'exif': exif} if suffix == '.png' else {'tiffinfo': {0x0112: orientation}}))
     plain = tmp_path / 'plain.png'
     Image.fromarray(pixels).save(plain)
-    assert np.array_equal(np.asarray(read_picture(str(path))), upright(np.asarray(read_picture(str(plain)))))
+    assert np.array_equal(np.asarray(read_image(str(path))), upright(np.asarray(read_image(str(plain)))))
 
 
 def naive_stretch(values):
@@ -170,7 +170,7 @@ def naive_stretch(values):
     return pixels
 
 
-def deep_pictures():
+def deep_images():
     rng = np.random.default_rng(1)
     counts = rng.normal(7800, 60, (60, 40)).astype(np.uint16)  # a thermal camera's raw counts
     hot = np.full((60, 40), 4000, np.uint16)
@@ -189,15 +189,15 @@ def deep_pictures():
     }
 
 
-@pytest.mark.parametrize('name', deep_pictures())
-def test_deep_pictures_are_stretched(tmp_path, name):
-    values, suffix = deep_pictures()[name]
-    path = tmp_path / f'picture{suffix}'
+@pytest.mark.parametrize('name', deep_images())
+def test_deep_images_are_stretched(tmp_path, name):
+    values, suffix = deep_images()[name]
+    path = tmp_path / f'image{suffix}'
     if suffix == '.pgm':
         path.write_bytes(b'P5 %d %d 65535\n' % values.shape[::-1] + values.astype('>u2').tobytes())
     else:
         Image.fromarray(values).save(path)
-    pixels = np.asarray(read_picture(str(path)))
+    pixels = np.asarray(read_image(str(path)))
     assert pixels.shape == (*values.shape, 3)
     assert (pixels == pixels[..., :1]).all()
     # A value that lies between two bytes may fall to either.
@@ -207,10 +207,10 @@ def test_deep_pictures_are_stretched(tmp_path, name):
 
 
 def test_stretch_ignores_scale_and_offset(tmp_path):
-    values = deep_pictures()['counts'][0]
+    values = deep_images()['counts'][0]
     Image.fromarray(values).save(tmp_path / 'a.png')
     Image.fromarray(values * 5 + 1000).save(tmp_path / 'b.png')
-    a, b = (np.asarray(read_picture(str(tmp_path / name))) for name in ('a.png', 'b.png'))
+    a, b = (np.asarray(read_image(str(tmp_path / name))) for name in ('a.png', 'b.png'))
     assert np.array_equal(a, b)
 
 
@@ -218,14 +218,14 @@ def test_eight_bits_are_not_stretched(tmp_path):
     pixels = np.full((8, 8), 50, np.uint8)
     pixels[0, 0] = 60
     Image.fromarray(pixels).save(tmp_path / 'a.png')
-    assert np.array_equal(np.asarray(read_picture(str(tmp_path / 'a.png')))[..., 0], pixels)
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / 'a.png')))[..., 0], pixels)
 
 
 @pytest.mark.parametrize('suffix', ['.gif', '.tif', '.png'])
 def test_first_frame_is_taken(tmp_path, suffix):
     frames = [Image.new('RGB', (8, 16), colour) for colour in ('red', 'lime')]
     frames[0].save(tmp_path / f'a{suffix}', save_all=True, append_images=frames[1:])
-    assert (np.asarray(read_picture(str(tmp_path / f'a{suffix}'))) == (255, 0, 0)).all()
+    assert (np.asarray(read_image(str(tmp_path / f'a{suffix}'))) == (255, 0, 0)).all()
 
 
 def broken_files(folder):
@@ -258,36 +258,34 @@ def broken_files(folder):
     }
 
 
-def test_broken_pictures_are_named(tmp_path):
+def test_broken_images_are_named(tmp_path):
     for name, message in broken_files(tmp_path).items():
         path = str(tmp_path / name)
-        with pytest.raises(PictureError, match=message) as caught:
-            read_picture(path)
+        with pytest.raises(ImageError, match=message) as caught:
+            read_image(path)
         text = str(caught.value)
-        assert text.startswith(f'{path}: this picture cannot be read ('), text
+        assert text.startswith(f'{path}: this image cannot be read ('), text
         assert '--skip-broken' in text
         assert str(copy.copy(caught.value)) == text  # made again from its arguments, as between processes
 
 
-def test_malformed_address_is_not_taken_for_a_broken_picture():
+def test_malformed_address_is_not_taken_for_a_broken_image():
     with pytest.raises(ValueError, match='synthvi:nonsense') as caught:
-        read_picture('synthvi:nonsense')
-    assert not isinstance(caught.value, PictureError)
+        read_image('synthvi:nonsense')
+    assert not isinstance(caught.value, ImageError)
 
 
-def test_load_picture(files):
+def test_load_image(files):
     for path in files:
-        assert np.array_equal(load_picture(str(path), SIZE), naive_pixels([path])[0])
-    assert np.array_equal(load_picture(files[-1], (32, 16)), render(INFRARED, 3, 1, 0, size=(32, 16)))
+        assert np.array_equal(load_image(str(path), SIZE), naive_pixels([path])[0])
+    assert np.array_equal(load_image(files[-1], (32, 16)), render(INFRARED, 3, 1, 0, size=(32, 16)))
 
 
 @pytest.mark.parametrize('cache', CACHES)
 @pytest.mark.parametrize('workers', [0, 3])
 def test_store_equals_decoding_one_by_one(tmp_path, files, cache, workers):
     paths = files * 11  # more than one unit of work, and not a multiple of it
-    store = picture_store(
-        records_of(paths), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU, workers=workers
-    )
+    store = image_store(records_of(paths), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU, workers=workers)
     expected = naive_pixels(files)
     assert len(store) == len(paths)
     assert store.size == SIZE
@@ -313,16 +311,16 @@ def test_store_equals_decoding_one_by_one(tmp_path, files, cache, workers):
 
 @pytest.mark.parametrize('cache', CACHES)
 def test_a_part_of_a_store_shares_its_bytes(tmp_path, files, cache):
-    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    (tmp_path / 'broken.png').write_bytes(b'no image')
     paths = [*files[:3], tmp_path / 'broken.png', *files[3:]]
-    store = picture_store(
+    store = image_store(
         records_of(paths), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU, skip_broken=True
     )
     rows = np.array([5, 3, 0, 9])
     part = store.select(rows)
     assert len(part) == 4 and part.size == SIZE
     assert list(part.broken) == [1] and part.intact().tolist() == [0, 2, 3]
-    with pytest.raises(PictureError, match='broken.png'):
+    with pytest.raises(ImageError, match='broken.png'):
         part[:]
     for again in (part, copy.deepcopy(part)):
         assert np.array_equal(again[[3, 0]], store[[9, 5]])
@@ -335,21 +333,21 @@ def test_a_part_of_a_store_shares_its_bytes(tmp_path, files, cache):
 
 @pytest.mark.parametrize('cache', CACHES)
 def test_store_of_nothing(tmp_path, cache):
-    store = picture_store(records_of([]), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU)
+    store = image_store(records_of([]), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU)
     assert len(store) == 0
     assert store[:].shape == (0, *SIZE, 3)
 
 
 def test_store_is_written_once_and_announced(tmp_path, files, caplog):
     caplog.set_level(logging.INFO)
-    first = picture_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    first = image_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     (folder,) = (tmp_path / 'cache').iterdir()
-    assert f'Storing {len(files)} pictures of 24x12 once: 0.0 MB in {folder}' in caplog.text
+    assert f'Storing {len(files)} images of 24x12 once: 0.0 MB in {folder}' in caplog.text
     stamp = os.stat(folder / 'pixels.bin')
     assert stamp.st_size == len(files) * 24 * 12 * 3
     caplog.clear()
-    second = picture_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
-    assert caplog.messages == [f'{len(files)} pictures of 24x12 (0.0 MB) are read from {folder}']
+    second = image_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    assert caplog.messages == [f'{len(files)} images of 24x12 (0.0 MB) are read from {folder}']
     assert [entry.name for entry in (tmp_path / 'cache').iterdir()] == [folder.name]
     assert os.stat(folder / 'pixels.bin').st_mtime_ns == stamp.st_mtime_ns
     assert np.array_equal(first[:], second[:])
@@ -357,7 +355,7 @@ def test_store_is_written_once_and_announced(tmp_path, files, caplog):
 
 def test_default_cache_dir(tmp_path, files, monkeypatch):
     monkeypatch.setenv('VIREID_CACHE', str(tmp_path / 'there'))
-    picture_store(records_of(files), SIZE)
+    image_store(records_of(files), SIZE)
     assert len(list((tmp_path / 'there').iterdir())) == 1
     monkeypatch.delenv('VIREID_CACHE')
     assert default_cache_dir() == Path.home() / '.cache' / 'vireid_timm'
@@ -365,7 +363,7 @@ def test_default_cache_dir(tmp_path, files, monkeypatch):
 
 
 def test_another_size_or_order_is_another_store(tmp_path, files):
-    make = functools.partial(picture_store, cache_dir=tmp_path / 'cache')
+    make = functools.partial(image_store, cache_dir=tmp_path / 'cache')
     assert np.array_equal(make(records_of(files), SIZE)[:], naive_pixels(files))
     assert np.array_equal(make(records_of(files), (32, 8))[:], naive_pixels(files, (32, 8)))
     assert np.array_equal(make(records_of(files[::-1]), SIZE)[:], naive_pixels(files[::-1]))
@@ -373,10 +371,10 @@ def test_another_size_or_order_is_another_store(tmp_path, files):
 
 
 def test_stale_bytes_are_never_used(tmp_path, files):
-    make = functools.partial(picture_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    make = functools.partial(image_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     before = make()[:]
     changed, times = files[2], os.stat(files[2])
-    pixels = np.asarray(read_picture(str(changed)))
+    pixels = np.asarray(read_image(str(changed)))
     Image.fromarray(255 - pixels).convert('L').save(changed)
     assert os.stat(changed).st_size == times.st_size  # a bitmap: only the time tells
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
@@ -390,52 +388,52 @@ def test_another_renderer_gives_another_key(tmp_path, monkeypatch):
     plan = functools.partial(plan_store, records, (32, 16), cache='disk', cache_dir=tmp_path)
     before = plan().folder
     assert plan().folder == before
-    monkeypatch.setattr(pictures, 'renderer_digest', lambda: 'of another version')
+    monkeypatch.setattr(images, 'renderer_digest', lambda: 'of another version')
     assert plan().folder != before
 
 
 @pytest.mark.parametrize('cache', CACHES)
-def test_broken_pictures_are_an_error_or_skipped(tmp_path, files, cache, caplog):
+def test_broken_images_are_an_error_or_skipped(tmp_path, files, cache, caplog):
     broken = [tmp_path / name for name in broken_files(tmp_path)]
     paths = [files[0], *broken, *files[1:]]
     make = functools.partial(
-        picture_store, records_of(paths), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU
+        image_store, records_of(paths), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU
     )
     if cache != 'off':
-        with pytest.raises(PictureError, match='truncated.jpg'):
+        with pytest.raises(ImageError, match='truncated.jpg'):
             make()
         assert not list((tmp_path / 'cache').glob('*'))
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         store = make(skip_broken=True)
         (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-        assert f'{len(broken)} of {len(paths)} pictures are broken and skipped: {broken[0]}' in record.getMessage()
+        assert f'{len(broken)} of {len(paths)} images are broken and skipped: {broken[0]}' in record.getMessage()
         assert f' and {len(broken) - 5} more' in record.getMessage()
         assert sorted(store.broken) == list(range(1, 1 + len(broken)))
         assert store.intact().tolist() == [0, *range(1 + len(broken), len(paths))]
         assert np.array_equal(store[store.intact()], naive_pixels(files))
-        with pytest.raises(PictureError, match='missing.jpg.*no such file'):
+        with pytest.raises(ImageError, match='missing.jpg.*no such file'):
             store[[0, 1 + broken.index(tmp_path / 'missing.jpg')]]
     if cache not in ('ram', 'off'):
-        with pytest.raises(PictureError, match='truncated.jpg'):  # found in the cache, and still an error
+        with pytest.raises(ImageError, match='truncated.jpg'):  # found in the cache, and still an error
             make()
-    with pytest.raises(ValueError, match=f'none of the {len(broken)} pictures can be read'):
-        picture_store(records_of(broken), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU, skip_broken=True)
+    with pytest.raises(ValueError, match=f'none of the {len(broken)} images can be read'):
+        image_store(records_of(broken), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU, skip_broken=True)
 
 
-def test_off_finds_broken_pictures_on_access(tmp_path, files):
-    store = picture_store(records_of([*files, tmp_path / 'gone.png']), SIZE, cache='off')
+def test_off_finds_broken_images_on_access(tmp_path, files):
+    store = image_store(records_of([*files, tmp_path / 'gone.png']), SIZE, cache='off')
     assert np.array_equal(store[: len(files)], naive_pixels(files))
-    with pytest.raises(PictureError, match='gone.png'):
+    with pytest.raises(ImageError, match='gone.png'):
         store[[len(files)]]
 
 
-def test_mended_picture_is_noticed_without_a_new_time(tmp_path, files):
+def test_mended_image_is_noticed_without_a_new_time(tmp_path, files):
     good = Path(files[1]).read_bytes()
     path = tmp_path / 'mended.jpg'
     path.write_bytes(b'\0' * len(good))
     times = os.stat(path)
-    make = functools.partial(picture_store, records_of([*files, path]), SIZE, cache_dir=tmp_path, skip_broken=True)
+    make = functools.partial(image_store, records_of([*files, path]), SIZE, cache_dir=tmp_path, skip_broken=True)
     assert list(make().broken) == [len(files)]
     path.write_bytes(good)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -453,7 +451,7 @@ def test_mended_picture_is_noticed_without_a_new_time(tmp_path, files):
     ],
 )
 def test_damaged_store_is_written_anew(tmp_path, files, damage):
-    make = functools.partial(picture_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    make = functools.partial(image_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     make()
     damage(next((tmp_path / 'cache').iterdir()))
     assert np.array_equal(make()[:], naive_pixels(files))
@@ -462,13 +460,11 @@ def test_damaged_store_is_written_anew(tmp_path, files, damage):
 def test_writers_at_the_same_time(tmp_path, files, monkeypatch):
     records, cache_dir, results, decoded = records_of(files * 5), tmp_path / 'cache', {}, []
     start = threading.Barrier(6)
-    monkeypatch.setattr(
-        pictures, 'load_picture', lambda path, size: (decoded.append(path), load_picture(path, size))[1]
-    )
+    monkeypatch.setattr(images, 'load_image', lambda path, size: (decoded.append(path), load_image(path, size))[1])
 
     def write(number):
         start.wait()
-        results[number] = picture_store(records, SIZE, cache_dir=cache_dir, workers=number % 3)[:]
+        results[number] = image_store(records, SIZE, cache_dir=cache_dir, workers=number % 3)[:]
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -488,15 +484,15 @@ def test_those_who_wait_learn_what_is_broken_from_the_one_who_tried(tmp_path, fi
     def load(path, size):
         decoded.append(path)
         time.sleep(0.03)
-        return load_picture(path, size)
+        return load_image(path, size)
 
     def write():
         start.wait()
-        with pytest.raises(PictureError, match='gone.png.*no such file') as caught:
-            picture_store(records_of(paths), SIZE, cache_dir=tmp_path / 'cache', workers=0)
+        with pytest.raises(ImageError, match='gone.png.*no such file') as caught:
+            image_store(records_of(paths), SIZE, cache_dir=tmp_path / 'cache', workers=0)
         problems.append(str(caught.value))
 
-    monkeypatch.setattr(pictures, 'load_picture', load)
+    monkeypatch.setattr(images, 'load_image', load)
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -505,7 +501,7 @@ def test_those_who_wait_learn_what_is_broken_from_the_one_who_tried(tmp_path, fi
     assert len(problems) == 4
     assert len(set(problems)) == 1
     assert len(decoded) == len(paths), 'only one of them decoded'
-    store = picture_store(records_of(paths), SIZE, cache_dir=tmp_path / 'cache', skip_broken=True)
+    store = image_store(records_of(paths), SIZE, cache_dir=tmp_path / 'cache', skip_broken=True)
     assert list(store.broken) == [len(files)]
 
 
@@ -531,15 +527,15 @@ def test_without_locks_each_writes_its_own_and_one_is_kept(tmp_path, files, monk
             assert decoding['second'].wait(30)
         else:  # is done when the first one has published its store
             threads['first'].join()
-        return load_picture(path, size)
+        return load_image(path, size)
 
     def write():
-        store = picture_store(records, SIZE, cache_dir=cache_dir, workers=0)
+        store = image_store(records, SIZE, cache_dir=cache_dir, workers=0)
         results[threading.current_thread().name] = store[:]
         (folder,) = (path for path in cache_dir.iterdir() if path.suffix != '.tmp')
         published.append(os.stat(folder / 'pixels.bin').st_ino)
 
-    monkeypatch.setattr(pictures, 'load_picture', load)
+    monkeypatch.setattr(images, 'load_image', load)
     threads, published = {name: threading.Thread(target=write, name=name) for name in decoding}, []
     threads['first'].start()
     assert decoding['first'].wait(30)
@@ -553,7 +549,7 @@ def test_without_locks_each_writes_its_own_and_one_is_kept(tmp_path, files, monk
 
 
 def test_without_locks_a_damaged_store_is_written_anew(tmp_path, files, no_locks):
-    make = functools.partial(picture_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    make = functools.partial(image_store, records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     make()
     os.truncate(next((tmp_path / 'cache').glob('*/pixels.bin')), 100)
     assert np.array_equal(make()[:], naive_pixels(files))
@@ -562,7 +558,7 @@ def test_without_locks_a_damaged_store_is_written_anew(tmp_path, files, no_locks
 
 def build(connection, cache_dir, paths, end):
     """Make a store in a process of its own, slowly, when told to; `end` it before or after it publishes the store."""
-    load, rename, decoded = pictures.load_picture, os.rename, []
+    load, rename, decoded = images.load_image, os.rename, []
 
     def slowly(path, size):
         decoded.append(path)
@@ -574,12 +570,12 @@ def build(connection, cache_dir, paths, end):
             rename(source, target)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    pictures.load_picture = slowly
+    images.load_image = slowly
     if end:
         os.rename = fatally
     connection.send('ready')
     connection.recv()
-    store = picture_store(records_of(paths), SIZE, cache='disk', cache_dir=cache_dir, workers=0)
+    store = image_store(records_of(paths), SIZE, cache='disk', cache_dir=cache_dir, workers=0)
     connection.send((len(decoded), hashlib.sha256(store[:].tobytes()).hexdigest()))
 
 
@@ -606,14 +602,14 @@ def test_one_of_two_processes_decodes_for_both(tmp_path, files):
         answers = [connection.recv() for connection in (first, second) if connection.poll(60)]
     digest = hashlib.sha256(naive_pixels(paths).tobytes()).hexdigest()
     assert sorted(answers) == [(0, digest), (len(paths), digest)]
-    assert [path.suffix for path in tmp_path.glob('pictures-*')] == ['']
+    assert [path.suffix for path in tmp_path.glob('images-*')] == ['']
 
 
 @pytest.mark.parametrize('moment', ['decoding', 'decoding later', 'before', 'after'])
 def test_killed_builder_leaves_nothing_that_matters(tmp_path, files, moment, caplog):
     caplog.set_level(logging.INFO)
     paths, results = files[:7] * 6, []
-    make = functools.partial(picture_store, records_of(paths), SIZE, cache='disk', cache_dir=tmp_path / 'cache')
+    make = functools.partial(image_store, records_of(paths), SIZE, cache='disk', cache_dir=tmp_path / 'cache')
     end = moment if moment in ('before', 'after') else ''
     with builder(tmp_path / 'cache', paths, end) as (process, connection):
         connection.send('go')
@@ -642,7 +638,7 @@ def test_killed_builder_leaves_nothing_that_matters(tmp_path, files, moment, cap
 
 def test_store_that_is_cut_short_while_it_is_used(tmp_path, files):
     cache_dir = tmp_path / 'cache'
-    make = functools.partial(picture_store, records_of(files * 9), (64, 32), cache_dir=cache_dir)
+    make = functools.partial(image_store, records_of(files * 9), (64, 32), cache_dir=cache_dir)
     store = make()
     (file,) = cache_dir.glob('*/pixels.bin')
     os.truncate(file, 5000)  # reading beyond would be a bus error, which ends the process
@@ -655,7 +651,7 @@ def test_store_that_is_cut_short_while_it_is_used(tmp_path, files):
 
 
 def test_store_that_is_removed_while_it_is_used(tmp_path, files):
-    store = picture_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    store = image_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     (folder,) = (tmp_path / 'cache').iterdir()
     shutil.rmtree(folder)
     assert np.array_equal(store[:], naive_pixels(files))
@@ -672,8 +668,8 @@ def machine(monkeypatch):
 
     def set_free(disk, ram, device):
         monkeypatch.setattr(shutil, 'disk_usage', lambda path: DiskUsage(2 * disk, disk, disk))
-        monkeypatch.setattr(pictures, '_free_memory', lambda: ram)
-        monkeypatch.setattr(pictures, '_free_device_memory', lambda device: free_on_device)
+        monkeypatch.setattr(images, '_free_memory', lambda: ram)
+        monkeypatch.setattr(images, '_free_device_memory', lambda device: free_on_device)
         free_on_device = device
 
     return set_free
@@ -740,7 +736,7 @@ def test_processes_of_a_machine_share_its_memory(
 def test_auto_keeps_in_memory_what_the_disk_cannot_hold(tmp_path, files, machine, caplog):
     caplog.set_level(logging.INFO)
     machine(100, 10**9, 0)
-    store = picture_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
+    store = image_store(records_of(files), SIZE, cache_dir=tmp_path / 'cache')
     assert np.array_equal(store[:], naive_pixels(files))
     assert not list((tmp_path / 'cache').iterdir())
     assert 'read from memory, since the disk cannot hold them (No space left on device: 0.0 MB are free)' in caplog.text
@@ -749,10 +745,10 @@ def test_auto_keeps_in_memory_what_the_disk_cannot_hold(tmp_path, files, machine
 def test_plan_finds_what_is_there(tmp_path, files, machine):
     make = functools.partial(plan_store, records_of(files), SIZE, cache_dir=tmp_path)
     before = make()
-    picture_store(records_of(files), SIZE, cache_dir=tmp_path)
+    image_store(records_of(files), SIZE, cache_dir=tmp_path)
     machine(0, 0, 0)  # needs no more room
     assert make() == dataclasses.replace(before, found=True)
-    assert list(tmp_path.glob('pictures-*')) == [before.folder]
+    assert list(tmp_path.glob('images-*')) == [before.folder]
     os.truncate(before.folder / 'pixels.bin', 10)
     with pytest.raises(OSError, match='No space left on device'):
         make()
@@ -760,23 +756,23 @@ def test_plan_finds_what_is_there(tmp_path, files, machine):
 
 
 def test_free_memory_is_known_on_linux():
-    assert 0 < pictures._free_memory() < 2**50
+    assert 0 < images._free_memory() < 2**50
 
 
-def test_held_pictures_need_a_device_with_room(tmp_path, files):
+def test_held_images_need_a_device_with_room(tmp_path, files):
     with pytest.raises(ValueError, match="cache='device' needs the device"):
-        picture_store(records_of(files), SIZE, cache='device', cache_dir=tmp_path)
-    with pytest.raises(ValueError, match='cpu has .* of free memory, too little for pictures of 2700000.00 GB'):
-        picture_store(records_of(files), (10**7, 10**7), cache='device', cache_dir=tmp_path, device=CPU)
-    assert not list(tmp_path.glob('pictures-*'))
+        image_store(records_of(files), SIZE, cache='device', cache_dir=tmp_path)
+    with pytest.raises(ValueError, match='cpu has .* of free memory, too little for images of 2700000.00 GB'):
+        image_store(records_of(files), (10**7, 10**7), cache='device', cache_dir=tmp_path, device=CPU)
+    assert not list(tmp_path.glob('images-*'))
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path, files):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # refuses to write on, as a full disk does
-        with pytest.raises(OSError, match='cannot write a picture store of 0.2 MB to .*VIREID_CACHE') as caught:
-            picture_store(records_of(files * 20), SIZE, cache_dir=tmp_path / 'cache')
+        with pytest.raises(OSError, match='cannot write an image store of 0.2 MB to .*VIREID_CACHE') as caught:
+            image_store(records_of(files * 20), SIZE, cache_dir=tmp_path / 'cache')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
@@ -785,42 +781,42 @@ def test_full_disk_leaves_nothing_behind(tmp_path, files):
 
 def test_store_larger_than_the_disk_is_refused_at_once(tmp_path, files):
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        picture_store(records_of(files), (10**7, 10**7), cache='disk', cache_dir=tmp_path / 'cache')
+        image_store(records_of(files), (10**7, 10**7), cache='disk', cache_dir=tmp_path / 'cache')
     assert not list((tmp_path / 'cache').iterdir())
 
 
 def test_cache_dir_that_cannot_be(tmp_path, files):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='VIREID_CACHE'):
-        picture_store(records_of(files), SIZE, cache_dir=tmp_path / 'file')
+        image_store(records_of(files), SIZE, cache_dir=tmp_path / 'file')
 
 
 def test_what_killed_runs_left_is_removed(tmp_path, files):
     cache_dir = tmp_path / 'cache'
-    picture_store(records_of(files), SIZE, cache_dir=cache_dir)
+    image_store(records_of(files), SIZE, cache_dir=cache_dir)
     (folder,) = cache_dir.iterdir()
     shutil.rmtree(folder)
-    leftovers = (('pictures-old.1.tmp', 7 * 3600), ('pictures-new.2.tmp', 60), (f'{folder.name}.3.tmp', 0))
+    leftovers = (('images-old.1.tmp', 7 * 3600), ('images-new.2.tmp', 60), (f'{folder.name}.3.tmp', 0))
     for name, age in leftovers:
         (cache_dir / name).mkdir()
         (cache_dir / name / 'pixels.bin').write_bytes(b'1')
         for path in (cache_dir / name / 'pixels.bin', cache_dir / name):
             os.utime(path, (time.time() - age,) * 2)
-    picture_store(records_of(files), SIZE, cache_dir=cache_dir)
+    image_store(records_of(files), SIZE, cache_dir=cache_dir)
     # Another store's may be in use; of this one there is no other writer.
-    assert {path.name for path in cache_dir.glob('pictures-*')} == {folder.name, 'pictures-new.2.tmp'}
+    assert {path.name for path in cache_dir.glob('images-*')} == {folder.name, 'images-new.2.tmp'}
 
 
 def test_unknown_cache(files):
     with pytest.raises(ValueError, match="unknown cache 'disc'; expected one of auto, disk, ram, device, off"):
-        picture_store(records_of(files), SIZE, cache='disc')
+        image_store(records_of(files), SIZE, cache='disc')
 
 
 @pytest.mark.parametrize('cache', CACHES)
 def test_store_travels_to_another_process(tmp_path, files, cache):
-    store = picture_store(records_of(files), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU)
+    store = image_store(records_of(files), SIZE, cache=cache, cache_dir=tmp_path / 'cache', device=CPU)
     again = copy.deepcopy(store)  # by the same methods as pickling
-    assert isinstance(again, PictureStore)
+    assert isinstance(again, ImageStore)
     assert np.array_equal(again[:], store[:])
     assert (len(pickle.dumps(store)) > store[:].nbytes) == (cache == 'ram')  # a file is opened there, not sent
 
@@ -847,7 +843,7 @@ def test_in_order_passes_errors_on():
 
 def test_in_order_with_processes():
     assert list(in_order(math.sqrt, [4.0, 9.0, 16.0], workers=2, processes=True)) == [2.0, 3.0, 4.0]
-    assert pickle.dumps(functools.partial(pictures._decode_chunk, size=SIZE)), 'a process can be asked to do it'
+    assert pickle.dumps(functools.partial(images._decode_chunk, size=SIZE)), 'a process can be asked to do it'
 
 
 def test_death_of_a_worker_is_reported():

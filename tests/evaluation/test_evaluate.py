@@ -1,4 +1,4 @@
-"""The evaluation on rendered pictures, against the same steps taken one by one."""
+"""The evaluation on rendered images, against the same steps taken one by one."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from PIL import Image
 
 import vireid_timm
 from vireid_timm.constants import INFRARED, VISIBLE
-from vireid_timm.data.images import PictureError, load_picture
+from vireid_timm.data.images import ImageError, load_image
 from vireid_timm.data.readers import create_dataset
 from vireid_timm.data.records import Dataset, Records
 from vireid_timm.evaluation import metrics
@@ -39,30 +39,30 @@ def model():
 
 @pytest.fixture(scope='module')
 def dataset():
-    return create_dataset('synthetic', identities=0, test_identities=6, pictures_per_modality=2, size=SIZE)
+    return create_dataset('synthetic', identities=0, test_identities=6, images_per_modality=2, size=SIZE)
 
 
 @pytest.fixture(scope='module')
 def saved(dataset, tmp_path_factory):
-    """The dataset's pictures as files, as a folder dataset with a query and a gallery side."""
+    """The dataset's images as files, as a folder dataset with a query and a gallery side."""
     root = tmp_path_factory.mktemp('folder')
     rows = []
     for i in range(len(dataset.test)):
         records = dataset.test[[i]]
         path = root / f'{i:03d}.png'
-        Image.fromarray(load_picture(records.path[0], SIZE)).save(path)
+        Image.fromarray(load_image(records.path[0], SIZE)).save(path)
         rows.append((str(path), records.identity[0], 0, records.modality[0], ('query', 'gallery', 'test')[i % 3]))
     return Dataset('folder', str(root), EMPTY, Records.from_rows(rows), {'test_share': 0.2})
 
 
 def network_input(model, path, size):
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
-    picture = torch.from_numpy(np.array(load_picture(str(path), size))).permute(2, 0, 1) / 255
-    return ((picture - mean) / std)[None]
+    image = torch.from_numpy(np.array(load_image(str(path), size))).permute(2, 0, 1) / 255
+    return ((image - mean) / std)[None]
 
 
 def naive_features(model, paths, modalities, size=SIZE):
-    """One picture at a time through the network's public call."""
+    """One image at a time through the network's public call."""
     with torch.no_grad():
         return torch.cat(
             [
@@ -98,7 +98,7 @@ def interval(values):
 
 
 def metrics_of(dataset, trial, similarity, per_identity_cmc=False):
-    """Metrics of a trial on its own, from the similarities of all test pictures."""
+    """Metrics of a trial on its own, from the similarities of all test images."""
     identity = dataset.test.identity
     return rank_metrics(
         similarity[trial.query][:, trial.gallery],
@@ -114,7 +114,7 @@ def test_other_models_are_refused(dataset):
         evaluate(timm.create_model('resnet10t', num_classes=0), dataset)
 
 
-def test_features_that_are_not_finite_name_the_picture(dataset, saved):
+def test_features_that_are_not_finite_name_the_image(dataset, saved):
     model = make_model()
     with torch.no_grad():
         model.stem.infrared.conv1[0].weight.fill_(math.nan)
@@ -161,7 +161,7 @@ def test_report_names_what_changes_a_number(model, dataset):
         'torch': torch.__version__,
         'numpy': np.__version__,
     }
-    assert report.skipped_pictures == 0
+    assert report.skipped_images == 0
     text = str(report)
     for word in ('synthetic', 'test_identities=6', 'vireid_dml_r10t', report.weights, 'before-bn', '64x32', 'bfloat16'):
         assert word in text
@@ -205,7 +205,7 @@ def test_several_trials_and_invalid_queries():
     assert lines[-1].startswith('R1 to R20 count distinct identities: all-single, all-multi')
 
 
-def test_drawn_queries_are_averaged_by_picture():
+def test_drawn_queries_are_averaged_by_image():
     rows = [
         (f'{folder}/cam{camera}/{number:04d}/{file}.jpg', f'{number:04d}', camera, modality, 'test')
         for folder, modality in (('vis', VISIBLE), ('nir', INFRARED))
@@ -217,7 +217,7 @@ def test_drawn_queries_are_averaged_by_picture():
     features = random_features(dataset)
     result = evaluate_features(features, dataset, 'visible-to-infrared-swapped')['visible-to-infrared-swapped']
     assert (result.direction, result.num_queries, result.gallery_size) == ('infrared to visible', 8, 24)
-    per_picture = {}
+    per_image = {}
     for trial in protocol_trials(dataset, 'visible-to-infrared-swapped'):
         identity = dataset.test.identity
         metrics = rank_metrics(
@@ -227,8 +227,8 @@ def test_drawn_queries_are_averaged_by_picture():
             ignore=trial.ignore,
         )
         for row, precision in zip(trial.query.tolist(), metrics.ap, strict=True):
-            per_picture.setdefault(row, []).append(precision)
-    means = [np.mean(per_picture[row]) for row in sorted(per_picture)]
+            per_image.setdefault(row, []).append(precision)
+    means = [np.mean(per_image[row]) for row in sorted(per_image)]
     assert result.intervals['mAP'] == pytest.approx(interval(means))
 
 
@@ -251,27 +251,27 @@ def test_only_the_rows_of_the_protocol_have_to_be_there():
         evaluate_features(features, dataset, 'all-multi')
 
 
-def test_broken_pictures_are_left_out_and_counted(model, saved, tmp_path):
-    (tmp_path / 'broken.png').write_bytes(b'no picture')
+def test_broken_images_are_left_out_and_counted(model, saved, tmp_path):
+    (tmp_path / 'broken.png').write_bytes(b'no image')
     columns = {field.name: getattr(saved.test, field.name).copy() for field in dataclasses.fields(Records)}
     columns['path'] = columns['path'].astype(object)
     columns['path'][[2, 20]] = str(tmp_path / 'broken.png')
     damaged = dataclasses.replace(saved, test=Records(**columns))
-    with pytest.raises(PictureError, match=r'broken\.png'):
+    with pytest.raises(ImageError, match=r'broken\.png'):
         evaluate(model, damaged, size=SIZE, cache='ram')
     report = evaluate(model, damaged, size=SIZE, cache='ram', skip_broken=True)
     kept = dataclasses.replace(saved, test=saved.test[[i for i in range(len(saved.test)) if i not in (2, 20)]])
     expected = evaluate(model, kept, size=SIZE, cache='ram')
-    assert report.skipped_pictures == 2
+    assert report.skipped_images == 2
     for protocol, result in report.protocols.items():
         assert dataclasses.replace(result, trials_fingerprint='') == dataclasses.replace(
             expected[protocol], trials_fingerprint=''
         )
         assert result.trials_fingerprint != expected[protocol].trials_fingerprint
-    assert '2 broken pictures left out' in str(report)
+    assert '2 broken images left out' in str(report)
 
 
-def test_a_broken_picture_changes_no_other_draw(model, tmp_path):
+def test_a_broken_image_changes_no_other_draw(model, tmp_path):
     rows = []
     for number in range(4):
         for camera, modality in ((1, VISIBLE), (2, VISIBLE), (6, INFRARED)):
@@ -283,7 +283,7 @@ def test_a_broken_picture_changes_no_other_draw(model, tmp_path):
     dataset = Dataset('sysu_mm01', str(tmp_path), EMPTY, Records.from_rows(rows))
     drawn = draw_trials(dataset, 'all-single')[0][1]
     with open(dataset.test.path[drawn[3]], 'wb') as file:
-        file.write(b'no picture')
+        file.write(b'no image')
     report = evaluate(model, dataset, 'all-single', size=SIZE, cache='ram', skip_broken=True)
     assert report['all-single'].gallery_size == len(drawn) - 1
 
@@ -319,7 +319,7 @@ def test_unknown_names_and_empty_choices(model, dataset):
         evaluate(model, dataset, draw='lucky')
     with pytest.raises(ValueError, match='no protocol to evaluate; available'):
         evaluate(model, dataset, [])
-    with pytest.raises(ValueError, match='no test pictures'):
+    with pytest.raises(ValueError, match='no test images'):
         evaluate(model, Dataset('folder', 'root', EMPTY, EMPTY))
     twice = evaluate_features(random_features(dataset), dataset, ['infrared-to-visible', 'infrared-to-visible'])
     assert list(twice.protocols) == ['infrared-to-visible']
@@ -417,7 +417,7 @@ def test_failures_are_the_worst_queries_and_what_they_found(reranking):
     assert not evaluate_features(features, dataset, 'all-multi')['all-multi'].failures
 
 
-def test_results_can_be_paired_where_the_pictures_are_the_same():
+def test_results_can_be_paired_where_the_images_are_the_same():
     dataset = sysu_like()
     first, second = (evaluate_features(random_features(dataset, seed=seed), dataset) for seed in (0, 1))
     assert [result.trials_fingerprint for result in first.protocols.values()] == [

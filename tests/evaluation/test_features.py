@@ -1,4 +1,4 @@
-"""Features of rendered pictures, against the same pictures taken through the network one by one."""
+"""Features of rendered images, against the same images taken through the network one by one."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from PIL import Image
 from processes import start_two
 
 from vireid_timm.constants import INFRARED, VISIBLE
-from vireid_timm.data.images import PictureError, load_picture
+from vireid_timm.data.images import ImageError, load_image
 from vireid_timm.data.readers import create_dataset
 from vireid_timm.data.records import Records
 from vireid_timm.distributed import end_distributed, init_distributed, process
@@ -51,39 +51,39 @@ def make_model(num_classes=0, name='vireid_dml_r10t'):
 
 @pytest.fixture(scope='module')
 def model():
-    """Trained, so that pictures differ in their features by far more than the tests allow."""
+    """Trained, so that images differ in their features by far more than the tests allow."""
     return timm.create_model('vireid_dml_r10t.synthvi', pretrained=True, num_classes=0).eval()
 
 
 @pytest.fixture(scope='module')
 def records():
-    return create_dataset('synthetic', identities=0, test_identities=6, pictures_per_modality=2, size=SIZE).test
+    return create_dataset('synthetic', identities=0, test_identities=6, images_per_modality=2, size=SIZE).test
 
 
 @pytest.fixture(scope='module')
 def visible_paths(records, tmp_path_factory):
-    """Five visible pictures as files."""
-    folder = tmp_path_factory.mktemp('pictures')
+    """Five visible images as files."""
+    folder = tmp_path_factory.mktemp('images')
     paths = []
     for i, address in enumerate(records.path[records.modality == VISIBLE][:5].tolist()):
         paths.append(str(folder / f'{i}.png'))
-        Image.fromarray(load_picture(address, SIZE)).save(paths[-1])
+        Image.fromarray(load_image(address, SIZE)).save(paths[-1])
     return paths
 
 
 def network_input(model, pixels):
-    """What the network is given for one picture of bytes [H, W, 3]."""
+    """What the network is given for one image of bytes [H, W, 3]."""
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
     return ((torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - mean) / std)[None]
 
 
 def slow_features(model, paths, modalities, size=SIZE, variants=lambda pixels: [pixels]):
-    """One picture and one variant at a time through the network's public call."""
+    """One image and one variant at a time through the network's public call."""
     rows = []
     with torch.no_grad():
         for path, modality in zip(paths, modalities, strict=True):
-            inputs = [network_input(model, pixels) for pixels in variants(load_picture(str(path), size))]
-            each = [F.normalize(model(**{str(modality): picture})) for picture in inputs]
+            inputs = [network_input(model, pixels) for pixels in variants(load_image(str(path), size))]
+            each = [F.normalize(model(**{str(modality): image})) for image in inputs]
             rows.append(F.normalize(torch.stack(each).mean(dim=0)))
     return torch.cat(rows)
 
@@ -109,7 +109,7 @@ def test_embed_records_in_their_order(model, records, expected):
     torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
 
 
-def test_embed_paths_and_pil_pictures(model, visible_paths):
+def test_embed_paths_and_pil_images(model, visible_paths):
     expected = slow_features(model, visible_paths, [VISIBLE] * 5, (48, 24))
     features, order = embed(model, visible_paths, VISIBLE, size=(48, 24), batch_size=2)
     assert order == visible_paths
@@ -122,7 +122,7 @@ def test_embed_paths_and_pil_pictures(model, visible_paths):
     assert order == [0, 1, 2, 3, 4]
     assert_close(features, embed(model, visible_paths, VISIBLE, size=(48, 24), flip_test=True)[0])
     grey = opened[0].convert('L')
-    in_one, in_three = (embed(model, [picture], INFRARED)[0] for picture in (grey, grey.convert('RGB')))
+    in_one, in_three = (embed(model, [image], INFRARED)[0] for image in (grey, grey.convert('RGB')))
     torch.testing.assert_close(in_one, in_three)
 
 
@@ -135,8 +135,8 @@ def test_embed_before_and_after_bn(records):
     headless, classifying = make_model(0), make_model(5)
     classifying.load_state_dict(headless.state_dict(), strict=False)
     with torch.no_grad():
-        picture = network_input(headless, load_picture(records.path[0], SIZE))
-        before = headless.forward_branches(**{records.modality[0]: picture}).features
+        image = network_input(headless, load_image(records.path[0], SIZE))
+        before = headless.forward_branches(**{records.modality[0]: image}).features
         after = headless.joint_head.neck(before)
     assert not torch.allclose(F.normalize(before), F.normalize(after), atol=0.01)
     for model in (headless, classifying):
@@ -178,10 +178,10 @@ def test_embed_nothing(model):
     assert order == []
 
 
-def test_embed_skips_broken_pictures_on_request(model, visible_paths, tmp_path):
-    (tmp_path / 'broken.png').write_bytes(b'no picture')
+def test_embed_skips_broken_images_on_request(model, visible_paths, tmp_path):
+    (tmp_path / 'broken.png').write_bytes(b'no image')
     paths = [visible_paths[0], str(tmp_path / 'broken.png'), visible_paths[1]]
-    with pytest.raises(PictureError, match=r'broken\.png'):
+    with pytest.raises(ImageError, match=r'broken\.png'):
         embed(model, paths, VISIBLE, size=SIZE)
     features, order = embed(model, paths, VISIBLE, size=SIZE, skip_broken=True)
     assert order == [paths[0], paths[2]]
@@ -193,7 +193,7 @@ def mirrored(pixels):
 
 
 def five_crops(pixels):
-    """The middle and the corners of the picture within a black border."""
+    """The middle and the corners of the image within a black border."""
     height, width, _ = pixels.shape
     high, wide = round(10 * height / 288), round(10 * width / 144)
     framed = np.zeros((height + 2 * high, width + 2 * wide, 3), np.uint8)
@@ -237,20 +237,20 @@ def test_views_are_moved_pixels(size):
 
 
 @pytest.mark.parametrize(
-    'pictures, modality, options, message',
+    'images, modality, options, message',
     [
         (['a.png'], None, {}, 'modality must be one of visible, infrared'),
         (['a.png'], 'x-ray', {}, "got 'x-ray'"),
         ('a.png', VISIBLE, {}, 'takes a list'),
         (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed'),
-        ([Image.new('I;16', (4, 8))], INFRARED, {}, 'picture 0 has mode I;16'),
+        ([Image.new('I;16', (4, 8))], INFRARED, {}, 'image 0 has mode I;16'),
         (EMPTY, VISIBLE, {}, 'records know their modality'),
         (EMPTY, None, {'cache': 'tape'}, "unknown cache 'tape'"),
     ],
 )
-def test_embed_rejects(model, pictures, modality, options, message):
+def test_embed_rejects(model, images, modality, options, message):
     with pytest.raises(ValueError, match=message):
-        embed(model, pictures, modality, **options)
+        embed(model, images, modality, **options)
 
 
 @pytest.mark.parametrize(
@@ -296,21 +296,21 @@ def test_too_little_memory_names_the_setting(records):
 
     model = make_model()
     model.register_forward_hook(fail)
-    with pytest.raises(ValueError, match='3 pictures at a time do not fit into the memory of cpu.*--batch-size'):
+    with pytest.raises(ValueError, match='3 images at a time do not fit into the memory of cpu.*--batch-size'):
         embed(model, records, size=SIZE, batch_size=3)
 
 
-def test_features_that_are_not_finite_name_the_picture(records):
+def test_features_that_are_not_finite_name_the_image(records):
     model = make_model()
     with torch.no_grad():
         model.stem.infrared.conv1[0].weight.fill_(math.nan)
     first = records.path[records.modality == INFRARED][0]
-    with pytest.raises(ValueError, match=f'{first}.*not finite .12 such pictures among 24'):
+    with pytest.raises(ValueError, match=f'{first}.*not finite .12 such images among 24'):
         embed(model, records, size=SIZE)
     features = torch.zeros(3, 4)
     check_finite(features, ['a', 'b', 'c'])
     features[1, 2] = -math.inf
-    with pytest.raises(ValueError, match='^b: .*1 such pictures among 3'):
+    with pytest.raises(ValueError, match='^b: .*1 such images among 3'):
         check_finite(features, ['a', 'b', 'c'])
 
 
@@ -350,7 +350,7 @@ def extract_with_another(folder):
         'damaged, read on the way': lambda: embed(model, damaged, **options),
         'damaged, on disk': lambda: embed(model, damaged, cache='disk', **options),
         'not finite': lambda: embed(broken_twin, whole, **options),
-        'pictures': lambda: embed(model, whole if number else one_batch, **options),
+        'images': lambda: embed(model, whole if number else one_batch, **options),
         'settings': lambda: embed(model, whole, size=SIZE, batch_size=4 + number, flip_test=number == 0),
         'weights': lambda: embed(changed_twin, whole, **options),
         'twice': lambda: _gather(torch.zeros(4, 2), [0, 1, 2] if number else [2, 3]),
@@ -370,7 +370,7 @@ def extract_with_another(folder):
 def by_two_processes(model, records, tmp_path_factory):
     """What they left: features and errors of both processes, and their logs."""
     folder = tmp_path_factory.mktemp('processes')
-    (folder / 'broken.png').write_bytes(b'no picture')
+    (folder / 'broken.png').write_bytes(b'no image')
     rows = list(zip(*(getattr(records, field.name).tolist() for field in dataclasses.fields(Records)), strict=True))
     damaged = [*rows[:13], (str(folder / 'broken.png'), *rows[13][1:]), *rows[14:]]
     tables = {'whole': rows, 'one batch': rows[:3], 'damaged': damaged}
@@ -400,10 +400,10 @@ def test_processes_extract_what_one_does(model, records, by_two_processes):
 @pytest.mark.parametrize(
     'name, message',
     [
-        ('damaged, read on the way', r'broken\.png: this picture cannot be read'),
-        ('damaged, on disk', r'broken\.png: this picture cannot be read'),
-        ('not finite', r'^synthvi:.*not finite \(24 such pictures among 24\)'),
-        ('pictures', 'the 2 processes were given different pictures to'),
+        ('damaged, read on the way', r'broken\.png: this image cannot be read'),
+        ('damaged, on disk', r'broken\.png: this image cannot be read'),
+        ('not finite', r'^synthvi:.*not finite \(24 such images among 24\)'),
+        ('images', 'the 2 processes were given different images to'),
         ('settings', 'different flip_test, batch_size to'),
         ('weights', 'different weights to'),
         ('twice', r'row 2 2 times \(1 such rows of 4\)'),
@@ -421,6 +421,6 @@ def test_every_process_says_whose_error_it_is(by_two_processes):
 
 
 def test_one_process_decodes_for_all(by_two_processes):
-    stores = re.findall('Storing 24 pictures of 64x32 once: .* in (.*)', by_two_processes[2])
+    stores = re.findall('Storing 24 images of 64x32 once: .* in (.*)', by_two_processes[2])
     assert stores.count(stores[0]) == 1
     assert len(set(stores)) == 2, 'the whole and the damaged table'

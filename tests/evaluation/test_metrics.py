@@ -13,7 +13,7 @@ from vireid_timm.evaluation.metrics import rank_metrics
 def naive_query(similarity, identity, gallery, ignore, per_identity_cmc):
     """(first rank, AP, INP) of one query by walking down the sorted list, or None without a match."""
     seen = [(similarity[i], gallery[i] == identity, gallery[i]) for i in range(len(gallery)) if not ignore[i]]
-    seen.sort(key=lambda entry: (-entry[0], entry[1]))  # among equals, wrong pictures come first
+    seen.sort(key=lambda entry: (-entry[0], entry[1]))  # among equals, wrong images come first
     hits = [position for position, entry in enumerate(seen, start=1) if entry[1]]
     if not hits:
         return None
@@ -21,7 +21,7 @@ def naive_query(similarity, identity, gallery, ignore, per_identity_cmc):
     first = hits[0]
     if per_identity_cmc:
         distinct = list(dict.fromkeys(name for _, _, name in seen))  # every identity at its first occurrence
-        # A wrong identity whose best picture ties with the right one's stands before it, wrong pictures coming first.
+        # A wrong identity whose best image ties with the right one's stands before it, wrong images coming first.
         first = distinct.index(identity) + 1
     return first, average_precision, len(hits) / hits[-1]
 
@@ -126,13 +126,13 @@ def test_many_galleries_share_a_matrix():
 
 
 def test_by_hand():
-    # The right pictures come at ranks 1, 3 and 6; identity b is met twice before the second picture of a.
+    # The right images come at ranks 1, 3 and 6; identity b is met twice before the second image of a.
     similarity = np.asarray([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
     result = rank_metrics(similarity, ['a'], ['a', 'b', 'a', 'b', 'c', 'a'], max_rank=3)
     assert result.mAP == pytest.approx((1 / 1 + 2 / 3 + 3 / 6) / 3)
     assert result.mINP == pytest.approx(3 / 6)
     assert result.cmc.tolist() == [1, 1, 1]
-    # Two pictures of b and one of c before the first of a: rank 4 in pictures, 3 in identities.
+    # Two images of b and one of c before the first of a: rank 4 in images, 3 in identities.
     gallery = ['b', 'b', 'c', 'a', 'a', 'b']
     assert rank_metrics(similarity, ['a'], gallery, max_rank=5).cmc.tolist() == [0, 0, 0, 1, 1]
     per_identity = rank_metrics(similarity, ['a'], gallery, per_identity_cmc=True, max_rank=5)
@@ -242,7 +242,7 @@ def test_non_finite_similarity_is_named(monkeypatch, value, dtype):
     monkeypatch.setattr(metrics, 'CHUNK_CELLS', 6)
     similarity = torch.zeros(4, 3, dtype=dtype)
     similarity[3, 1] = value
-    with pytest.raises(ValueError, match='query 3 and gallery picture 1'):
+    with pytest.raises(ValueError, match='query 3 and gallery image 1'):
         rank_metrics(similarity, [1, 1, 2, 2], [1, 2, 2])
 
 

@@ -182,20 +182,20 @@ def test_global_random_state_is_left_alone(global_random_state):
         assert random.getstate() == state
 
 
-def test_protocols_that_the_pictures_do_not_allow_are_not_listed():
+def test_protocols_that_the_images_do_not_allow_are_not_listed():
     one_way = two_way_dataset(splits=('query',), modalities=(INFRARED,)).test
     gallery = two_way_dataset(splits=('gallery',), modalities=(VISIBLE,)).test
     dataset = Dataset('folder', 'root', EMPTY, joined(one_way, gallery))
     assert protocols_of(dataset) == ('infrared-to-visible',)
-    with pytest.raises(ValueError, match='searches with visible pictures, but there are none.*infrared-to-visible'):
+    with pytest.raises(ValueError, match='searches with visible images, but there are none.*infrared-to-visible'):
         protocol_trials(dataset, 'visible-to-infrared')
-    with pytest.raises(ValueError, match='searches among infrared pictures, but there are none.*infrared-to-visible$'):
+    with pytest.raises(ValueError, match='searches among infrared images, but there are none.*infrared-to-visible$'):
         protocol_trials(dataset, 'mixed')
     both = two_way_dataset(splits=('gallery',)).test
     assert protocols_of(Dataset('folder', 'root', EMPTY, joined(one_way, both))) == ('infrared-to-visible', 'mixed')
     no_query = Dataset('folder', 'root', EMPTY, both)
     assert protocols_of(no_query) == ()
-    with pytest.raises(ValueError, match='searches with visible or infrared pictures, but there are none.*: none$'):
+    with pytest.raises(ValueError, match='searches with visible or infrared images, but there are none.*: none$'):
         protocol_trials(no_query, 'mixed')
     assert protocols_of(Dataset('folder', 'root', EMPTY, EMPTY)) == ()
 
@@ -204,7 +204,7 @@ def test_sysu_without_indoor_gallery():
     listing = {cell: files for cell, files in sysu_listing().items() if cell[0] not in (1, 2)}
     dataset = sysu_dataset(listing)
     assert protocols_of(dataset) == ('all-single', 'all-multi')
-    with pytest.raises(ValueError, match=r'visible pictures of cameras \(1, 2\), but there are none.*all-multi'):
+    with pytest.raises(ValueError, match=r'visible images of cameras \(1, 2\), but there are none.*all-multi'):
         protocol_trials(dataset, 'indoor-single')
 
 
@@ -280,7 +280,7 @@ def test_rows_and_keys_are_what_the_trials_are_made_of():
 
 
 @pytest.mark.parametrize('rule', ['same location', 'same identity and camera', 'same identity, modality and camera'])
-def test_keys_of_no_picture(rule):
+def test_keys_of_no_image(rule):
     assert ignore_keys(EMPTY, rule).shape == (0,)
 
 
@@ -314,7 +314,7 @@ def test_nothing_to_find_because_the_rule_forbids_it():
 
 
 def owners_orders(listing, num_trials=10):
-    """(camera, identity) -> for each trial an order of its pictures, counted from 1."""
+    """(camera, identity) -> for each trial an order of its images, counted from 1."""
     rng = random.Random(1)
     return {
         cell: [rng.sample(range(1, len(files) + 1), len(files)) for _ in range(num_trials)]
@@ -368,17 +368,17 @@ def without(orders, unwanted):
 @pytest.mark.parametrize(
     'change_listing, change_orders, message',
     [
-        (lambda files: files[:-1], lambda orders, cell: orders, 'file permutes {n} pictures, .* holds {less};'),
-        (lambda files: [], lambda orders, cell: orders, 'file permutes {n} pictures, .* holds 0;'),
+        (lambda files: files[:-1], lambda orders, cell: orders, 'file permutes {n} images, .* holds {less};'),
+        (lambda files: [], lambda orders, cell: orders, 'file permutes {n} images, .* holds 0;'),
         (
             lambda files: files,
             lambda orders, cell: without(orders, lambda camera, identity: identity >= cell[1]),
-            'file permutes 0 pictures, .* holds {n};',
+            'file permutes 0 images, .* holds {n};',
         ),
         (
             lambda files: files,
             lambda orders, cell: without(orders, lambda camera, identity: camera == 1),
-            'file permutes 0 pictures, .* holds {n};',
+            'file permutes 0 images, .* holds {n};',
         ),
         (
             lambda files: files,
@@ -387,7 +387,7 @@ def without(orders, unwanted):
         ),
     ],
 )
-def test_official_file_that_does_not_fit_the_pictures(tmp_path, change_listing, change_orders, message):
+def test_official_file_that_does_not_fit_the_images(tmp_path, change_listing, change_orders, message):
     listing = sysu_listing()
     cell = min((cell for cell in listing if cell[0] == 1), key=lambda cell: cell[1])
     numbers = {'n': len(listing[cell]), 'less': len(listing[cell]) - 1}

@@ -1,4 +1,4 @@
-"""Summaries, tables, files and comparisons against the same figures gathered picture by picture."""
+"""Summaries, tables, files and comparisons against the same figures gathered image by image."""
 
 import csv
 import dataclasses
@@ -34,7 +34,7 @@ SETTINGS = dict(
 )
 
 
-def make_pictures(root='data', identities=6):
+def make_images(root='data', identities=6):
     """Every identity twice in two infrared cameras and in two visible ones."""
     return Records.from_rows(
         [
@@ -46,31 +46,31 @@ def make_pictures(root='data', identities=6):
     )
 
 
-def make_trials(pictures, num_trials=3, seed=0, drop=0, shift=0.0):
+def make_trials(images, num_trials=3, seed=0, drop=0, shift=0.0):
     """Random similarities of infrared queries and a random gallery that lacks identity 0000 and some of the others."""
     generator = np.random.default_rng(seed)
-    infrared = np.flatnonzero(pictures.modality == INFRARED)
-    visible = np.flatnonzero((pictures.modality == VISIBLE) & (pictures.identity != '0000'))
+    infrared = np.flatnonzero(images.modality == INFRARED)
+    visible = np.flatnonzero((images.modality == VISIBLE) & (images.identity != '0000'))
     noise = np.random.default_rng(99)
     trials = []
     for _ in range(num_trials):
         query = np.sort(generator.choice(infrared, len(infrared) - drop, replace=False))
         gallery = generator.choice(visible, 7, replace=False)
-        match = pictures.identity[query][:, None] == pictures.identity[gallery]
+        match = images.identity[query][:, None] == images.identity[gallery]
         similarity = noise.random(match.shape) + shift * match
-        metrics = rank_metrics(similarity, pictures.identity[query], pictures.identity[gallery], per_identity_cmc=True)
+        metrics = rank_metrics(similarity, images.identity[query], images.identity[gallery], per_identity_cmc=True)
         trials.append((query, metrics))
     return trials
 
 
 @pytest.fixture
-def pictures():
-    return make_pictures()
+def images():
+    return make_images()
 
 
 @pytest.fixture
-def result(pictures):
-    return summarise(make_trials(pictures, drop=4), pictures, root='data', **SETTINGS)
+def result(images):
+    return summarise(make_trials(images, drop=4), images, root='data', **SETTINGS)
 
 
 def make_report(protocols, **options):
@@ -97,14 +97,14 @@ def per_query(trials):
     return values
 
 
-def test_summary_is_gathered_query_by_query(pictures, result):
-    trials = make_trials(pictures, drop=4)
+def test_summary_is_gathered_query_by_query(images, result):
+    trials = make_trials(images, drop=4)
     gathered = per_query(trials)
     assert len(gathered) > len(trials[0][0]), 'the queries have to differ between trials'
     assert list(result.queries) == ['path', 'identity', 'camera', 'modality', 'rank1', 'AP', 'INP']
     means = []
     for place, row in enumerate(sorted(gathered)):
-        number, camera = pictures.identity[row], pictures.camera[row]
+        number, camera = images.identity[row], images.camera[row]
         assert result.queries['path'][place] == f'cam{camera}/{number}/{row % 2}.jpg'
         assert result.queries['identity'][place] == number
         assert result.queries['camera'][place] == camera
@@ -122,8 +122,8 @@ def test_summary_is_gathered_query_by_query(pictures, result):
     np.testing.assert_allclose(list(result.intervals.values()), expected, rtol=1e-12)
 
 
-def test_summary_of_the_trials(pictures, result):
-    metrics = [metrics for _, metrics in make_trials(pictures, drop=4)]
+def test_summary_of_the_trials(images, result):
+    metrics = [metrics for _, metrics in make_trials(images, drop=4)]
     assert list(result.mean) == list(result.std) == list(METRICS)
     for name, values in {
         'mAP': [entry.mAP for entry in metrics],
@@ -146,24 +146,24 @@ def test_every_value_is_plain(result):
         assert {type(value) for value in column} <= {str, int, float, type(None)}
 
 
-def test_paths_are_relative_to_the_datasets_folder(tmp_path, pictures):
-    trials = make_trials(pictures, drop=4)
+def test_paths_are_relative_to_the_datasets_folder(tmp_path, images):
+    trials = make_trials(images, drop=4)
 
     def paths(root, records):
         return summarise(trials, records, root=root, **SETTINGS).queries['path']
 
     def moved(folder):
-        return dataclasses.replace(pictures, path=[f'{folder}{path}' for path in pictures.path])
+        return dataclasses.replace(images, path=[f'{folder}{path}' for path in images.path])
 
-    expected = paths('data', pictures)
-    assert paths('data/', pictures) == expected
+    expected = paths('data', images)
+    assert paths('data/', images) == expected
     assert paths(f'{tmp_path}/data', moved(f'{tmp_path}/')) == expected
-    assert paths('ata', pictures) == [f'data/{path}' for path in expected]
-    assert paths('dat', pictures) == [f'data/{path}' for path in expected], 'the folder has to be whole'
-    assert paths('other', pictures) == [f'data/{path}' for path in expected]
-    assert paths('', pictures) == [f'data/{path}' for path in expected]
-    (tmp_path / 'pictures.csv').touch()
-    assert paths(f'{tmp_path}/pictures.csv', moved(f'{tmp_path}/')) == [f'data/{path}' for path in expected]
+    assert paths('ata', images) == [f'data/{path}' for path in expected]
+    assert paths('dat', images) == [f'data/{path}' for path in expected], 'the folder has to be whole'
+    assert paths('other', images) == [f'data/{path}' for path in expected]
+    assert paths('', images) == [f'data/{path}' for path in expected]
+    (tmp_path / 'images.csv').touch()
+    assert paths(f'{tmp_path}/images.csv', moved(f'{tmp_path}/')) == [f'data/{path}' for path in expected]
 
 
 def test_table(result):
@@ -174,7 +174,7 @@ def test_table(result):
     lines = str(report).splitlines()
     assert lines[:6] == [
         'sysu_mm01 (trial=1, size=[128, 64])',
-        'vireid_dml_r50, weights 0123456789ab, features after-bn, pictures 288x144, float32',
+        'vireid_dml_r50, weights 0123456789ab, features after-bn, images 288x144, float32',
         'no flip test, 1 crop, no re-ranking',
         'torch 2.5.0, numpy 1.24.0',
         'infrared to visible: all-single, all-multi',
@@ -204,14 +204,14 @@ def test_heading_names_everything_that_changes_a_number(result):
             flip_test=True,
             crops=5,
             reranking='k-reciprocal',
-            skipped_pictures=3,
+            skipped_images=3,
         )
     )
     for words in (
         'sysu_mm01\n',
         'features before-bn',
         'flip test, 5 crops, k-reciprocal re-ranking\n',
-        '3 broken pictures left out',
+        '3 broken images left out',
     ):
         assert words in text
     assert 'no flip test' not in text
@@ -235,7 +235,7 @@ FAILURE = dict(
     'options',
     [
         {},
-        dict(flip_test=True, crops=5, reranking='k-reciprocal', skipped_pictures=2),
+        dict(flip_test=True, crops=5, reranking='k-reciprocal', skipped_images=2),
         dict(model='', weights='', features='', size=None, precision='', versions={}, options={}),
     ],
 )
@@ -344,7 +344,7 @@ def test_csv(tmp_path, result):
         img_width='144',
         precision='float32',
         weights='0123456789ab',
-        skipped_pictures='0',
+        skipped_images='0',
         options='trial=1, size=[128, 64]',
         trials_fingerprint='trials',
         versions='torch 2.5.0, numpy 1.24.0',
@@ -411,9 +411,9 @@ def test_failures_table(result):
 
 
 @pytest.fixture
-def better(pictures):
+def better(images):
     """The same queries and galleries, seen by a better model."""
-    return summarise(make_trials(pictures, drop=4, shift=0.6), pictures, root='data', **SETTINGS)
+    return summarise(make_trials(images, drop=4, shift=0.6), images, root='data', **SETTINGS)
 
 
 def test_compare_is_paired_query_by_query(result, better):
@@ -455,7 +455,7 @@ def test_a_difference_is_one_below_five_percent(p, verdict):
         dict(AP=lambda value: None, rank1=lambda value: None, INP=lambda value: None),
     ],
 )
-def test_other_pictures_are_not_paired(result, better, change):
+def test_other_images_are_not_paired(result, better, change):
     place = next(i for i, value in enumerate(better.queries['AP']) if value is not None)
     columns = {
         name: [convert(value) if i == place else value for i, value in enumerate(better.queries[name])]
@@ -468,7 +468,7 @@ def test_other_pictures_are_not_paired(result, better, change):
     protocol = comparison.protocols['all-single']
     assert protocol.paired == {}
     assert protocol.second['mAP'] == better.mean['mAP']
-    assert 'all-single: measured on other pictures' in str(comparison)
+    assert 'all-single: measured on other images' in str(comparison)
 
 
 def test_compare_names_settings_and_missing_protocols(result, better):
@@ -481,7 +481,7 @@ def test_compare_names_settings_and_missing_protocols(result, better):
         reranking='k-reciprocal',
         size=None,
         precision='',
-        skipped_pictures=1,
+        skipped_images=1,
         versions={'torch': '2.6.0', 'numpy': '1.24.0'},
     )
     comparison = compare(first, second)
@@ -492,7 +492,7 @@ def test_compare_names_settings_and_missing_protocols(result, better):
         ('reranking', 'none', 'k-reciprocal'),
         ('size', '288x144', '-'),
         ('precision', 'float32', '-'),
-        ('skipped_pictures', '0', '1'),
+        ('skipped_images', '0', '1'),
         ('versions: torch', '2.5.0', '2.6.0'),
         ('all-single: draw', 'seeded', 'official'),
         ('all-single: gallery_size', '7', '8'),
@@ -518,7 +518,7 @@ def test_every_setting_is_compared(result):
         reranking='cross-modality',
         size=(128, 64),
         precision='bfloat16',
-        skipped_pictures=1,
+        skipped_images=1,
         versions={},
     )
     assert set(others) == {field.name for field in dataclasses.fields(Report)} - {'protocols'}

@@ -1,4 +1,4 @@
-"""Re-ranking against a version with sets and dictionaries, one picture at a time."""
+"""Re-ranking against a version with sets and dictionaries, one image at a time."""
 
 import math
 
@@ -18,24 +18,24 @@ DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 
 
 class SlowReRanking:
-    """The docstring of `ReRanking`, sentence by sentence; pictures are numbers, `modality` None or one per picture."""
+    """The docstring of `ReRanking`, sentence by sentence; images are numbers, `modality` None or one per image."""
 
     def __init__(self, features, modality, k1, k2, original_weight):
         self.similarity = (features @ features.T).tolist()
         self.modality = ['any'] * len(features) if modality is None else list(modality)
-        self.pictures = range(len(features))
+        self.images = range(len(features))
         self.original_weight = original_weight
         self.k1, self.half = k1, round(k1 / 2)
-        self.ranked = [self.others_by_modality(p) for p in self.pictures]
-        encodings = [self.encoding(p) for p in self.pictures]
-        self.encodings = [self.mean(encodings, sorted(self.nearest(p, k2 - 1))) for p in self.pictures]
+        self.ranked = [self.others_by_modality(p) for p in self.images]
+        encodings = [self.encoding(p) for p in self.images]
+        self.encodings = [self.mean(encodings, sorted(self.nearest(p, k2 - 1))) for p in self.images]
 
     def distance(self, p, g):
         farthest = max(2 - 2 * similarity for similarity in self.similarity[p])
         return max(0, 2 - 2 * self.similarity[p][g]) / max(farthest, 1e-5)
 
     def others_by_modality(self, p):
-        others = [[g for g in self.pictures if g != p and self.modality[g] == name] for name in set(self.modality)]
+        others = [[g for g in self.images if g != p and self.modality[g] == name] for name in set(self.modality)]
         return [sorted(group, key=lambda g: (-self.similarity[p][g], g)) for group in others]
 
     def nearest(self, p, k):
@@ -54,8 +54,8 @@ class SlowReRanking:
         weights = {g: math.exp(-self.distance(p, g)) for g in expanded}
         return {g: weight / sum(weights.values()) for g, weight in weights.items()}
 
-    def mean(self, encodings, pictures):
-        return [sum(encodings[p].get(g, 0) for p in pictures) / len(pictures) for g in self.pictures]
+    def mean(self, encodings, images):
+        return [sum(encodings[p].get(g, 0) for p in images) / len(images) for g in self.images]
 
     def final(self, p, g):
         pairs = list(zip(self.encodings[p], self.encodings[g]))
@@ -118,7 +118,7 @@ def test_agrees_with_sets(shape, kind, device):
 @pytest.mark.parametrize('kind', ['none', 'across', 'mixed'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 def test_ties_are_broken_by_row(dtype, kind, device):
-    # Halves and quarters have no rounding: 30 pictures at 16 places, all tied with copies and in distance.
+    # Halves and quarters have no rounding: 30 images at 16 places, all tied with copies and in distance.
     corners = torch.tensor([[x, y, z, w] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1) for w in (-1, 1)]) / 2
     for seed in range(3):
         rows = torch.randint(16, (30,), generator=torch.Generator().manual_seed(seed))
@@ -154,7 +154,7 @@ def test_most_similar_is_a_stable_sort(count, device):
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('width', [3, 5, 7, 100])
-def test_rounding_is_no_distance_between_equal_pictures(width, device):
+def test_rounding_is_no_distance_between_equal_images(width, device):
     features = torch.ones(40, width, device=device) / math.sqrt(width)
     for options in ({}, modalities('mixed', 15, 25)):
         similarity = ReRanking(features[:15], features[15:], **options).similarity(slice(None)).cpu()
@@ -209,16 +209,16 @@ def test_one_modality_is_the_plain_method():
 
 
 @pytest.mark.parametrize('kind', ['none', 'mixed'])
-def test_picture_that_is_query_and_gallery_takes_part_once(kind):
+def test_image_that_is_query_and_gallery_takes_part_once(kind):
     features, _, _, _ = clusters(40, 1)
     modality = np.where(np.arange(40) % 3 == 0, 'infrared', 'visible')
     query, gallery = np.asarray([7, 30, 2, 39, 11, 5]), np.arange(5, 35)
     places = np.asarray([2, 25, -1, -1, 6, 0])
     options = {} if kind == 'none' else {'query_modality': modality[query], 'gallery_modality': modality[gallery]}
     found = ReRanking(features[query], features[gallery], query_in_gallery=places, **options, k1=4, k2=3)
-    pictures = np.concatenate([gallery, [2, 39]])
-    slow = SlowReRanking(features[pictures], None if kind == 'none' else modality[pictures], 4, 3, 0.3)
-    number = {picture: i for i, picture in enumerate(pictures.tolist())}
+    images = np.concatenate([gallery, [2, 39]])
+    slow = SlowReRanking(features[images], None if kind == 'none' else modality[images], 4, 3, 0.3)
+    number = {image: i for i, image in enumerate(images.tolist())}
     expected = [[-slow.final(number[q], number[g]) for g in gallery.tolist()] for q in query.tolist()]
     np.testing.assert_allclose(found.similarity(slice(None)), expected, rtol=0, atol=1e-6)
 
@@ -253,7 +253,7 @@ def test_all_pairs_are_never_held(monkeypatch):
     query, gallery, _, _ = clusters(900, 1000, people=150, noise=0.3)
     with LargestTensor() as preparing:
         found = ReRanking(query, gallery, **modalities('across', 900, 1000))
-    # Lists of 2 x 21 pictures, and encodings of a few dozen; a table of all pairs would be 3,610,000.
+    # Lists of 2 x 21 images, and encodings of a few dozen; a table of all pairs would be 3,610,000.
     assert 1900 * 42 <= preparing.elements < 1900 * 100
     with LargestTensor() as searching:
         found.similarity(slice(0, 16))
@@ -264,9 +264,9 @@ def test_all_pairs_are_never_held(monkeypatch):
     'changes, message',
     [
         ({'query': torch.zeros(2, 3)}, r'\[2, 3\] and \[5, 4\]'),
-        ({'query': torch.zeros(4)}, 'at least one picture each'),
-        ({'query': torch.zeros(0, 4)}, 'at least one picture each'),
-        ({'gallery': torch.zeros(0, 4)}, 'at least one picture each'),
+        ({'query': torch.zeros(4)}, 'at least one image each'),
+        ({'query': torch.zeros(0, 4)}, 'at least one image each'),
+        ({'gallery': torch.zeros(0, 4)}, 'at least one image each'),
         ({'query': torch.ones(2, 4, dtype=torch.int64)}, 'query features must have a floating-point type'),
         (
             {'gallery': torch.eye(4)[[0, 1, 2, 3, 3]] * torch.tensor([1, 1, 2, 1, 3])[:, None]},

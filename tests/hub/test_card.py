@@ -10,7 +10,7 @@ import vireid_timm
 from vireid_timm.evaluation.report import METRICS, ProtocolResult, Report
 from vireid_timm.hub.card import DATASET_TITLES, INTENDED_USE, LOCAL_NAME, evaluation_facts, model_card
 
-PERSON, PICTURE = 'Jane Doe', 'cam1/jane-doe.jpg'
+PERSON, IMAGE = 'Jane Doe', 'cam1/jane-doe.jpg'
 
 
 def _result(trials: int, value: float, deviation: float) -> ProtocolResult:
@@ -26,8 +26,8 @@ def _result(trials: int, value: float, deviation: float) -> ProtocolResult:
         intervals=dict.fromkeys(('rank1', 'mAP', 'mINP'), (value - 0.1, value + 0.1)),
         trials=[dict.fromkeys(METRICS, value)] * trials,
         trials_fingerprint='0',
-        queries={'path': [PICTURE], 'identity': [PERSON]},
-        failures=[{'path': PICTURE, 'identity': PERSON}],
+        queries={'path': [IMAGE], 'identity': [PERSON]},
+        failures=[{'path': IMAGE, 'identity': PERSON}],
     )
 
 
@@ -44,7 +44,7 @@ def _card(facts: dict | None = None, **options: str) -> str:
 def test_facts_of_an_evaluation_name_nobody(report: Report) -> None:
     facts = evaluation_facts(report)
     text = json.dumps(facts)
-    assert PERSON not in text and PICTURE not in text
+    assert PERSON not in text and IMAGE not in text
     result = facts['protocols']['all-single']
     assert (result['trials'], result['queries'], result['gallery'], result['draw']) == (10, 3, 7, 'seeded')
     assert result['mean']['mAP'] == 0.61234 and result['std']['mAP'] == 0.0123
@@ -92,9 +92,9 @@ def test_licensed_training_data_are_named_with_their_terms(dataset: str) -> None
     assert 'Ask me.' in _card({'dataset': dataset}, data_terms='Ask me.')
 
 
-def test_terms_of_rendered_and_of_unknown_pictures() -> None:
+def test_terms_of_rendered_and_of_unknown_images() -> None:
     assert 'never seen a photograph' in _card({'dataset': 'synthetic'})
-    assert 'terms of the training pictures are not stated' in _card({'dataset': 'folder'})
+    assert 'terms of the training images are not stated' in _card({'dataset': 'folder'})
 
 
 def test_settings_are_shown_and_metrics_not_twice(report: Report) -> None:

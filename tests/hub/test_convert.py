@@ -129,25 +129,25 @@ def bottleneck(state: State, name: str, x: torch.Tensor, stride: int) -> torch.T
 
 
 def non_local(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
-    """Position by position and picture by picture, with the affinity of every pair."""
+    """Position by position and image by image, with the affinity of every pair."""
 
     def convolved(part: str, values: torch.Tensor) -> torch.Tensor:  # [positions, channels]
         return values @ state[f'{name}.{part}.weight'][:, :, 0, 0].T + state[f'{name}.{part}.bias']
 
     outputs = []
-    for picture in x:
-        positions = picture.flatten(1).T
+    for image in x:
+        positions = image.flatten(1).T
         theta, phi, g = (convolved(part, positions) for part in ('theta', 'phi', 'g.0'))
         affinity = theta @ phi.T / len(positions)
         rows = [sum(row[j] * g[j] for j in range(len(positions))) for row in affinity]
-        outputs.append(convolved('W.0', torch.stack(rows)).T.reshape(picture.shape))
+        outputs.append(convolved('W.0', torch.stack(rows)).T.reshape(image.shape))
     return x + normalise(state, f'{name}.W.1', torch.stack(outputs))
 
 
-def naive_agw(state: State, pictures: torch.Tensor, modality: str, gem: bool = True) -> tuple[torch.Tensor, ...]:
+def naive_agw(state: State, images: torch.Tensor, modality: str, gem: bool = True) -> tuple[torch.Tensor, ...]:
     """Pooled features, features behind the BN-neck, logits."""
     stem = {'visible': NETWORKS[0], 'infrared': NETWORKS[1]}[modality]
-    x = F.conv2d(pictures, state[f'{stem}.conv1.weight'], stride=2, padding=3)
+    x = F.conv2d(images, state[f'{stem}.conv1.weight'], stride=2, padding=3)
     x = F.max_pool2d(normalise(state, f'{stem}.bn1', x).relu(), 3, stride=2, padding=1)
     for layer, (blocks, _) in RESNET50.items():
         for i in range(blocks):
@@ -160,13 +160,13 @@ def naive_agw(state: State, pictures: torch.Tensor, modality: str, gem: bool = T
     return pooled, features, features @ state['classifier.weight'].T
 
 
-def pictures(seed: int) -> torch.Tensor:
+def images(seed: int) -> torch.Tensor:
     return torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_equal_outputs(model: torch.nn.Module, state: State, gem: bool = True) -> None:
     with torch.inference_mode():
-        for modality, x in (('visible', pictures(0)), ('infrared', pictures(1))):
+        for modality, x in (('visible', images(0)), ('infrared', images(1))):
             pooled, features, logits = naive_agw(state, x, modality, gem)
             joint_map = model.forward_features(**{modality: x})
             for actual, expected in (
@@ -208,7 +208,7 @@ def test_agw_gives_the_same_outputs(agw_state, agw_file):
     # Without the non-local blocks it would be another network.
     plain = {key: value for key, value in agw_state.items() if not key.startswith('NL_')}
     with torch.inference_mode():
-        assert not torch.allclose(naive_agw(plain, pictures(0), 'visible')[2], model(pictures(0)), rtol=0.1)
+        assert not torch.allclose(naive_agw(plain, images(0), 'visible')[2], model(images(0)), rtol=0.1)
 
 
 def test_agw_drops_what_it_does_not_use_and_says_so(agw_state, agw_file):
@@ -250,7 +250,7 @@ def test_a_converted_network_is_saved_and_loaded(agw_file, folder):
     vireid_timm.save_model_folder(model, folder / 'agw')
     loaded = timm.create_model(f'local-dir:{folder}/agw', pretrained=True).eval()
     with torch.inference_mode():
-        assert torch.equal(loaded(pictures(0), pictures(1)), model(pictures(0), pictures(1)))
+        assert torch.equal(loaded(images(0), images(1)), model(images(0), images(1)))
 
 
 def test_classifiers_are_kept_or_dropped(agw_state, agw_file):
@@ -408,7 +408,7 @@ def own():
 
 def assert_same_network(model: torch.nn.Module, expected: torch.nn.Module) -> None:
     with torch.inference_mode():
-        assert torch.equal(model.eval()(pictures(0), pictures(1)), expected(pictures(0), pictures(1)))
+        assert torch.equal(model.eval()(images(0), images(1)), expected(images(0), images(1)))
 
 
 def test_a_run_of_our_own(own, tmp_path):
@@ -425,8 +425,8 @@ def test_a_run_of_our_own(own, tmp_path):
     assert conversion.notes == ['Not converted, beside the weights: arch, class_map, epoch.']
     save_checkpoint(tmp_path, content | {'state_dict_ema': averaged})
     with torch.inference_mode():
-        doubled = convert_checkpoint(tmp_path / LAST, 'vireid').model.eval()(pictures(0))
-        torch.testing.assert_close(doubled, 2 * own(pictures(0)))
+        doubled = convert_checkpoint(tmp_path / LAST, 'vireid').model.eval()(images(0))
+        torch.testing.assert_close(doubled, 2 * own(images(0)))
 
 
 def test_weights_of_our_own_need_a_name(tmp_path):

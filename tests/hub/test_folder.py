@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 FILES = ['README.md', 'config.json', 'model.safetensors', 'reference.safetensors']
 SMALL = dict(resnet_args=dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32)))
 SIZE = (3, 64, 32)
-DATA = dict(identities=2, test_identities=3, pictures_per_modality=2, size=[64, 32])
+DATA = dict(identities=2, test_identities=3, images_per_modality=2, size=[64, 32])
 
 
 def _model(name: str = 'vireid_dml_r10t', **kwargs: object) -> torch.nn.Module:
@@ -37,9 +37,9 @@ def _model(name: str = 'vireid_dml_r10t', **kwargs: object) -> torch.nn.Module:
 
 
 def _features(model: torch.nn.Module, channels: int = 3) -> torch.Tensor:
-    pictures = torch.randn(2, channels, 64, 32, generator=torch.Generator().manual_seed(3))
+    images = torch.randn(2, channels, 64, 32, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
-        return model.eval()(pictures, pictures.flip(0))
+        return model.eval()(images, images.flip(0))
 
 
 def _config(folder: Path) -> dict:
@@ -117,10 +117,10 @@ def test_reference_features_are_those_of_noise_by_the_definition(saved: Path) ->
     reference = safetensors.torch.load_file(saved / REFERENCE)
     model = load_model(saved).eval()
     for modality in ('visible', 'infrared'):
-        pictures = reference[modality]
-        assert pictures.dtype == torch.uint8 and pictures.shape == (2, *SIZE) and pictures.float().std() > 60
+        images = reference[modality]
+        assert images.dtype == torch.uint8 and images.shape == (2, *SIZE) and images.float().std() > 60
         mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ('mean', 'std'))
-        normalised = {modality: (pictures.float() / 255 - mean) / std}
+        normalised = {modality: (images.float() / 255 - mean) / std}
         with torch.inference_mode():
             after, before = model(**normalised), model.forward_branches(**normalised).features
         torch.testing.assert_close(reference[f'{modality}_after_bn'], after)

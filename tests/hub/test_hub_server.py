@@ -502,7 +502,7 @@ def test_a_published_model_is_fine_tuned_on_other_people(
     name = f'local-dir:{folder}' if source == 'local-dir' else f'hf-hub:{NAME}'
     data = ['--dataset', 'synthetic', '--dataset-kwargs', f'identities={people}', 'test_identities=2', 'size=(64,32)']
     still = ['--lr', '0', '--weight-decay', '0', '--freeze-bn', '--sched', 'none', '--epochs', '1', '--val-share', '0']
-    quick = ['--identities-per-batch', '4', '--pictures-per-modality', '1', '--workers', '0', '--cache', 'ram']
+    quick = ['--identities-per-batch', '4', '--images-per-modality', '1', '--workers', '0', '--cache', 'ram']
     words = ['--model', name, '--pretrained', '--output', str(tmp_path), '--experiment', 'tuned']
     assert main(['train', *words, *data, *still, *quick, '--no-amp']) == 0
     said = capsys.readouterr().err

@@ -30,7 +30,7 @@ def test_check_says_what_it_checked(saved: Path, capsys: pytest.CaptureFixture) 
     assert main(['hub', 'check', str(saved)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(':')[0] for line in lines[:4]] == ['files', 'configuration', 'weights', 'reference']
-    assert '5 classes, pictures 3x64x32' in lines[1]
+    assert '5 classes, images 3x64x32' in lines[1]
     assert hashlib.sha256((saved / 'model.safetensors').read_bytes()).hexdigest() in lines[2]
 
 
@@ -84,11 +84,11 @@ SPOILED = {
     'an architecture with other tensors': (_configured('architecture', 'vireid_dml_r18'), 'Missing key'),
     'another pooling': (_configured('model_args.gem_power', 2.5), 'does not compute the features'),
     'another normalisation': (_configured('pretrained_cfg.mean', [0.5, 0.5, 0.5]), 'does not compute the features'),
-    'another picture size': (
+    'another image size': (
         _configured('pretrained_cfg.input_size', [3, 96, 32]),
-        r'no visible pictures of .* 96, 32',
+        r'no visible images of .* 96, 32',
     ),
-    'cropped pictures': (_configured('pretrained_cfg.crop_mode', 'center'), 'crop_mode'),
+    'cropped images': (_configured('pretrained_cfg.crop_mode', 'center'), 'crop_mode'),
     'other weights': (
         lambda folder: _rewrite_weights(folder, lambda state: state['stem.visible.conv1.0.weight'].mul_(1.05)),
         'does not compute the features',

@@ -29,14 +29,14 @@ EMBEDDED = Path(vireid_timm.__file__).with_name('weights')
 SMALL_RESNET = dict(stem_width=8, stem_type='deep_tiered', avg_down=True)
 RECIPE = {
     'dataset': 'synthetic',
-    'dataset_kwargs': dict(identities=4, test_identities=2, pictures_per_modality=2, size=[64, 32]),
+    'dataset_kwargs': dict(identities=4, test_identities=2, images_per_modality=2, size=[64, 32]),
     'model': 'vireid_base_r10t',
     'model_kwargs': {
         'resnet_args': dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=[8, 16, 24, 32])
     },
     'input_size': [3, 64, 32],
     'identities_per_batch': 4,
-    'pictures_per_modality': 2,
+    'images_per_modality': 2,
     'val_share': 0.0,
     'epochs': 1,
     'lr': 0.01,

@@ -17,7 +17,7 @@ from vireid_timm.layers.stem import DualStem, Stem
 WIDTHS = {1: 3, 2: 5, 3: 6, 4: 7}  # channels of layer1-4's maps
 STEPS = {1: 1, 2: 2, 3: 4, 4: 4}  # positions of layer1's grid that one of theirs covers, last stride 1
 SUBSETS = [layers for count in (1, 2, 3) for layers in combinations((1, 2, 3), count)]  # table 2 without the baseline
-PICTURE_SIZES = [(64, 32), (101, 57), (33, 17), (16, 48), (7, 70)]
+IMAGE_SIZES = [(64, 32), (101, 57), (33, 17), (16, 48), (7, 70)]
 KINDS = ['asff', 'static']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -264,7 +264,7 @@ def test_power_sum_compiles_into_one_graph():
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('layers', SUBSETS)
 def test_spatial_weights_sum_to_one(layers, kind):
-    for size in PICTURE_SIZES:
+    for size in IMAGE_SIZES:
         branch = fusion_branch(layers, kind, grid=(16, 8)).eval()
         grid = grid_of(size, 1)
         reduced = [layer(x) for layer, x in zip(branch.reduce, level_maps(layers, size))]
@@ -284,7 +284,7 @@ def test_fresh_static_weights_are_equal():
     torch.testing.assert_close(weights([], [1, 2, 4], [7, 3]), torch.full((1, 3, 7, 3), 1 / 3))
 
 
-def test_predicted_weights_depend_on_the_picture():
+def test_predicted_weights_depend_on_the_image():
     branch = fusion_branch((1, 2, 3), 'asff', grid=(16, 8)).eval()
     reduced = [layer(x) for layer, x in zip(branch.reduce, level_maps((1, 2, 3), (64, 32)))]
     weights = branch.weights(reduced, branch.steps, [16, 8])
@@ -300,8 +300,8 @@ def test_predicted_weights_depend_on_the_picture():
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('layers', [*SUBSETS, (2, 4)])
 def test_fusion_equals_the_paper_forward_and_backward(layers, kind, training):
-    # Where pictures are no multiple of 16, batch statistics are those of the coarse maps: border cells count in full.
-    sizes = [(64, 32), (16, 48)] if training and kind == 'asff' else PICTURE_SIZES
+    # Where images are no multiple of 16, batch statistics are those of the coarse maps: border cells count in full.
+    sizes = [(64, 32), (16, 48)] if training and kind == 'asff' else IMAGE_SIZES
     for size in sizes:
         branch = fusion_branch(layers, kind, grid=(16, 8)).train(training)
         levels = level_maps(layers, size)
@@ -317,7 +317,7 @@ def test_fusion_equals_the_paper_forward_and_backward(layers, kind, training):
 
 
 @pytest.mark.parametrize('out_step', [4, 8])
-@pytest.mark.parametrize('size', PICTURE_SIZES)
+@pytest.mark.parametrize('size', IMAGE_SIZES)
 def test_fused_map_holds_the_mean_power_of_its_cells(size, out_step):
     """Position by position: sums over layer4's cells of the paper's map, scaled so that their mean is the mean."""
     branch = fusion_branch((1, 2, 3), 'asff', grid=(16, 8), out_step=out_step).eval()
@@ -400,9 +400,9 @@ def test_dual_stem_says_what_it_was_given():
     good = torch.zeros(2, 1, 32, 16)
     with pytest.raises(ValueError, match=r'give visible=, infrared=, or both, each \[B, C, H, W\]'):
         stem()
-    with pytest.raises(ValueError, match=r'visible pictures need shape \[B, 1, H, W\], got \[2, 3, 32, 16\]'):
+    with pytest.raises(ValueError, match=r'visible images need shape \[B, 1, H, W\], got \[2, 3, 32, 16\]'):
         stem(torch.zeros(2, 3, 32, 16), good)
-    with pytest.raises(ValueError, match=r'infrared pictures need shape \[B, 1, H, W\], got \[1, 32, 16\]'):
+    with pytest.raises(ValueError, match=r'infrared images need shape \[B, 1, H, W\], got \[1, 32, 16\]'):
         stem(good, good[0])
     sizes = r'same height and width, got \[2, 1, 32, 16\] and \[2, 1, 31, 16\]'  # they meet again behind the stem
     with pytest.raises(ValueError, match=sizes):

@@ -13,7 +13,7 @@ from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 GROUPS = {
     'paper': [name for _ in range(2) for name in range(8) for _ in range(4)],
     'uneven': [3, 3, 3, 3, 3, 7, 7, 1],
-    'every picture alone': [0, 1, 2, 3, 4],
+    'every image alone': [0, 1, 2, 3, 4],
     'one against many': [5, 5, 5, 5, 5, 5, 9],
     'negative and large labels': [-1, 2**40, -1, 2**40],
     'several blocks of rows': [name % 12 for name in range(70)],
@@ -76,7 +76,7 @@ def test_triplet_equals_the_loop_forward_and_backward(group: str, scale: float) 
 
 @pytest.mark.parametrize('distance', [10.0, 20.0, 100.0, 1e4])
 def test_triplet_weights_stay_exact_at_large_distances(distance: float) -> None:
-    """Three pairs, every picture of one pair equally far from every picture of the others."""
+    """Three pairs, every image of one pair equally far from every image of the others."""
     features = torch.zeros(6, 5)
     features[:2, 0] = distance / math.sqrt(2)
     features[2:4, 1] = distance / math.sqrt(2)
@@ -110,7 +110,7 @@ def test_identical_features_give_a_finite_loss_and_gradient() -> None:
 
 
 def test_some_identical_features_among_others() -> None:
-    """The same picture twice in a batch (a small identity), and two people with the same features."""
+    """The same image twice in a batch (a small identity), and two people with the same features."""
     features = random_features(8, dtype=torch.float64)
     features[1] = features[0]
     features[7] = features[0]

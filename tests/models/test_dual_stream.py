@@ -42,7 +42,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def pictures(count: int = 2, size: tuple[int, int] = (32, 16), seed: int = 0, channels: int = 3) -> torch.Tensor:
+def images(count: int = 2, size: tuple[int, int] = (32, 16), seed: int = 0, channels: int = 3) -> torch.Tensor:
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -68,7 +68,7 @@ def on_meta(name: str, **kwargs) -> DualStreamResNet:
     return timm.create_model(name, device='meta', **kwargs).eval()
 
 
-def meta_pictures(model: nn.Module, count: int = 2) -> torch.Tensor:
+def meta_images(model: nn.Module, count: int = 2) -> torch.Tensor:
     return torch.zeros(count, *model.pretrained_cfg['input_size'], device='meta')
 
 
@@ -113,7 +113,7 @@ def test_the_papers_networks_are_registered():
 
 
 def test_both_modalities_give_the_rows_of_each_alone(network):
-    visible, infrared = pictures(3), pictures(2, seed=1)
+    visible, infrared = images(3), images(2, seed=1)
     with torch.inference_mode():
         both, seen = network(visible, infrared), network.forward_branches(visible, infrared)
         alone = [network(visible=visible), network(infrared=infrared)]
@@ -128,7 +128,7 @@ def test_both_modalities_give_the_rows_of_each_alone(network):
 
 
 def test_output_is_classifier_after_neck_after_pooling(network):
-    x = pictures()
+    x = images()
     with torch.inference_mode():
         joint_map = network.forward_features(x)
         features = network.forward_head(joint_map, pre_logits=True)
@@ -145,7 +145,7 @@ def test_output_is_classifier_after_neck_after_pooling(network):
 
 def test_branches_are_slices_of_the_joint_features(network):
     with torch.inference_mode():
-        output = network.forward_branches(pictures(), pictures(seed=1))
+        output = network.forward_branches(images(), images(seed=1))
     assert isinstance(output, BranchOutput)
     width = network.feature_info[3]['num_chs']
     parts = {'global': output.features[:, :width]}
@@ -158,14 +158,14 @@ def test_branches_are_slices_of_the_joint_features(network):
             torch.testing.assert_close(logits, head.neck(parts[name]) @ head.fc.weight.T)
 
 
-def test_wrong_pictures_are_named(network):
-    x = pictures()
+def test_wrong_images_are_named(network):
+    x = images()
     for call in (network, network.forward_features, network.forward_branches, network.forward_intermediates):
-        with pytest.raises(ValueError, match='no pictures: give visible=, infrared=, or both'):
+        with pytest.raises(ValueError, match='no images: give visible=, infrared=, or both'):
             call()
-        with pytest.raises(ValueError, match=r'infrared pictures need shape \[B, 3, H, W\], got \[2, 1, 32, 16\]'):
+        with pytest.raises(ValueError, match=r'infrared images need shape \[B, 3, H, W\], got \[2, 1, 32, 16\]'):
             call(x, x[:, :1])
-        with pytest.raises(ValueError, match=r'visible pictures need shape \[B, 3, H, W\], got \[3, 32, 16\]'):
+        with pytest.raises(ValueError, match=r'visible images need shape \[B, 3, H, W\], got \[3, 32, 16\]'):
             call(x[0])
         with pytest.raises(ValueError, match=r'same height and width, got \[2, 3, 32, 16\] and \[2, 3, 32, 15\]'):
             call(x, x[..., 1:])
@@ -187,10 +187,10 @@ def test_the_configuration_says_the_truth(name):
     assert isinstance(model.get_classifier(), nn.Identity)
     size = (128, 64) if name.endswith('r10t') else (288, 144)
     assert cfg['input_size'][1:] == size
-    joint_map = model.forward_features(meta_pictures(model))
+    joint_map = model.forward_features(meta_images(model))
     assert tuple(joint_map.shape) == (2, model.num_features, *cfg['pool_size'])
     assert cfg['pool_size'] == (size[0] // 16, size[1] // 16)  # last stride 1: 18 x 9
-    assert model(meta_pictures(model)).shape == (2, model.num_features)
+    assert model(meta_images(model)).shape == (2, model.num_features)
     width = 2048 if name.endswith(('r50', 'r101')) else 512
     assert model.num_features == model.head_hidden_size == width + ('dml' in name) * 768
     state = model.state_dict()
@@ -202,11 +202,11 @@ def test_the_configuration_says_the_truth(name):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_no_pooling_gives_the_map(name):
-    x = pictures(1)
+    x = images(1)
     model = on_meta(name, num_classes=0, global_pool='')
-    expected = model.forward_features(meta_pictures(model)).shape
-    assert model(meta_pictures(model)).shape == expected
-    assert model.forward_head(model.forward_features(meta_pictures(model)), pre_logits=True).shape == expected
+    expected = model.forward_features(meta_images(model)).shape
+    assert model(meta_images(model)).shape == expected
+    assert model.forward_head(model.forward_features(meta_images(model)), pre_logits=True).shape == expected
     with pytest.raises(ValueError, match="forward_branches needs a pooling; .* global_pool=''"):
         model.forward_branches(x.to('meta'))
     with pytest.raises(ValueError, match="use num_classes=0 with global_pool=''"):
@@ -221,7 +221,7 @@ def test_new_classifiers_keep_device_type_mode_and_frozen_necks(name):
     for count in (0, 9):
         model.reset_classifier(count)
         assert model.num_classes == count
-        assert model(meta_pictures(model).double()).shape == (2, count or model.num_features)
+        assert model(meta_images(model).double()).shape == (2, count or model.num_features)
         assert not any(module.training for module in model.modules())
         assert {tensor.device.type for tensor in model.state_dict().values()} == {'meta'}
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
@@ -273,7 +273,7 @@ def test_layer_decay_orders_stem_layers_and_head(name):
 @pytest.mark.parametrize('kind', ['vireid_dml_r10t', 'vireid_base_r10t', 'bottleneck'])
 def test_a_batch_of_both_modalities_trains_every_parameter(kind):
     model = network_of(kind, num_classes=4, last_stride=1).train()
-    value = training_value(model.forward_branches(pictures(size=(64, 32)), pictures(size=(64, 32), seed=1)))
+    value = training_value(model.forward_branches(images(size=(64, 32)), images(size=(64, 32), seed=1)))
     for name, gradient in gradients(model, value).items():
         assert gradient.isfinite().all(), name
         assert gradient.any(), name
@@ -281,7 +281,7 @@ def test_a_batch_of_both_modalities_trains_every_parameter(kind):
 
 def test_shapes_alone_can_be_trained():
     model = on_meta('vireid_dml_r18', num_classes=4).train()
-    output = model.forward_branches(meta_pictures(model), meta_pictures(model))
+    output = model.forward_branches(meta_images(model), meta_images(model))
     (output.features.sum() + sum(logits.sum() for logits in output.logits.values())).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
@@ -322,7 +322,7 @@ def network_of(kind: str, **kwargs) -> DualStreamResNet:
 def test_trunk_is_bitwise_a_resnet_with_that_last_stride(kind, last_stride):
     model = network_of(kind, last_stride=last_stride)
     for size in ((64, 32), (51, 37)):
-        x = pictures(size=size)
+        x = images(size=size)
         for modality in ('visible', 'infrared'):
             naive = naive_resnet(model, modality, last_stride)
             with torch.inference_mode():
@@ -353,7 +353,7 @@ def test_every_subset_of_fused_layers_in_both_forms(layers, kind):
     assert model.num_features == 64 + 8 * len(layers)
     assert model.branches == (('global', 'fusion', 'joint') if layers else ('global',))
     for size in ((64, 32), (57, 33)):
-        x = pictures(1, size), pictures(1, size, seed=1)
+        x = images(1, size), images(1, size, seed=1)
         with torch.inference_mode():
             output, joint_map = model.forward_branches(*x), model.forward_features(*x)
             _, levels = model.forward_intermediates(*x)
@@ -374,7 +374,7 @@ def test_every_subset_of_fused_layers_in_both_forms(layers, kind):
 def test_training_and_retrieval_pool_alike(pool, power):
     """What `forward_branches` trains is what `forward` retrieves with, whatever the pooling."""
     model = small(global_pool=pool, gem_power=power)
-    x = pictures()
+    x = images()
     with torch.no_grad():
         features, joint_map = model.forward_branches(x).features, model.forward_features(x)
         torch.testing.assert_close(features, pooled(joint_map, 1.0 if pool == 'avg' else power), rtol=1e-4, atol=1e-4)
@@ -389,7 +389,7 @@ def test_training_and_retrieval_pool_alike(pool, power):
 
 def test_without_classes_the_output_is_the_features_behind_the_neck():
     model = small(num_classes=5)
-    x = pictures()
+    x = images()
     with torch.inference_mode():
         features = model.forward_head(model.forward_features(x), pre_logits=True)
         before = model.forward_branches(x).features
@@ -409,26 +409,26 @@ def test_new_classifiers_leave_the_rest_alone():
     assert set(after) == set(before)
     for key, value in after.items():
         assert value.shape[0] == 11 if '.fc.' in key else torch.equal(value, before[key])
-    output = model.forward_branches(pictures())
+    output = model.forward_branches(images())
     assert {name: logits.shape[1] for name, logits in output.logits.items()} == dict.fromkeys(model.branches, 11)
     assert model.global_head.fc.weight.std() < 0.002
 
 
 def test_a_refused_reset_changes_nothing():
     model = small(num_classes=5)
-    expected = model(pictures())
+    expected = model(images())
     with pytest.raises(ValueError, match="unknown pooling 'max'"):
         model.reset_classifier(7, 'max')
     assert model.num_classes == 5
-    assert torch.equal(model(pictures()), expected)
+    assert torch.equal(model(images()), expected)
 
 
 def test_a_classifier_beside_no_pooling_waits_for_one_as_in_timms_own_models():
     model = small(num_classes=0, global_pool='')
     model.reset_classifier(2)
-    assert model.get_classifier().weight.shape[0] == 2 and model(pictures()).ndim == 4
+    assert model.get_classifier().weight.shape[0] == 2 and model(images()).ndim == 4
     model.reset_classifier(2, 'gem')
-    assert model(pictures()).shape[1] == 2
+    assert model(images()).shape[1] == 2
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def non_local(**kwargs) -> DualStreamResNet:
 
 def test_non_local_blocks_add_nothing_at_first():
     model, plain = non_local(num_classes=3), small(num_classes=3, fuse_layers=())
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     with torch.inference_mode():
         model.load_state_dict(plain.state_dict(), strict=False)
         assert not torch.allclose(model(*x), plain(*x), rtol=0.1)
@@ -515,16 +515,16 @@ def test_non_local_blocks_are_part_of_their_layers():
     features = non_local(features_only=True)
     features.model.load_state_dict(model.state_dict(), strict=False)
     with torch.inference_mode():
-        levels = model.forward_intermediates(pictures(), intermediates_only=True)
+        levels = model.forward_intermediates(images(), intermediates_only=True)
         for i, layer in ((1, model.layer2), (2, model.layer3)):
             expected = naive_non_local(layer[1], layer[0](levels[i - 1]))
             torch.testing.assert_close(levels[i], expected, rtol=1e-5, atol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(features(pictures()), levels, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(features(images()), levels, strict=True))
 
 
 def test_non_local_blocks_train_with_and_without_checkpointing():
     model = non_local(num_classes=3).train()
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     expected = gradients(model, training_value(model.forward_branches(*x)))
     calls = forward_calls(model.layer3[1])
     model.set_grad_checkpointing()
@@ -540,9 +540,9 @@ def test_non_local_blocks_are_traced_compiled_and_exported(compiled):
     _, nodes = get_graph_node_names(model)
     traced = create_feature_extractor(model, nodes[-1:])
     count = torch.export.Dim('count', min=1, max=64)
-    exported = torch.export.export(model, (pictures(),), dynamic_shapes={'visible': {0: count}}).module()
+    exported = torch.export.export(model, (images(),), dynamic_shapes={'visible': {0: count}}).module()
     with torch.inference_mode():
-        for x in (pictures(), pictures(3, seed=1)):
+        for x in (images(), images(3, seed=1)):
             expected = model(x)
             assert torch.equal(next(iter(traced(x).values())), expected)
             for other in (exported(x), compiled(model)(x)):
@@ -551,7 +551,7 @@ def test_non_local_blocks_are_traced_compiled_and_exported(compiled):
 
 def test_non_local_blocks_in_half_precision():
     model = non_local()
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     with torch.no_grad():
         expected = model(*x)
         with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -567,7 +567,7 @@ def test_non_local_blocks_in_half_precision():
 @pytest.mark.parametrize('plain', [False, True])
 def test_features_stay_float32_under_autocast(plain):
     model = small(num_classes=3, plain_fusion=plain)
-    x = pictures(size=(64, 32)), pictures(size=(64, 32), seed=1)
+    x = images(size=(64, 32)), images(size=(64, 32), seed=1)
     with torch.no_grad():
         exact = model.forward_branches(*x).features, model.forward_head(model.forward_features(*x), pre_logits=True)
         with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -587,7 +587,7 @@ def test_features_stay_float32_under_autocast(plain):
 def test_a_network_in_half_precision(dtype):
     exact = small()
     model = copy.deepcopy(exact).to(dtype)
-    x = pictures()
+    x = images()
     with torch.inference_mode():
         assert model.forward_branches(x.to(dtype)).features.dtype == torch.float32
         features = model(x.to(dtype))
@@ -597,7 +597,7 @@ def test_a_network_in_half_precision(dtype):
 
 def test_channels_last_changes_nothing():
     model = small(num_classes=3)
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     expected = gradients(model, training_value(model.forward_branches(*x)))
     model.to(memory_format=torch.channels_last)
     x = [batch.to(memory_format=torch.channels_last) for batch in x]
@@ -608,7 +608,7 @@ def test_channels_last_changes_nothing():
 def test_checkpointing_changes_no_gradient():
     model = small(num_classes=3).train()
     calls = forward_calls(model.layer2[0])
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     expected_output = model.forward_branches(*x)
     expected = gradients(model, training_value(expected_output))
     assert len(calls) == 1
@@ -626,7 +626,7 @@ def test_checkpointing_changes_no_gradient():
 
 def test_empty_batches_pass():
     model = small(num_classes=3)
-    none, some = pictures(0), pictures(2)
+    none, some = images(0), images(2)
     with torch.inference_mode():
         assert model(none).shape == (0, 3)
         torch.testing.assert_close(model(none, some), model(infrared=some))
@@ -638,7 +638,7 @@ def test_empty_batches_pass():
 def test_state_dict_round_trip():
     model = small(num_classes=3)
     other = timm.create_model('vireid_dml_r10t', num_classes=3, resnet_args=THIN, fuse_width=8).eval()
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     with torch.inference_mode():
         expected = model(*x)
         assert not torch.allclose(other(*x), expected)
@@ -656,7 +656,7 @@ def through_a_file(model: nn.Module) -> nn.Module:
 def test_copies_give_the_same_output(copied):
     model = small(num_classes=3)
     other = copied(model)
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     with torch.inference_mode():
         assert torch.equal(other(*x), model(*x))
         assert torch.equal(other.forward_branches(*x).features, model.forward_branches(*x).features)
@@ -668,7 +668,7 @@ def test_copies_give_the_same_output(copied):
 
 def test_intermediates_of_both_modalities():
     model = small()
-    visible, infrared = pictures(2, (64, 32)), pictures(1, (64, 32), seed=1)
+    visible, infrared = images(2, (64, 32)), images(1, (64, 32), seed=1)
     with torch.inference_mode():
         joint_map, levels = model.forward_intermediates(visible, infrared)
         assert torch.equal(joint_map, model.forward_features(visible, infrared))
@@ -687,8 +687,8 @@ def test_intermediates_of_both_modalities():
 def test_intermediates_can_stop_early(last):
     model = small()
     with torch.inference_mode():
-        joint_map, levels = model.forward_intermediates(pictures())
-        final, chosen = model.forward_intermediates(pictures(), indices=[last], stop_early=True)
+        joint_map, levels = model.forward_intermediates(images())
+        final, chosen = model.forward_intermediates(images(), indices=[last], stop_early=True)
     assert torch.equal(chosen[0], levels[last])
     assert torch.equal(final, joint_map if last == 3 else levels[last])
 
@@ -696,7 +696,7 @@ def test_intermediates_can_stop_early(last):
 @pytest.mark.parametrize('last', [0, 1, 2, 3])
 def test_pruned_networks_keep_what_is_left(last):
     model = small(num_classes=3)
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     with torch.inference_mode():
         levels = model.forward_intermediates(*x, intermediates_only=True)
     pruned = copy.deepcopy(model)
@@ -722,22 +722,22 @@ def test_pruned_networks_keep_what_is_left(last):
 
 def test_pruning_nothing_changes_nothing():
     model = small(num_classes=3)
-    expected = model(pictures())
+    expected = model(images())
     assert model.prune_intermediate_layers([3], prune_head=False) == [3]
-    assert torch.equal(model(pictures()), expected)
+    assert torch.equal(model(images()), expected)
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_features_only_gives_the_layers(name):
     model = on_meta(name, features_only=True)
-    maps = model(meta_pictures(model))
+    maps = model(meta_images(model))
     height, width = model.pretrained_cfg['input_size'][1:]
     expected = [
         (2, channels, height // step, width // step)
         for channels, step in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
     ]
     assert [tuple(level.shape) for level in maps] == expected
-    assert len(on_meta(name, features_only=True, out_indices=(0, 2))(meta_pictures(model))) == 2
+    assert len(on_meta(name, features_only=True, out_indices=(0, 2))(meta_images(model))) == 2
 
 
 def test_features_only_trains_with_checkpointing():
@@ -747,7 +747,7 @@ def test_features_only_trains_with_checkpointing():
         model = randomised(timm.create_model('vireid_dml_r10t', features_only=True, out_indices=(0, 1))).train()
         model.model.set_grad_checkpointing(checkpointing)
         calls = forward_calls(model.model.layer2[0])
-        levels = model(pictures())
+        levels = model(images())
         sum(level.square().mean() for level in levels).backward()
         actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert len(calls) == 1 + checkpointing
@@ -762,8 +762,8 @@ def test_features_only_trains_with_checkpointing():
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_pictures_are_prepared_as_the_network_expects(name):
-    """What timm's validate.py does: the whole picture, squashed to the input size, normalised as for ImageNet."""
+def test_images_are_prepared_as_the_network_expects(name):
+    """What timm's validate.py does: the whole image, squashed to the input size, normalised as for ImageNet."""
     model = on_meta(name)
     config = resolve_model_data_config(model)
     transform = create_transform(**config, is_training=False)
@@ -826,7 +826,7 @@ def test_symbolic_tracing(fuse_layers):
     _, nodes = get_graph_node_names(model)
     traced = create_feature_extractor(model, nodes[-1:])
     with torch.inference_mode():
-        for x in (pictures(), pictures(3, (48, 33))):
+        for x in (images(), images(3, (48, 33))):
             assert torch.equal(next(iter(traced(x).values())), model(x))
 
 
@@ -838,7 +838,7 @@ def compiled():
 
 def test_compiled_inference(compiled):
     model = small()
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     function = compiled(model)
     with torch.inference_mode():
         torch.testing.assert_close(function(*x), model(*x), rtol=1e-4, atol=1e-4)
@@ -846,16 +846,16 @@ def test_compiled_inference(compiled):
 
 def test_compiled_training(compiled):
     model = small(num_classes=3).train()
-    x = pictures(), pictures(seed=1)
+    x = images(), images(seed=1)
     expected = gradients(model, training_value(model.forward_branches(*x)))
     actual = gradients(model, training_value(compiled(model.forward_branches)(*x)))
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].abs().max()))
 
 
-def test_exported_with_any_number_of_pictures():
+def test_exported_with_any_number_of_images():
     model = small()
-    x = {'visible': pictures(2), 'infrared': pictures(3, seed=1)}
+    x = {'visible': images(2), 'infrared': images(3, seed=1)}
     shapes = {name: {0: torch.export.Dim(f'{name}_count', min=1, max=64)} for name in x}
     both = torch.export.export(model, (), x, dynamic_shapes=shapes).module()
     alone = torch.export.export(
@@ -863,7 +863,7 @@ def test_exported_with_any_number_of_pictures():
     ).module()
     with torch.inference_mode():
         for counts in ((2, 3), (5, 1)):
-            visible, infrared = pictures(counts[0], seed=2), pictures(counts[1], seed=3)
+            visible, infrared = images(counts[0], seed=2), images(counts[1], seed=3)
             exported = both(visible=visible, infrared=infrared)
             torch.testing.assert_close(exported, model(visible, infrared), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(alone(infrared=infrared), model(infrared=infrared), rtol=1e-4, atol=1e-4)
@@ -974,7 +974,7 @@ def test_imagenet_weights_for_one_channel(tag):
         torch.testing.assert_close(state[key], weights[source_keys(key)].sum(dim=1, keepdim=True))
     rest = [key for key in state if key.startswith(('stem.', *TRUNK)) and key not in convolutions]
     assert all(torch.equal(state[key], weights[source_keys(key)]) for key in rest)
-    assert model.eval()(pictures(channels=1), pictures(channels=1)).shape == (4, model.num_features)
+    assert model.eval()(images(channels=1), images(channels=1)).shape == (4, model.num_features)
 
 
 def test_imagenet_weights_serve_features_too():
@@ -1027,7 +1027,7 @@ def test_imagenet_weights_of_another_width_are_refused():
 def test_saved_folders_give_the_same_outputs(name, arguments, tmp_path, caplog):
     model = randomised(timm.create_model(name, num_classes=6, **arguments)).eval()
     vireid_timm.save_model_folder(model, tmp_path / 'model', model_args=arguments)
-    x = pictures(channels=model.in_chans), pictures(seed=1, channels=model.in_chans)
+    x = images(channels=model.in_chans), images(seed=1, channels=model.in_chans)
     with torch.inference_mode():
         logits, features = model(*x), model.forward_head(model.forward_features(*x), pre_logits=True)
         branches = model.forward_branches(*x)

@@ -30,7 +30,7 @@ from vireid_timm.synthvi.person import (
     Pattern,
     draw_person,
 )
-from vireid_timm.synthvi.render import SPECTRA, camera_numbers, contact_sheet, picture_address, render, render_address
+from vireid_timm.synthvi.render import SPECTRA, camera_numbers, contact_sheet, image_address, render, render_address
 
 MOMENTS = [(modality, 3 * i, 1 + i % 3, i % 2) for i in range(4) for modality in MODALITIES]
 
@@ -49,15 +49,15 @@ def still_view(**changes):
 
 
 @pytest.mark.parametrize('spectrum', SPECTRA)
-def test_a_picture_depends_on_its_arguments_alone(spectrum):
+def test_a_image_depends_on_its_arguments_alone(spectrum):
     forwards = [render(*moment, seed=5, spectrum=spectrum) for moment in MOMENTS]
     backwards = [render(*moment, seed=5, spectrum=spectrum) for moment in reversed(MOMENTS)]
     for first, second in zip(forwards, reversed(backwards), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-def test_another_process_renders_the_same_pictures():
-    addresses = [picture_address(*moment, seed=2, spectrum='thermal') for moment in MOMENTS]
+def test_another_process_renders_the_same_images():
+    addresses = [image_address(*moment, seed=2, spectrum='thermal') for moment in MOMENTS]
     program = (
         'import hashlib, sys\n'
         'from vireid_timm.synthvi.render import render_address\n'
@@ -82,35 +82,35 @@ def test_any_size_has_the_right_shape_and_infrared_is_grey(size, spectrum):
         pixels = render(modality, 4, 2, 0, spectrum=spectrum, size=size)
         assert pixels.shape == (*size, 3)
         assert pixels.dtype == np.uint8
-        assert pixels.std() > 5, 'a picture shows something'
+        assert pixels.std() > 5, 'an image shows something'
         grey = np.array_equal(pixels[..., 0], pixels[..., 1]) and np.array_equal(pixels[..., 0], pixels[..., 2])
         assert grey == (modality == INFRARED)
 
 
-def test_a_larger_picture_shows_the_same_moment():
+def test_a_larger_image_shows_the_same_moment():
     same, other = [], []
-    for modality, identity, camera, picture in MOMENTS:
-        small = render(modality, identity, camera, picture).astype(float)
-        large = render(modality, identity, camera, picture, size=(256, 128)).astype(float)
+    for modality, identity, camera, image in MOMENTS:
+        small = render(modality, identity, camera, image).astype(float)
+        large = render(modality, identity, camera, image, size=(256, 128)).astype(float)
         shrunk = large.reshape(128, 2, 64, 2, 3).mean((1, 3))
         same.append(np.abs(small - shrunk).mean())
-        other.append(np.abs(render(modality, identity, camera, picture + 1) - shrunk).mean())
+        other.append(np.abs(render(modality, identity, camera, image + 1) - shrunk).mean())
     assert max(same) < 8 < min(other)
 
 
-def test_every_picture_is_another_one():
+def test_every_image_is_another_one():
     rendered = Counter(
-        digest(render(modality, identity, camera, picture, seed=seed, size=(64, 32)))
+        digest(render(modality, identity, camera, image, seed=seed, size=(64, 32)))
         for modality in MODALITIES
         for identity in (0, 1, 40)
         for camera in (1, 2, 9)
-        for picture in range(4)
+        for image in range(4)
         for seed in (0, 1)
     )
     assert len(rendered) == rendered.total() == 144
 
 
-def test_the_spectrum_changes_infrared_pictures_only():
+def test_the_spectrum_changes_infrared_images_only():
     near, warm = (
         [render(modality, 8, 3, 1, spectrum=spectrum).astype(int) for modality in MODALITIES] for spectrum in SPECTRA
     )
@@ -215,11 +215,11 @@ def _mean_average_precision(similarity, query_names, gallery_names):
 
 @pytest.mark.parametrize('spectrum', SPECTRA)
 def test_neither_colours_nor_pixels_nor_backgrounds_solve_the_task(spectrum):
-    records = synthetic_records(range(60), split='test', spectrum=spectrum, pictures_per_modality=4)
-    pictures = np.stack([render_address(address) for address in records.path])
-    grey = pictures.mean(-1)
+    records = synthetic_records(range(60), split='test', spectrum=spectrum, images_per_modality=4)
+    images = np.stack([render_address(address) for address in records.path])
+    grey = images.mean(-1)
     described = {
-        'histogram': [np.sqrt([np.histogram(p[..., c], 16, (0, 256))[0] for c in range(3)]) for p in pictures],
+        'histogram': [np.sqrt([np.histogram(p[..., c], 16, (0, 256))[0] for c in range(3)]) for p in images],
         'pixels': grey.reshape(-1, 32, 4, 16, 4).mean((2, 4)),
         'background': np.concatenate([grey[:, ::4, :5], grey[:, ::4, -5:]], axis=2),
     }
@@ -228,7 +228,7 @@ def test_neither_colours_nor_pixels_nor_backgrounds_solve_the_task(spectrum):
     noise = np.random.Generator(np.random.PCG64(0)).random((len(query), len(gallery)))
     chance = _mean_average_precision(noise, *names)
     for name, values in described.items():
-        features = np.asarray(values, float).reshape(len(pictures), -1)
+        features = np.asarray(values, float).reshape(len(images), -1)
         features -= features.mean(1, keepdims=True)
         features /= np.linalg.norm(features, axis=1, keepdims=True)
         found = _mean_average_precision(features[query] @ features[gallery].T, *names)
@@ -236,12 +236,12 @@ def test_neither_colours_nor_pixels_nor_backgrounds_solve_the_task(spectrum):
 
 
 def test_one_camera_shows_everybody_before_the_same_scene():
-    """The rims of two pictures by one camera are as alike for two people as for one person."""
+    """The rims of two images by one camera are as alike for two people as for one person."""
     rims = {}
     for identity in range(40):
-        for picture in range(2):
-            pixels = render(VISIBLE, identity, 1, picture).mean(-1)
-            rims[identity, picture] = np.concatenate([pixels[::4, :4], pixels[::4, -4:]], axis=1).ravel()
+        for image in range(2):
+            pixels = render(VISIBLE, identity, 1, image).mean(-1)
+            rims[identity, image] = np.concatenate([pixels[::4, :4], pixels[::4, -4:]], axis=1).ravel()
     same = [np.corrcoef(rims[i, 0], rims[i, 1])[0, 1] for i in range(40)]
     other = [np.corrcoef(rims[i, 0], rims[j, 1])[0, 1] for i in range(40) for j in range(40) if i != j]
     assert abs(np.mean(same) - np.mean(other)) < 3 * np.std(other) / np.sqrt(40)
@@ -254,7 +254,7 @@ def test_one_camera_shows_everybody_before_the_same_scene():
         (dict(spectrum='short-wave'), "unknown spectrum 'short-wave'; expected one of near-infrared, thermal"),
         (dict(camera=0), 'camera 0'),
         (dict(identity=-1), 'identity -1'),
-        (dict(picture=-3), 'picture -3'),
+        (dict(image=-3), 'image -3'),
         (dict(seed=-1), 'seed -1'),
         (dict(size=(31, 16)), 'got (31, 16)'),
         (dict(size=(32, 15)), 'got (32, 15)'),
@@ -262,18 +262,18 @@ def test_one_camera_shows_everybody_before_the_same_scene():
         (dict(size=(4096, 64)), 'got (4096, 64)'),
     ],
 )
-@pytest.mark.parametrize('function', [render, picture_address])
+@pytest.mark.parametrize('function', [render, image_address])
 def test_arguments_out_of_range_are_named(function, changes, message):
-    arguments = dict(modality=VISIBLE, identity=0, camera=1, picture=0) | changes
+    arguments = dict(modality=VISIBLE, identity=0, camera=1, image=0) | changes
     with pytest.raises(ValueError, match=re.escape(message)):
         function(**arguments)
 
 
 def test_an_address_says_it_all():
-    address = picture_address(VISIBLE, 12, 1, 3)
+    address = image_address(VISIBLE, 12, 1, 3)
     assert address == 'synthvi:near-infrared:s0:visible:c1:i12:p3:128x64'
     np.testing.assert_array_equal(render_address(address), render(VISIBLE, 12, 1, 3))
-    address = picture_address(INFRARED, 7, 6, 0, seed=11, spectrum='thermal', size=(96, 48))
+    address = image_address(INFRARED, 7, 6, 0, seed=11, spectrum='thermal', size=(96, 48))
     assert address == 'synthvi:thermal:s11:infrared:c6:i7:p0:96x48'
     pixels = render(INFRARED, 7, 6, 0, seed=11, spectrum='thermal', size=(96, 48))
     np.testing.assert_array_equal(render_address(address), pixels)
@@ -283,7 +283,7 @@ def test_an_address_says_it_all():
     'address',
     [
         '',
-        'picture.png',
+        'image.png',
         'synthvi:',
         'synthvi:near-infrared:s0:visible:c1:i12:p3',
         'synthvi:near-infrared:s0:visible:c1:i12:p3:128x64 ',
@@ -310,21 +310,21 @@ def test_camera_numbers_follow_sysu_mm01_where_they_can():
 
 
 @pytest.mark.parametrize(
-    ('pictures', 'visible', 'infrared', 'first'),
+    ('images', 'visible', 'infrared', 'first'),
     [(6, 4, 2, 1), (1, 4, 2, 1), (3, 4, 2, 7), (5, 1, 1, 1), (4, 3, 5, 2), (7, 4, 2, 1)],
 )
-def test_records_have_every_identity_evenly_on_the_cameras(pictures, visible, infrared, first):
+def test_records_have_every_identity_evenly_on_the_cameras(images, visible, infrared, first):
     identities = [0, 7, 3, 12345, 99999]
     records = synthetic_records(
         identities,
         split='train',
         seed=4,
-        pictures_per_modality=pictures,
+        images_per_modality=images,
         visible_cameras=visible,
         infrared_cameras=infrared,
         first_camera=first,
     )
-    assert len(records) == len(identities) * 2 * pictures
+    assert len(records) == len(identities) * 2 * images
     assert records.identities() == ['00000', '00003', '00007', '12345', '99999']
     assert set(records.split.tolist()) == {'train'}
     assert len(set(records.path.tolist())) == len(records)
@@ -334,10 +334,10 @@ def test_records_have_every_identity_evenly_on_the_cameras(pictures, visible, in
             per_camera = Counter(mine.camera.tolist())
             assert set(per_camera) <= set(numbers)
             counts = [per_camera[number] for number in numbers]
-            assert sum(counts) == pictures
+            assert sum(counts) == images
             assert max(counts) - min(counts) <= 1
             numbered = [int(re.search(r':p(\d+):', address)[1]) for address in mine.path.tolist()]
-            assert numbered == list(range(pictures))
+            assert numbered == list(range(images))
 
 
 def test_records_agree_with_their_addresses():
@@ -353,8 +353,8 @@ def test_records_agree_with_their_addresses():
     )
 
 
-def test_with_few_pictures_not_everybody_has_the_same_cameras():
-    records = synthetic_records(range(100), split='train', pictures_per_modality=2)
+def test_with_few_images_not_everybody_has_the_same_cameras():
+    records = synthetic_records(range(100), split='train', images_per_modality=2)
     seen = Counter(records.camera[records.modality == VISIBLE].tolist())
     assert set(seen) == {1, 2, 4, 5}
     assert min(seen.values()) > 30
@@ -379,7 +379,7 @@ def test_no_identities_give_an_empty_table():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(pictures_per_modality=0), 'pictures_per_modality must be at least 1, got 0'),
+        (dict(images_per_modality=0), 'images_per_modality must be at least 1, got 0'),
         (dict(visible_cameras=0), 'visible_cameras must be at least 1, got 0'),
         (dict(infrared_cameras=-2), 'infrared_cameras must be at least 1, got -2'),
         (dict(first_camera=0), 'first_camera must be at least 1, got 0'),
@@ -394,14 +394,14 @@ def test_records_refuse_what_makes_no_sense(changes, message):
 
 
 def test_a_contact_sheet_shows_identities_by_cameras():
-    sheet = contact_sheet([5, 9], seed=1, size=(64, 32), pictures_per_camera=2, visible_cameras=3, infrared_cameras=1)
+    sheet = contact_sheet([5, 9], seed=1, size=(64, 32), images_per_camera=2, visible_cameras=3, infrared_cameras=1)
     assert sheet.mode == 'RGB'
     assert sheet.height > 2 * 64
     assert sheet.width > 8 * 32
     pixels = np.asarray(sheet)
-    for modality, identity, camera, picture in ((VISIBLE, 5, 1, 0), (VISIBLE, 9, 3, 1), (INFRARED, 9, 4, 1)):
-        wanted = render(modality, identity, camera, picture, seed=1, size=(64, 32))
+    for modality, identity, camera, image in ((VISIBLE, 5, 1, 0), (VISIBLE, 9, 3, 1), (INFRARED, 9, 4, 1)):
+        wanted = render(modality, identity, camera, image, seed=1, size=(64, 32))
         windows = np.lib.stride_tricks.sliding_window_view(pixels, wanted.shape)[:, :, 0]
         corner = windows[:, :, :3, :3] == wanted[:3, :3]
         found = np.argwhere(corner.all((2, 3, 4)))
-        assert any(np.array_equal(windows[tuple(at)], wanted) for at in found), (modality, identity, camera, picture)
+        assert any(np.array_equal(windows[tuple(at)], wanted) for at in found), (modality, identity, camera, image)

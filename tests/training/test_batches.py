@@ -14,11 +14,11 @@ import timm
 import torch
 
 from vireid_timm.constants import MODALITIES
-from vireid_timm.data import store as pictures_module
+from vireid_timm.data import store as images_module
 from vireid_timm.data.augment import Augment
-from vireid_timm.data.images import PictureError, load_picture
+from vireid_timm.data.images import ImageError, load_image
 from vireid_timm.data.layouts import write_layout
-from vireid_timm.data.store import CACHES, PictureStore
+from vireid_timm.data.store import CACHES, ImageStore
 from vireid_timm.evaluation.evaluate import evaluate
 from vireid_timm.training import batches as batches_module
 from vireid_timm.training.batches import Batch, TrainData, batches, load_data, step_seed
@@ -32,9 +32,9 @@ STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def load(cache_dir: Path, **settings: Any) -> TrainData:
     config = {
         'dataset': 'synthetic',
-        'dataset_kwargs': dict(identities=12, test_identities=2, pictures_per_modality=3, size=(32, 16)),
+        'dataset_kwargs': dict(identities=12, test_identities=2, images_per_modality=3, size=(32, 16)),
         'identities_per_batch': 3,
-        'pictures_per_modality': 2,
+        'images_per_modality': 2,
         'val_share': 0.0,
         'workers': 0,
         'cache': 'ram',
@@ -62,9 +62,9 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
         assert all(torch.equal(*pair) for pair in zip(one.inputs, other.inputs, strict=True))
 
 
-def assert_same_pictures(store: PictureStore, paths: np.ndarray) -> None:
+def assert_same_images(store: ImageStore, paths: np.ndarray) -> None:
     """Whether the intact rows of a store show these files."""
-    assert np.array_equal(store[store.intact()], np.stack([load_picture(path, SIZE[1:]) for path in paths.tolist()]))
+    assert np.array_equal(store[store.intact()], np.stack([load_image(path, SIZE[1:]) for path in paths.tolist()]))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -75,12 +75,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def augmented_by_hand(data: TrainData, rows: list[int], place: tuple[int, int, int, int]) -> list[torch.Tensor]:
-    """Pictures of these rows as (seed, epoch, step, rank) has them augmented."""
+    """Images of these rows as (seed, epoch, step, rank) has them augmented."""
     generator = torch.Generator().manual_seed(step_seed(*place, stream=1))
     inputs = []
     for modality, own in zip(MODALITIES, np.split(np.array(rows), 2), strict=True):
         assert set(data.records.modality[own].tolist()) == {modality}
-        stored = np.stack([load_picture(path, SIZE[1:]) for path in data.records.path[own]])
+        stored = np.stack([load_image(path, SIZE[1:]) for path in data.records.path[own]])
         augment = Augment(modality, *STATISTICS, pad=3)
         inputs.append(augment(torch.from_numpy(stored).permute(0, 3, 1, 2), generator))
     return inputs
@@ -117,43 +117,43 @@ def test_every_cache_gives_the_same_batches(tmp_path: Path, data: TrainData, cac
     assert_same(list(draw(other)), list(draw(data)))
 
 
-def test_pictures_are_decoded_once_whoever_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_once_whoever_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded, model = [], timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
     monkeypatch.setattr(
-        pictures_module, 'load_picture', lambda path, size: (decoded.append(path), load_picture(path, size))[1]
+        images_module, 'load_image', lambda path, size: (decoded.append(path), load_image(path, size))[1]
     )
     runs = [load(tmp_path, cache='disk', val_share=share, seed=seed) for share, seed in ((0.2, 1), (0.3, 2), (0.0, 3))]
     everybody = runs[0].dataset.train.path.tolist()
-    assert sorted(decoded) == sorted(everybody) and len([*tmp_path.glob('pictures-*')]) == 1
+    assert sorted(decoded) == sorted(everybody) and len([*tmp_path.glob('images-*')]) == 1
     for run in runs:
         assert len(run.records) == len(everybody) - (0 if run.validation is None else len(run.validation.test))
-        assert_same_pictures(run.store, run.records.path)
+        assert_same_images(run.store, run.records.path)
     held_out = runs[0].validation
-    assert_same_pictures(runs[0].validation_store, held_out.test.path)
+    assert_same_images(runs[0].validation_store, held_out.test.path)
     report = evaluate(model, held_out, store=runs[0].validation_store, size=SIZE[1:])
     assert sorted(decoded) == sorted(everybody)
     assert report == evaluate(model, held_out, size=SIZE[1:], cache='off')
 
 
-def test_broken_pictures_are_left_out_on_both_sides(tmp_path: Path) -> None:
+def test_broken_images_are_left_out_on_both_sides(tmp_path: Path) -> None:
     write_layout(tmp_path / 'people', 'folder', identities=12, test_identities=2, size=SIZE[1:], workers=0)
     settings = dict(dataset='folder', data_dir=str(tmp_path / 'people'), dataset_kwargs={}, val_share=0.3)
     whole = load(tmp_path, **settings)
     broken = [str(whole.records.path[3]), str(whole.validation.test.path[4])]
-    Path(broken[1]).write_bytes(b'no picture')
-    with pytest.raises(PictureError, match=broken[1]):  # before the training begins
+    Path(broken[1]).write_bytes(b'no image')
+    with pytest.raises(ImageError, match=broken[1]):  # before the training begins
         load(tmp_path, **settings)
-    Path(broken[0]).write_bytes(b'no picture')
+    Path(broken[0]).write_bytes(b'no image')
     rest = load(tmp_path, **settings, skip_broken=True)
     assert rest.records.path.tolist() == [path for path in whole.records.path.tolist() if path not in broken]
     assert (list(rest.store.broken), list(rest.validation_store.broken)) == ([3], [4])
     assert rest.validation.test.path.tolist() == whole.validation.test.path.tolist()
-    assert_same_pictures(rest.store, rest.records.path)
+    assert_same_images(rest.store, rest.records.path)
     model = timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
-    assert evaluate(model, rest.validation, store=rest.validation_store, size=SIZE[1:]).skipped_pictures == 1
+    assert evaluate(model, rest.validation, store=rest.validation_store, size=SIZE[1:]).skipped_images == 1
 
 
-def test_a_store_of_other_pictures_is_refused(data: TrainData) -> None:
+def test_a_store_of_other_images_is_refused(data: TrainData) -> None:
     model = timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
     for store, size in ((data.store, (16, 16)), (data.store.select(np.arange(3)), SIZE[1:])):
         with pytest.raises(ValueError, match='give the store of this table'):
@@ -222,11 +222,11 @@ def test_a_store_that_is_cut_short_is_an_error_of_the_loop(tmp_path: Path) -> No
     assert threading.active_count() == before
 
 
-def test_a_picture_that_vanishes_is_an_error_of_the_loop(tmp_path: Path) -> None:
+def test_a_image_that_vanishes_is_an_error_of_the_loop(tmp_path: Path) -> None:
     data = load(tmp_path, cache='off')
     data.store._paths = np.full(len(data.store), str(tmp_path / 'gone.png'))
     before = threading.active_count()
-    with pytest.raises(PictureError, match='gone.png'):
+    with pytest.raises(ImageError, match='gone.png'):
         next(draw(data))
     assert threading.active_count() == before
 
@@ -241,5 +241,5 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(tmp_path: Path, data: TrainData, 
     for one, expected in zip(draw(other, device), draw(data), strict=True):
         assert one.rows == expected.rows
         assert torch.equal(one.labels.cpu(), expected.labels)
-        for pictures, reference in zip(one.inputs, expected.inputs, strict=True):
-            torch.testing.assert_close(pictures.cpu(), reference, rtol=0.0, atol=1e-6)
+        for images, reference in zip(one.inputs, expected.inputs, strict=True):
+            torch.testing.assert_close(images.cpu(), reference, rtol=0.0, atol=1e-6)

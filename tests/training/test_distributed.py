@@ -41,13 +41,13 @@ CHANNELS = dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=[
 # Everything that several processes have to agree on: averages, dropout, accumulation, validation.
 SETTINGS = {
     'dataset': 'synthetic',
-    'dataset_kwargs': dict(identities=8, test_identities=2, pictures_per_modality=4, size=[64, 32]),
+    'dataset_kwargs': dict(identities=8, test_identities=2, images_per_modality=4, size=[64, 32]),
     'model': 'vireid_dml_r10t',
     'model_kwargs': {'resnet_args': CHANNELS},
     'input_size': [3, 64, 32],
     'drop': 0.2,
     'identities_per_batch': 2,
-    'pictures_per_modality': 2,
+    'images_per_modality': 2,
     'val_share': 0.25,
     'epochs': 2,
     'lr': 0.01,
@@ -81,7 +81,7 @@ def _model(name: str = 'vireid_dml_r10t', **options: Any) -> DualStreamResNet:
 
 
 def _batch(number: int, dtype: torch.dtype = torch.float64) -> Batch:
-    """The batch of that number: two pictures of each modality for each of two identities of its own."""
+    """The batch of that number: two images of each modality for each of two identities of its own."""
     draw = torch.Generator().manual_seed(number)
     visible, infrared = torch.rand(2, 4, 3, 64, 32, generator=draw, dtype=dtype)
     identities = torch.tensor([0, 0, 1, 1]) + 2 * number
@@ -264,7 +264,7 @@ def _runs(rank: int, folder: Path) -> dict[str, Any]:
         drawn = batches(*arguments, **options)
         yield next(drawn)
         if rank == 1:
-            raise OSError('the pictures are gone')
+            raise OSError('the images are gone')
         yield from drawn
 
     train_step, batches = loop.train_step, loop.batches
@@ -338,7 +338,7 @@ def _split(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dic
 
 def test_gathered_loss_and_gradients_are_those_of_a_single_process(found: list[dict[str, Any]]) -> None:
     inputs, labels = zip(*[batch for rank in range(PROCESSES) for batch in _own_batches(rank, 1)])
-    visible, infrared = (torch.cat(pictures) for pictures in zip(*inputs))
+    visible, infrared = (torch.cat(images) for images in zip(*inputs))
     halves = zip(*[each.chunk(2) for each in labels])
     model = _model().double().eval()
     result = ViReIDTask(model, verbose=False)((visible, infrared), torch.cat([torch.cat(half) for half in halves]))
@@ -375,7 +375,7 @@ def test_weights_stay_the_same_in_all_processes(found: list[dict[str, Any]]) -> 
         for other in others:
             _assert_same(_split(other[state])[0], trained)
             assert all((value != statistics[name]).any() for name, value in _split(other[state])[1].items()), (
-                'each has seen pictures of its own'
+                'each has seen images of its own'
             )
 
 
@@ -458,7 +458,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_same_weigh
     rows = [(folder / name / 'summary.csv').read_text().splitlines() for name in ('whole', 'stopped')]
     whole, resumed = (list(csv.DictReader(lines)) for lines in rows)
     for row in (*whole, *resumed):
-        del row['train_pictures_per_second']
+        del row['train_images_per_second']
     assert resumed == whole
 
 
@@ -469,12 +469,12 @@ def test_another_number_of_processes_cannot_resume(found: list[dict[str, Any]]) 
 
 def test_an_error_in_one_process_ends_all_with_one_message(found: list[dict[str, Any]]) -> None:
     said = _assert_one_voice(found, 'failed', status=1)['err']
-    assert said.count('error') == 1 and said.endswith('vireid: error: process 1 of 3: the pictures are gone\n')
+    assert said.count('error') == 1 and said.endswith('vireid: error: process 1 of 3: the images are gone\n')
 
 
 @pytest.mark.parametrize(('name', 'message'), [('diverged', 'NaN or infinite'), ('mistaken', 'vireid_dml_r51')])
 def test_an_error_in_all_processes_is_one_message(name: str, message: str, found: list[dict[str, Any]]) -> None:
-    # Each saves its own pictures of a batch that diverged.
+    # Each saves its own images of a batch that diverged.
     for process in found:
         process['_runs'][name]['written'] = []
     said = _assert_one_voice(found, name, status=1)['err']

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from vireid_timm.cli.main import main
-from vireid_timm.data import store as pictures_module
+from vireid_timm.data import store as images_module
 from vireid_timm.data.layouts import write_layout
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 SIZE = (64, 32)
 SMALL = (
     *('--model', 'vireid_dml_r10t', '--input-size', '3', '64', '32', '--identities-per-batch', '3'),
-    *('--pictures-per-modality', '2', '--epochs', '7', '--warmup-epochs', '0', '--workers', '0', '--no-amp'),
+    *('--images-per-modality', '2', '--epochs', '7', '--warmup-epochs', '0', '--workers', '0', '--no-amp'),
 )
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six people, one of whom no infrared camera saw."""
-    root = tmp_path_factory.mktemp('data') / 'pictures'
+    root = tmp_path_factory.mktemp('data') / 'images'
     write_layout(root, 'folder', identities=6, test_identities=2, size=SIZE, workers=0)
     person = sorted((root / 'train/infrared').iterdir())[0]
     for path in person.iterdir():
@@ -50,29 +50,27 @@ def _files(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob('*')}
 
 
-def test_it_says_what_there_is_and_writes_nothing(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
-    before, state = _files(pictures), torch.get_rng_state()
-    said = _dry_run(capsys, '--data-dir', pictures, '--val-share', '0')
-    assert _files(pictures) == before and not list(here.iterdir()) and torch.equal(torch.get_rng_state(), state)
+def test_it_says_what_there_is_and_writes_nothing(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    before, state = _files(images), torch.get_rng_state()
+    said = _dry_run(capsys, '--data-dir', images, '--val-share', '0')
+    assert _files(images) == before and not list(here.iterdir()) and torch.equal(torch.get_rng_state(), state)
 
-    people = sorted(path.name for path in (pictures / 'train/visible').iterdir())
+    people = sorted(path.name for path in (images / 'train/visible').iterdir())
     counts = {
-        modality: sum(1 for name in people[1:] for _ in (pictures / 'train' / modality / name).iterdir())
+        modality: sum(1 for name in people[1:] for _ in (images / 'train' / modality / name).iterdir())
         for modality in ('visible', 'infrared')
     }
     assert re.search(rf'to train on +5 +{counts["visible"]} +{counts["infrared"]}\n', said), said
-    assert f'left out, with pictures of one modality only: {people[0]}\n' in said
+    assert f'left out, with images of one modality only: {people[0]}\n' in said
     for modality in counts:
         cameras = dict(re.findall(r'(\d+): (\d+)', re.search(rf'{modality} by camera: (.*)', said)[1]))
         for camera, count in cameras.items():
-            found = [
-                path for name in people[1:] for path in (pictures / 'train' / modality / name).glob(f'c{camera}_*')
-            ]
+            found = [path for name in people[1:] for path in (images / 'train' / modality / name).glob(f'c{camera}_*')]
             assert len(found) == int(count)
         assert sum(map(int, cameras.values())) == counts[modality]
 
     per_epoch = max(counts.values()) // 6 + 1
-    assert '3 identities x (2 visible + 2 infrared) = 12 pictures per batch\n' in said
+    assert '3 identities x (2 visible + 2 infrared) = 12 images per batch\n' in said
     assert f'{per_epoch} per epoch, 7 epochs: {7 * per_epoch} batches, {7 * per_epoch} optimiser steps\n' in said
     model = timm.create_model('vireid_dml_r10t', num_classes=5)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -83,22 +81,22 @@ def test_it_says_what_there_is_and_writes_nothing(pictures: Path, here: Path, ca
     assert 'Nothing was trained, nothing was written.' in said
 
 
-def test_only_settings_that_are_not_the_defaults_are_listed(pictures: Path, capsys: pytest.CaptureFixture) -> None:
-    settings = _dry_run(capsys, '--data-dir', pictures, '--model-kwargs', 'gem_power=4').partition('\n\n')[0]
+def test_only_settings_that_are_not_the_defaults_are_listed(images: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = _dry_run(capsys, '--data-dir', images, '--model-kwargs', 'gem_power=4').partition('\n\n')[0]
     listed = dict(re.findall(r'^  (\w+) +(\S.*)$', settings, flags=re.MULTILINE))
     assert listed == {
-        **{'data_dir': str(pictures), 'model': 'vireid_dml_r10t', 'model_kwargs': 'gem_power=4', 'amp': 'False'},
-        **{'input_size': '3 64 32', 'identities_per_batch': '3', 'pictures_per_modality': '2', 'epochs': '7'},
+        **{'data_dir': str(images), 'model': 'vireid_dml_r10t', 'model_kwargs': 'gem_power=4', 'amp': 'False'},
+        **{'input_size': '3 64 32', 'identities_per_batch': '3', 'images_per_modality': '2', 'epochs': '7'},
         **{'warmup_epochs': '0', 'workers': '0'},
     }
 
 
-def test_held_out_people_accumulation_and_averages_are_counted(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+def test_held_out_people_accumulation_and_averages_are_counted(images: Path, capsys: pytest.CaptureFixture) -> None:
     words = ('--val-share', '0.4', '--grad-accum-steps', '3', '--model-ema', '--opt', 'adamw', '--lr', '0.001')
-    said = _dry_run(capsys, '--data-dir', pictures, *words)
+    said = _dry_run(capsys, '--data-dir', images, *words)
     held_out = re.search(r'held out: (.*)', said)[1].split(', ')
     assert re.search(r'to train on +3 ', said) and re.search(r'held out for validation +2 ', said)
-    assert len(held_out) == 2 and set(held_out) < {path.name for path in (pictures / 'train/visible').iterdir()}
+    assert len(held_out) == 2 and set(held_out) < {path.name for path in (images / 'train/visible').iterdir()}
     assert '3 batches accumulated: 36 per optimiser step\n' in said
     batches, steps = map(int, re.search(r': (\d+) batches, (\d+) optimiser steps', said).groups())
     assert steps == 7 * -(-(batches // 7) // 3)
@@ -109,8 +107,8 @@ def test_held_out_people_accumulation_and_averages_are_counted(pictures: Path, c
     assert sizes['average'] == pytest.approx(sizes['parameters'], rel=0.01)  # and its own batch norm statistics
 
 
-def test_unset_settings_are_shown_with_what_they_come_to(pictures: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ['--data-dir', pictures, '--backbone-lr-scale', '0.3', '--lr', '0.02', '--warmup-epochs', '4']
+def test_unset_settings_are_shown_with_what_they_come_to(images: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', images, '--backbone-lr-scale', '0.3', '--lr', '0.02', '--warmup-epochs', '4']
 
     def resolved(*more: object) -> dict[str, str]:
         part = _dry_run(capsys, *words, *more).split('\n\n')[1]
@@ -127,9 +125,9 @@ def test_unset_settings_are_shown_with_what_they_come_to(pictures: Path, capsys:
     assert constant['device'] == 'cpu, computing in bfloat16'
 
 
-def test_the_store_is_the_one_that_training_makes(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ['--data-dir', str(pictures), '--val-share', '0.4', '--cache', 'disk']
-    line = r'Decoded pictures of 64x32\n  (\d+), ([\d.]+) MB, (would be written to|found in) (\S+)\n'
+def test_the_store_is_the_one_that_training_makes(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', str(images), '--val-share', '0.4', '--cache', 'disk']
+    line = r'Decoded images of 64x32\n  (\d+), ([\d.]+) MB, (would be written to|found in) (\S+)\n'
     ((count, size, what, folder),) = re.findall(line, _dry_run(capsys, *words))
     assert what == 'would be written to' and not (here / 'cache').exists()
     assert main(['train', *SMALL, *words, '--epochs', '1', '--output', str(here / 'runs')]) == 0
@@ -138,15 +136,15 @@ def test_the_store_is_the_one_that_training_makes(pictures: Path, here: Path, ca
     size_on_disk = (Path(folder) / 'pixels.bin').stat().st_size
     assert size_on_disk == 3 * 64 * 32 * int(count) and float(size) == pytest.approx(size_on_disk / 1e6, abs=0.01)
     before = _files(here)
-    other = _dry_run(capsys, *words, '--seed', '7', '--val-share', '0')  # of the same pictures, held out or not
+    other = _dry_run(capsys, *words, '--seed', '7', '--val-share', '0')  # of the same images, held out or not
     assert re.findall(line, other) == [(count, size, 'found in', folder)]
     assert _files(here) == before
 
 
 def test_the_speed_of_reading_is_that_of_the_first_time(
-    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    images: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known, load = set(), pictures_module.load_picture
+    known, load = set(), images_module.load_image
 
     def load_from_slow_disk(path: str, size: tuple[int, int]) -> np.ndarray:
         if path not in known:  # the system keeps what was read once
@@ -154,13 +152,13 @@ def test_the_speed_of_reading_is_that_of_the_first_time(
             time.sleep(0.02)
         return load(path, size)
 
-    monkeypatch.setattr(pictures_module, 'load_picture', load_from_slow_disk)
-    said = _dry_run(capsys, '--data-dir', pictures)
-    assert int(re.search(r'read here at ([\d,]+) pictures/s', said)[1].replace(',', '')) <= 50
+    monkeypatch.setattr(images_module, 'load_image', load_from_slow_disk)
+    said = _dry_run(capsys, '--data-dir', images)
+    assert int(re.search(r'read here at ([\d,]+) images/s', said)[1].replace(',', '')) <= 50
 
 
-def test_a_resumed_run_is_told_what_is_left(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ['--data-dir', str(pictures), '--val-share', '0', '--experiment', 'run', '--output', str(here / 'runs')]
+def test_a_resumed_run_is_told_what_is_left(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['--data-dir', str(images), '--val-share', '0', '--experiment', 'run', '--output', str(here / 'runs')]
     assert main(['train', *SMALL, *words, '--epochs', '1', '--cache', 'ram']) == 0
     before = _files(here)
     capsys.readouterr()
@@ -175,14 +173,14 @@ def test_a_resumed_run_is_told_what_is_left(pictures: Path, here: Path, capsys: 
     assert '--resume' in capsys.readouterr().err
 
 
-def test_broken_pictures_are_named(pictures: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_broken_images_are_named(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     copy = here / 'broken'
-    for path in pictures.rglob('*.*'):
-        target = copy / path.relative_to(pictures)
+    for path in images.rglob('*.*'):
+        target = copy / path.relative_to(images)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     broken = sorted((copy / 'train/visible').glob('*/*'))[-1]
-    broken.write_bytes(b'no picture')
+    broken.write_bytes(b'no image')
     for share in ('0', '0.25', '0.5'):  # whether it was to be trained on, or held out
         said = _dry_run(capsys, '--data-dir', copy, '--val-share', share, '--skip-broken')
         assert re.search(rf'left out, 1 that cannot be read: {broken}', said)
@@ -197,17 +195,17 @@ def test_broken_pictures_are_named(pictures: Path, here: Path, capsys: pytest.Ca
     ],
 )
 def test_what_cannot_be_trained_is_an_error_here_too(
-    pictures: Path, here: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
+    images: Path, here: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
 ) -> None:
-    assert main(['train', '--dry-run', *SMALL, '--data-dir', str(pictures), *words]) == 1
+    assert main(['train', '--dry-run', *SMALL, '--data-dir', str(images), *words]) == 1
     assert message in capsys.readouterr().err and not list(here.iterdir())
 
 
-def test_a_recipe_is_a_dry_run_away_from_its_cost(pictures: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_recipe_is_a_dry_run_away_from_its_cost(images: Path, capsys: pytest.CaptureFixture) -> None:
     """The one that needs no download, on people that it is meant for."""
     recipe = Path(__file__).parents[2] / 'hub/fine_tune.yaml'
-    assert main(['train', '--dry-run', '--config', str(recipe), '--data-dir', str(pictures), '--no-amp']) == 0
+    assert main(['train', '--dry-run', '--config', str(recipe), '--data-dir', str(images), '--no-amp']) == 0
     said = capsys.readouterr()
     assert 'all but the classifiers, which are new, for the 5 identities here' in said.err
     assert re.search(r'freeze_bn +True\n', said.out) and 'nobody is held out' in said.out
-    assert '5 identities x (4 visible + 4 infrared) = 40 pictures per batch\n' in said.out
+    assert '5 identities x (4 visible + 4 infrared) = 40 images per batch\n' in said.out

@@ -10,14 +10,14 @@ from vireid_timm.run_folder import DAMAGED, LAST, has_checkpoint, load_checkpoin
 
 
 def test_a_run_that_is_killed_at_bad_moments_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """Real processes: while the picture store is written, while a checkpoint is written, then SIGTERM and Ctrl-C."""
+    """Real processes: while the image store is written, while a checkpoint is written, then SIGTERM and Ctrl-C."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     whole.mkdir()
     killed.mkdir()
     undisturbed = Training(whole)
 
     training = Training(killed)
-    assert training.kill_when(training.stores_pictures, signal.SIGKILL) == -signal.SIGKILL
+    assert training.kill_when(training.stores_images, signal.SIGKILL) == -signal.SIGKILL
     assert not has_checkpoint(training.run)
 
     training = Training(killed)

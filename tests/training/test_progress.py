@@ -30,7 +30,7 @@ class Clock:
 
 
 def _tracker(clock: Clock, **settings: object) -> Tracker:
-    defaults = dict(num_epochs=4, steps_per_epoch=40, pictures_per_step=64, device=CPU, log_interval=15, clock=clock)
+    defaults = dict(num_epochs=4, steps_per_epoch=40, images_per_step=64, device=CPU, log_interval=15, clock=clock)
     return Tracker(**{**defaults, **settings})
 
 
@@ -209,9 +209,9 @@ def test_a_missing_tensorboard_names_the_extra(monkeypatch: pytest.MonkeyPatch, 
 def test_a_run_tells_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     settings = {
         'dataset': 'synthetic',
-        'dataset_kwargs': dict(identities=8, test_identities=2, pictures_per_modality=2, size=(64, 32)),
+        'dataset_kwargs': dict(identities=8, test_identities=2, images_per_modality=2, size=(64, 32)),
         **{'model': 'vireid_base_r10t', 'input_size': [3, 64, 32], 'val_share': 0.25, 'pad': 2},
-        **{'identities_per_batch': 2, 'pictures_per_modality': 2, 'warmup_epochs': 0, 'lr': 0.01, 'val_interval': 1},
+        **{'identities_per_batch': 2, 'images_per_modality': 2, 'warmup_epochs': 0, 'lr': 0.01, 'val_interval': 1},
         **{'workers': 0, 'amp': False, 'cache': 'ram', 'output': str(tmp_path), 'experiment': 'run'},
     }
     train({**settings, 'epochs': 1, 'tensorboard': True, 'log_interval': 2})

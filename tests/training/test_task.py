@@ -22,7 +22,7 @@ def _model(name: str = 'vireid_dml_r10t') -> torch.nn.Module:
     return timm.create_model(name, num_classes=5).train()
 
 
-def _pictures(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def _images(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 3, 64, 32, generator=generator), torch.randn(4, 3, 64, 32, generator=generator)
 
@@ -37,12 +37,12 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def test_the_loss_is_the_papers_sum() -> None:
     model = _model()
     reference = _model()
-    features, logits = reference.forward_branches(*_pictures())
+    features, logits = reference.forward_branches(*_images())
     expected = sum(F.cross_entropy(logits[branch], LABELS) for branch in ('global', 'fusion', 'joint'))
     expected = expected + 0.6 * _kl(logits['joint'], logits['global']) + 1.8 * _kl(logits['joint'], logits['fusion'])
     expected = expected + WeightedRegularizedTriplet()(features, LABELS)
 
-    result = ViReIDTask(model, verbose=False)(_pictures(), LABELS)
+    result = ViReIDTask(model, verbose=False)(_images(), LABELS)
 
     torch.testing.assert_close(result['loss'], expected)
     assert set(result) == {'loss', 'output', 'id_global', 'id_fusion', 'id_joint', 'mutual', 'triplet'}
@@ -51,12 +51,12 @@ def test_the_loss_is_the_papers_sum() -> None:
 
 def test_gradients_reach_every_parameter_and_both_sides_of_the_mutual_learning() -> None:
     model = _model()
-    ViReIDTask(model, verbose=False)(_pictures(), LABELS)['loss'].backward()
+    ViReIDTask(model, verbose=False)(_images(), LABELS)['loss'].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
     teacher = _model()
     task = ViReIDTask(teacher, id_branches=[], mutual='joint-to-global', triplet_weight=0.0, verbose=False)
-    task(_pictures(), LABELS)['loss'].backward()
+    task(_images(), LABELS)['loss'].backward()
     assert teacher.joint_head.fc.weight.grad.abs().sum() > 0
     assert teacher.global_head.fc.weight.grad.abs().sum() > 0
     assert teacher.fusion_head.fc.weight.grad is None
@@ -64,7 +64,7 @@ def test_gradients_reach_every_parameter_and_both_sides_of_the_mutual_learning()
 
 @pytest.mark.parametrize('mode', ['none', 'global-to-fusion', 'joint-to-global', 'joint-to-fusion', 'joint-to-both'])
 def test_table_4_modes(mode: str) -> None:
-    _, logits = _model().forward_branches(*_pictures())
+    _, logits = _model().forward_branches(*_images())
     pairs = {
         'none': 0.0,
         'global-to-fusion': 1.5 * _kl(logits['global'], logits['fusion']),
@@ -72,23 +72,23 @@ def test_table_4_modes(mode: str) -> None:
         'joint-to-fusion': 1.5 * _kl(logits['joint'], logits['fusion']),
         'joint-to-both': 0.5 * _kl(logits['joint'], logits['global']) + 1.5 * _kl(logits['joint'], logits['fusion']),
     }
-    result = ViReIDTask(_model(), mutual=mode, global_weight=0.5, fusion_weight=1.5, verbose=False)(_pictures(), LABELS)
+    result = ViReIDTask(_model(), mutual=mode, global_weight=0.5, fusion_weight=1.5, verbose=False)(_images(), LABELS)
     torch.testing.assert_close(torch.as_tensor(result.get('mutual', 0.0)), torch.as_tensor(pairs[mode]))
 
 
 def test_table_3_without_identity_losses_of_the_auxiliary_branches() -> None:
-    result = ViReIDTask(_model(), id_branches=['joint'], verbose=False)(_pictures(), LABELS)
+    result = ViReIDTask(_model(), id_branches=['joint'], verbose=False)(_images(), LABELS)
     assert [name for name in result if name.startswith('id_')] == ['id_joint']
 
 
 def test_the_baseline_has_one_branch_and_no_mutual_learning() -> None:
-    result = ViReIDTask(_model('vireid_base_r10t'), verbose=False)(_pictures(), LABELS)
+    result = ViReIDTask(_model('vireid_base_r10t'), verbose=False)(_images(), LABELS)
     assert set(result) == {'loss', 'output', 'id_global', 'triplet'}
 
 
 def test_label_smoothing_is_a_separate_switch() -> None:
-    _, logits = _model().forward_branches(*_pictures())
-    result = ViReIDTask(_model(), smoothing=0.1, verbose=False)(_pictures(), LABELS)
+    _, logits = _model().forward_branches(*_images())
+    result = ViReIDTask(_model(), smoothing=0.1, verbose=False)(_images(), LABELS)
     torch.testing.assert_close(result['id_joint'], F.cross_entropy(logits['joint'], LABELS, label_smoothing=0.1))
 
 
@@ -113,17 +113,17 @@ def test_cached_features_are_those_of_the_forward_pass_and_leave_no_trace(traini
     model = _model().train(training)
     task = ViReIDTask(model, verbose=False).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    features = task.cache_features(_pictures())
+    features = task.cache_features(_images())
     assert not features.requires_grad
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    torch.testing.assert_close(features, model.forward_branches(*_pictures()).features.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(features, model.forward_branches(*_images()).features.detach(), rtol=0, atol=0)
     assert (model.state_dict()['stem.visible.bn1.running_mean'] != before['stem.visible.bn1.running_mean']).any() == (
         training
     )
 
 
 def test_the_triplet_across_accumulated_batches_is_that_of_the_joined_batch() -> None:
-    batches = [(_pictures(seed), (LABELS + seed) % 5) for seed in range(3)]
+    batches = [(_images(seed), (LABELS + seed) % 5) for seed in range(3)]
     model = _model().double()
     doubled = [((visible.double(), infrared.double()), labels) for (visible, infrared), labels in batches]
     task = ViReIDTask(model, id_branches=[], mutual='none', triplet_weight=0.5, verbose=False)
@@ -162,8 +162,8 @@ def test_alone_there_is_nobody_to_share_with() -> None:
     assert task.trainable_module.model is model
     assert all(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    features = _model().forward_branches(*_pictures()).features
-    torch.testing.assert_close(task(_pictures(), LABELS)['triplet'], WeightedRegularizedTriplet()(features, LABELS))
+    features = _model().forward_branches(*_images()).features
+    torch.testing.assert_close(task(_images(), LABELS)['triplet'], WeightedRegularizedTriplet()(features, LABELS))
     with pytest.raises(ValueError, match="unknown dist_bn 'mean'; expected one of reduce, broadcast"):
         task.share_running_statistics('mean')
 
@@ -173,7 +173,7 @@ def test_synchronised_batch_norm_keeps_the_weights_and_saves_a_normal_model(
     tmp_path: Path,
 ) -> None:
     model = _model()
-    model.forward_branches(*_pictures())  # statistics that are not those of a fresh network
+    model.forward_branches(*_images())  # statistics that are not those of a fresh network
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr(task_module, 'process', lambda: (0, 2))
     task = ViReIDTask(model, device=torch.device('cuda'), verbose=False)
@@ -186,11 +186,11 @@ def test_synchronised_batch_norm_keeps_the_weights_and_saves_a_normal_model(
     }
     assert kinds == {'SyncBatchNorm', 'SyncBatchNormAct'}
     torch.testing.assert_close(dict(model.state_dict()), plain, rtol=0, atol=0)
-    expected = model.eval()(*_pictures())
+    expected = model.eval()(*_images())
     save_model_folder(model, tmp_path / 'saved')
     loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True, num_classes=5).eval()
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in loaded.modules())
-    torch.testing.assert_close(loaded(*_pictures()), expected)
+    torch.testing.assert_close(loaded(*_images()), expected)
 
 
 def test_a_model_without_classifier_and_an_unknown_branch_are_errors() -> None:

@@ -1,4 +1,4 @@
-"""The training loop on rendered pictures: it learns, resumes to the same weights, and says what is wrong."""
+"""The training loop on rendered images: it learns, resumes to the same weights, and says what is wrong."""
 
 import io
 import json
@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vireid_timm
 from vireid_timm.cli.main import main
-from vireid_timm.data.images import load_picture
+from vireid_timm.data.images import load_image
 from vireid_timm.data.layouts import write_layout
-from vireid_timm.data.store import PictureStore
+from vireid_timm.data.store import ImageStore
 from vireid_timm.run_folder import load_checkpoint, run_folder
 from vireid_timm.training import checkpoint as checkpoints
 from vireid_timm.training import loop
@@ -43,11 +43,11 @@ from vireid_timm.training.train import train
 
 SMALL = {
     'dataset': 'synthetic',
-    'dataset_kwargs': dict(identities=8, test_identities=2, pictures_per_modality=2, size=(64, 32)),
+    'dataset_kwargs': dict(identities=8, test_identities=2, images_per_modality=2, size=(64, 32)),
     'model': 'vireid_dml_r10t',
     'input_size': [3, 64, 32],
     'identities_per_batch': 4,
-    'pictures_per_modality': 2,
+    'images_per_modality': 2,
     'val_share': 0.25,
     'epochs': 2,
     'lr': 0.05,
@@ -129,7 +129,7 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any]
 ) -> None:
     """Weights, averages, optimiser, scaler and the table of epochs; five batches per epoch, a checkpoint after each."""
-    many = dict(identities=16, test_identities=2, pictures_per_modality=2, size=(64, 32))
+    many = dict(identities=16, test_identities=2, images_per_modality=2, size=(64, 32))
     common = {**SMALL, 'dataset_kwargs': many, 'identities_per_batch': 3, 'output': str(tmp_path), **settings}
     common.update(checkpoint_interval='1', deterministic=True, model_kwargs=THIN)
     whole = train({**common, 'experiment': 'whole'})
@@ -327,7 +327,7 @@ def _nan_at(epoch: int, step: int) -> Any:
     return forward
 
 
-def test_a_nan_loss_names_its_step_saves_its_pictures_and_never_a_checkpoint(
+def test_a_nan_loss_names_its_step_saves_its_images_and_never_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, settings = (
@@ -342,8 +342,8 @@ def test_a_nan_loss_names_its_step_saves_its_pictures_and_never_a_checkpoint(
     assert [record['modality'] for record in about] == ['visible'] * 8 + ['infrared'] * 8
     assert len({record['identity'] for record in about}) == 4
     for record in about:
-        with Image.open(folder / 'nan-epoch1-step1' / record['file']) as picture:
-            assert picture.size == (32, 64)
+        with Image.open(folder / 'nan-epoch1-step1' / record['file']) as image:
+            assert image.size == (32, 64)
 
     monkeypatch.undo()  # and it goes on from before
     resumed = train({'resume': str(folder)})
@@ -352,14 +352,14 @@ def test_a_nan_loss_names_its_step_saves_its_pictures_and_never_a_checkpoint(
     assert equal(load_checkpoint(whole.folder), load_checkpoint(resumed.folder))
 
 
-def test_the_pictures_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
+def test_the_images_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
     plain = dict(pad=0, hflip=0.0, reprob=0.0, channel_combination=False, epochs=1, val_share=0.0)
     with pytest.raises(FloatingPointError):  # the loss overflows after the first step
         _train(tmp_path, experiment='run', lr=1e30, log_interval=1, **plain)
     (folder,) = (tmp_path / 'run').glob('nan-epoch0-step*')
     for record in json.loads((folder / 'batch.json').read_text()):
-        with Image.open(folder / record['file']) as picture:
-            assert np.array_equal(np.asarray(picture), load_picture(record['path'], (64, 32)))
+        with Image.open(folder / record['file']) as image:
+            assert np.array_equal(np.asarray(image), load_image(record['path'], (64, 32)))
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +397,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'opt_kwargs': {'foo': 1}}, "cannot create the optimiser 'sgd'.*foo.*--opt-kwargs"),
         ({'opt_kwargs': {'lr': 1}}, '--opt-kwargs.* but lr'),
         ({'sched': 'plateau'}, 'would never decay'),
-        ({'input_size': [1, 64, 32]}, 'pictures have 3 channels, not 1'),
+        ({'input_size': [1, 64, 32]}, 'images have 3 channels, not 1'),
         ({'sched': 'cosin'}, "'cosin'"),
     ],
 )
@@ -420,7 +420,7 @@ def test_a_run_is_resumed_only_as_what_it_is(tmp_path: Path, caplog: pytest.LogC
         ({'grad_accum_steps': 2}, r'batches per optimiser step \(1, now 2\)'),
         ({'opt': 'adamw'}, r'another optimiser \(sgd, now adamw\)'),
         ({'val_share': 0.0}, 'the training identities are not those'),
-        ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'the training pictures are not those'),
+        ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'the training images are not those'),
     ):
         with pytest.raises(ValueError, match=message):
             train({'resume': str(first.folder), **settings})
@@ -510,17 +510,17 @@ def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
 def test_a_failure_in_the_background_stops_the_run_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A picture store that vanished, or a worker that died, as the reading threads meet it."""
-    real, reads = PictureStore.__getitem__, 0
+    """An image store that vanished, or a worker that died, as the reading threads meet it."""
+    real, reads = ImageStore.__getitem__, 0
 
-    def read(self: PictureStore, rows: Any) -> np.ndarray:
+    def read(self: ImageStore, rows: Any) -> np.ndarray:
         nonlocal reads
         reads += 1
         if reads > 8:
             raise FileNotFoundError(2, 'No such file or directory', 'pixels.bin')
         return real(self, rows)
 
-    monkeypatch.setattr(PictureStore, '__getitem__', read)
+    monkeypatch.setattr(ImageStore, '__getitem__', read)
     with pytest.raises(FileNotFoundError, match='pixels.bin'):
         _train(tmp_path, experiment='run', epochs=4, val_share=0.0, checkpoint_interval='1', model_kwargs=THIN)
     state = load_checkpoint(tmp_path / 'run')
@@ -570,7 +570,7 @@ def test_drawing_batches_never_waits_for_the_device() -> None:
     drawn = list(batches(data, augments, meta, epoch=0, seed=config.seed))
     assert len(drawn) == 3
     for batch in drawn:
-        assert all(pictures.is_meta and pictures.shape == (8, 3, 64, 32) for pictures in batch.inputs)
+        assert all(images.is_meta and images.shape == (8, 3, 64, 32) for images in batch.inputs)
         assert batch.labels.is_meta
 
 
@@ -602,7 +602,7 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(tmp_path: Path, monk
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
 
     monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', forward)
-    with pytest.raises(ValueError, match='a step of 16 pictures does not fit .* cpu; try fewer --identities-per-batch'):
+    with pytest.raises(ValueError, match='a step of 16 images does not fit .* cpu; try fewer --identities-per-batch'):
         _train(tmp_path, model_kwargs=THIN)
 
 
@@ -715,7 +715,7 @@ def test_two_processes_decide_as_one_and_each_says_what_only_it_knows(tmp_path: 
 
     assert first['diverged'][0] == second['diverged'][0] == 1
     assert 'at step 0, in process 1 of 2; what' in first['diverged'][1]
-    assert f'pictures are in {tmp_path / "diverged" / "nan-epoch0-step0-process*"}' in first['diverged'][1]
+    assert f'images are in {tmp_path / "diverged" / "nan-epoch0-step0-process*"}' in first['diverged'][1]
     assert [path.name for path in (tmp_path / 'diverged').glob('nan-*')] == ['nan-epoch0-step0-process1']
 
     assert second['stopped'] == [128 + signal.SIGTERM, 'process 1: stopped by SIGTERM\n']

@@ -14,7 +14,7 @@ from ..data.records import Dataset
 from ..device import resolve_device
 from ..evaluation.evaluate import evaluate
 from ..evaluation.features import embed
-from ..figures.rank_list import rank_list_picture
+from ..figures.rank_list import rank_list_image
 from ..files import save_json, whole_file
 from ..hub.folder import load_model
 from ..retrieval.search import nearest
@@ -39,7 +39,7 @@ FINE_TUNING = dict(
     warmup_epochs=0,
     backbone_lr_scale=1.0,
     identities_per_batch=16,
-    pictures_per_modality=2,
+    images_per_modality=2,
     val_share=0.0,
     pad=5,
 )
@@ -47,11 +47,11 @@ ROWS = 8
 
 
 def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'cuda') -> dict[str, Any]:
-    """Evaluate, fine-tune, evaluate again, save, reload and look, on rendered pictures; a few minutes on two cores.
+    """Evaluate, fine-tune, evaluate again, save, reload and look, on rendered images; a few minutes on two cores.
 
     Args:
         output: Where the model, `demo.json` and `ranking.png` go.
-        seed: Of the fine-tuning; the pictures are always the same.
+        seed: Of the fine-tuning; the images are always the same.
         device: Where to compute; falls back to the CPU.
 
     Returns:
@@ -59,17 +59,17 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         fractions on the same test identities, and where things lie.
     """
     output = Path(output)
-    pictures = output / 'pictures'  # the store of decoded pictures: nothing is left outside the output folder
+    images = output / 'images'  # the store of decoded images: nothing is left outside the output folder
     options = dict(identities=IDENTITIES, test_identities=TEST_IDENTITIES, seed=WORLD)
     _logger.info(f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people that no weights here have seen, by new cameras')
     dataset = create_dataset('synthetic', **options)
     where = resolve_device(device)
     results = {}
-    _logger.info(f'2/5 Searching {TEST_IDENTITIES} of them by infrared picture among the visible ones')
+    _logger.info(f'2/5 Searching {TEST_IDENTITIES} of them by infrared image among the visible ones')
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, pictures)
-    results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where, pictures)
+        results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, images)
+    results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where, images)
     _logger.info(f'3/5 Fine-tuning on the other {IDENTITIES} people')
     run = train(
         {
@@ -84,10 +84,10 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
             **FINE_TUNING,
         }
     )
-    results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where, pictures)
+    results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where, images)
     _logger.info('4/5 Reloading the saved model with timm')
     model = timm.create_model(f'local-dir:{run.best}', pretrained=True, num_classes=0)
-    results['reloaded'] = _score(model, dataset, where, pictures)
+    results['reloaded'] = _score(model, dataset, where, images)
     _logger.info('5/5 Drawing what it finds')
     ranking = output / 'ranking.png'
     _draw(model.to(where), dataset, ranking)
@@ -97,7 +97,7 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         'protocol': PROTOCOL,
         'seed': seed,
         'model': str(run.best),
-        'picture': str(ranking),
+        'image': str(ranking),
     }
     save_json(output / 'demo.json', summary)
     _say(summary)
@@ -106,28 +106,28 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
     return summary
 
 
-def _score(model: nn.Module, dataset: Dataset, device: torch.device, pictures: Path) -> dict[str, float]:
+def _score(model: nn.Module, dataset: Dataset, device: torch.device, images: Path) -> dict[str, float]:
     """Rank-1 and mAP in full precision, so that a reloaded model can be held to the same numbers."""
-    result = evaluate(model.to(device), dataset, PROTOCOL, cache_dir=pictures)[PROTOCOL]
+    result = evaluate(model.to(device), dataset, PROTOCOL, cache_dir=images)[PROTOCOL]
     _logger.info(f'    rank-1 {result.mean["rank1"]:6.1%}   mAP {result.mean["mAP"]:6.1%}')
     return {name: result.mean[name] for name in ('rank1', 'mAP')}
 
 
 def _draw(model: nn.Module, dataset: Dataset, path: Path) -> None:
-    """One infrared query of each of the first identities, with the ten nearest visible pictures (paper, fig. 6)."""
+    """One infrared query of each of the first identities, with the ten nearest visible images (paper, fig. 6)."""
     test = dataset.test
     infrared = test[test.modality == INFRARED]
     visible = test[test.modality == VISIBLE]
     people = infrared.identities()[:ROWS]
     queries = infrared[[infrared.identity.tolist().index(person) for person in people]]
     order = nearest(embed(model, queries)[0], embed(model, visible)[0], 10).numpy()
-    picture = rank_list_picture(
+    image = rank_list_image(
         queries.path.tolist(),
         [visible.path[row].tolist() for row in order],
         [(visible.identity[row] == person).tolist() for person, row in zip(people, order, strict=True)],
     )
     with whole_file(path) as temporary:
-        picture.save(temporary, format='PNG')
+        image.save(temporary, format='PNG')
 
 
 def _say(summary: dict[str, Any]) -> None:
@@ -147,8 +147,8 @@ def _say(summary: dict[str, Any]) -> None:
                 *lines,
                 '',
                 f'Model:   {summary["model"]}',
-                f'Picture: {summary["picture"]}',
-                'On your own pictures (root/train/visible/<person>/..., root/train/infrared/<person>/...):',
+                f'Image: {summary["image"]}',
+                'On your own images (root/train/visible/<person>/..., root/train/infrared/<person>/...):',
                 f'  vireid train --data-dir ROOT --model {WEIGHTS} --pretrained --backbone-lr-scale 1 \\',
                 '      --opt adamw --lr 0.001 --weight-decay 0.02 --sched cosine --warmup-epochs 0 --epochs 20',
             ]

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='vireid', description='Visible-infrared person re-identification: train, evaluate, make pictures.'
+        prog='vireid', description='Visible-infrared person re-identification: train, evaluate, make images.'
     )
     parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -136,7 +136,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument('--protocol', nargs='+', metavar='NAME', help="all of the dataset's protocols if unset")
     parser.add_argument('--draw', choices=DRAWS, default='seeded', help='how drawn galleries are drawn')
     parser.add_argument('--features', choices=FEATURES, default='after-bn')
-    parser.add_argument('--flip-test', action='store_true', help='average over each picture and its mirror image')
+    parser.add_argument('--flip-test', action='store_true', help='average over each image and its mirror image')
     parser.add_argument('--crops', type=int, choices=CROPS, default=1, help='5: average over shifts into the corners')
     parser.add_argument('--reranking', choices=RERANKINGS, default='none')
     parser.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help='print results by these, too')
@@ -149,8 +149,8 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16')
     parser.add_argument('--cache', choices=CACHES, default='auto')
-    parser.add_argument('--skip-broken', action='store_true', help='leave out pictures that cannot be read')
-    parser.add_argument('--workers', type=int, default=None, help='pictures decoded at a time')
+    parser.add_argument('--skip-broken', action='store_true', help='leave out images that cannot be read')
+    parser.add_argument('--workers', type=int, default=None, help='images decoded at a time')
     parser.set_defaults(command=_eval)
 
 
@@ -237,7 +237,7 @@ def _add_hub_save(actions: Any) -> None:
 def _add_publication(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--half', action='store_true', help='store the weights in half precision')
     parser.add_argument('--license', default='', metavar='ID', help="of the weights, by the Hub's name: apache-2.0")
-    parser.add_argument('--data-terms', default='', metavar='TEXT', help='terms of the training pictures, for the card')
+    parser.add_argument('--data-terms', default='', metavar='TEXT', help='terms of the training images, for the card')
 
 
 def _hub_save(args: dict[str, Any]) -> None:
@@ -310,7 +310,7 @@ def _hub_convert(args: dict[str, Any]) -> None:
 
 
 def _add_synth(commands: Any) -> None:
-    parser = commands.add_parser('synth', help='write SynthVI pictures to disk', description=_synth.__doc__)
+    parser = commands.add_parser('synth', help='write SynthVI images to disk', description=_synth.__doc__)
     parser.add_argument('directory', metavar='DIR', type=Path, help='a folder that does not exist yet')
     parser.add_argument('--layout', choices=LAYOUT_NAMES, default='folder')
     parser.add_argument('--identities', type=int, help='training identities (default: 100); test ones come on top')
@@ -318,7 +318,7 @@ def _add_synth(commands: Any) -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--spectrum', choices=SPECTRA, default=None, help="the layout's own if unset")
     parser.add_argument('--size', nargs=2, type=int, default=(128, 64), metavar=('H', 'W'))
-    parser.add_argument('--full-size', action='store_true', help="the real dataset's identities and picture counts")
+    parser.add_argument('--full-size', action='store_true', help="the real dataset's identities and image counts")
     parser.add_argument('--workers', type=int, default=None, help='processes that render')
     parser.set_defaults(command=_synth)
 
@@ -329,10 +329,10 @@ def _synth(args: dict[str, Any]) -> None:
     if args['identities'] is None and not args['full_size']:
         args['identities'] = 100
     write_layout(directory, size=tuple(args.pop('size')), **args)
-    print(f'Pictures: {directory}')
+    print(f'Images: {directory}')
 
 
-_DEMO = 'Evaluate, fine-tune, evaluate again, save, reload and look, on rendered pictures, in about four minutes.'
+_DEMO = 'Evaluate, fine-tune, evaluate again, save, reload and look, on rendered images, in about four minutes.'
 
 
 def _add_demo(commands: Any) -> None:

@@ -1,8 +1,8 @@
-"""SynthVI on disk: rendered pictures in the layouts of SYSU-MM01, RegDB, LLCM and own folders.
+"""SynthVI on disk: rendered images in the layouts of SYSU-MM01, RegDB, LLCM and own folders.
 
 What is written is read by the data set reader of that name, with the owners' file names, lists and camera numbers, and
-at full size with the real data set's identities and picture counts: for trying a pipeline at its true scale before, or
-without, having the licensed pictures.
+at full size with the real data set's identities and image counts: for trying a pipeline at its true scale before, or
+without, having the licensed images.
 """
 
 import functools
@@ -35,26 +35,26 @@ LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
 ABOUT_FILE = 'synthvi.json'  # in every folder that is written here: what it holds, and that it is complete
 JPEG_QUALITY = 95
 
-_SYSU_PICTURES = {VISIBLE: 2, INFRARED: 4}  # per identity and camera: eight of each modality
-_REGDB_PICTURES = 10  # per identity and modality, in the real data set too
-_LLCM_PICTURES = 2  # per identity, modality and camera
-_LLCM_NO_INFRARED = 3  # the one camera without infrared pictures
-_FOLDER_PICTURES = 6  # per identity and modality
+_SYSU_IMAGES = {VISIBLE: 2, INFRARED: 4}  # per identity and camera: eight of each modality
+_REGDB_IMAGES = 10  # per identity and modality, in the real data set too
+_LLCM_IMAGES = 2  # per identity, modality and camera
+_LLCM_NO_INFRARED = 3  # the one camera without infrared images
+_FOLDER_IMAGES = 6  # per identity and modality
 _PERMUTATION_TRIALS = 10
 # SciPy notes the time and the platform here, in the text that opens a MATLAB file.
 _MATLAB_HEADER = b'MATLAB 5.0 MAT-file, written by vireid_timm'.ljust(116)
 
-Cells = dict[tuple[int, int], int]  # (identity, camera) -> number of pictures
+Cells = dict[tuple[int, int], int]  # (identity, camera) -> number of images
 
 
-class PlannedPicture(NamedTuple):
-    """One picture to be rendered, and where it goes inside the root folder."""
+class PlannedImage(NamedTuple):
+    """One image to be rendered, and where it goes inside the root folder."""
 
     path: str
     modality: str
     identity: int
     camera: int
-    picture: int
+    image: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +62,13 @@ class LayoutPlan:
     """Everything that a layout consists of.
 
     Attributes:
-        pictures: In the order of writing.
-        lists: Path inside the root folder -> text of the layout's lists of identities or pictures.
+        images: In the order of writing.
+        lists: Path inside the root folder -> text of the layout's lists of identities or images.
         identities: How many identities there are to learn from.
         test_identities: How many more there are to test on.
     """
 
-    pictures: list[PlannedPicture]
+    images: list[PlannedImage]
     lists: dict[str, str]
     identities: int
     test_identities: int
@@ -94,10 +94,10 @@ def write_layout(
         layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
         identities: How many identities to learn from; see `plan_layout`.
         test_identities: How many identities to test on; see `plan_layout`.
-        seed: Of the people, their pictures and the cameras.
+        seed: Of the people, their images and the cameras.
         spectrum: `near-infrared` or `thermal`; None is the layout's own: thermal for RegDB, else near-infrared.
-        size: Height and width of a picture.
-        full_size: Mirror the real data set's identities and picture counts.
+        size: Height and width of an image.
+        full_size: Mirror the real data set's identities and image counts.
         workers: How many render at a time; None is one per core, at most 8; 0 renders in the calling thread.
         progress: Show a progress bar, if the output is a terminal.
 
@@ -121,10 +121,10 @@ def write_layout(
         'seed': seed,
         'spectrum': spectrum,
         'size': list(size),
-        'pictures': len(plan.pictures),
+        'images': len(plan.images),
     }
     if _is_written(target, about):
-        _logger.info(f'{target} already holds these {len(plan.pictures):,} pictures')
+        _logger.info(f'{target} already holds these {len(plan.images):,} images')
         return plan
     partial = target.with_name(f'{target.name}.partial')
     try:
@@ -146,7 +146,7 @@ def write_layout(
         raise
     except OSError as error:
         raise OSError(
-            error.errno, f'cannot write {len(plan.pictures):,} pictures to {target} ({error.strerror})'
+            error.errno, f'cannot write {len(plan.images):,} images to {target} ({error.strerror})'
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,7 +195,7 @@ def plan_layout(
 def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
     """Write what SYSU-MM01's owners draw galleries by, in their format: `exp/rand_perm_cam.mat`.
 
-    A cell array of the cameras, each a cell array by identity number, each a matrix whose row t orders the pictures of
+    A cell array of the cameras, each a cell array by identity number, each a matrix whose row t orders the images of
     that identity and camera for trial t, counted from 1; empty where there are none. Left out where SciPy is missing.
 
     Args:
@@ -212,7 +212,7 @@ def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
         )
         return
     rng = random.Random(f'permutations {seed}')
-    counts = Counter((picture.camera, picture.identity) for picture in plan.pictures)
+    counts = Counter((image.camera, image.identity) for image in plan.images)
     cameras = np.empty((len(SYSU_CAMERAS), 1), dtype=object)
     for place, (camera, _) in enumerate(SYSU_CAMERAS):
         seen = [identity for number, identity in counts if number == camera]
@@ -243,7 +243,7 @@ def _is_written(target: Path, about: dict[str, object]) -> bool:
             f'{key} {held.get(key)!r} instead of {value!r}' for key, value in about.items() if held.get(key) != value
         ]
         raise ValueError(
-            f'{target} holds other SynthVI pictures ({", ".join(differing)}); remove it or choose another folder'
+            f'{target} holds other SynthVI images ({", ".join(differing)}); remove it or choose another folder'
         )
     return True
 
@@ -257,59 +257,57 @@ def _write_plan(
     workers: int | None,
     progress: bool,
 ) -> None:
-    for inner in sorted({os.path.dirname(name) for name in (*plan.lists, *(p.path for p in plan.pictures))}):
+    for inner in sorted({os.path.dirname(name) for name in (*plan.lists, *(p.path for p in plan.images))}):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for name, text in plan.lists.items():
         (folder / name).write_text(text, encoding='utf-8')
-    chunks = [plan.pictures[start : start + CHUNK] for start in range(0, len(plan.pictures), CHUNK)]
+    chunks = [plan.images[start : start + CHUNK] for start in range(0, len(plan.images), CHUNK)]
     write = functools.partial(_write_chunk, folder=str(folder), seed=seed, spectrum=spectrum, size=size)
     written = in_order(
         write,
         chunks,
         workers=default_workers() if workers is None else workers,
-        processes=len(plan.pictures) >= PROCESSES_FROM,
+        processes=len(plan.images) >= PROCESSES_FROM,
     )
-    bar = tqdm(total=len(plan.pictures), desc='rendering pictures', unit='pic', disable=None if progress else True)
+    bar = tqdm(total=len(plan.images), desc='rendering images', unit='img', disable=None if progress else True)
     with bar, closing(written):
         for count in written:
             bar.update(count)
 
 
 def _write_chunk(
-    pictures: list[PlannedPicture],
+    images: list[PlannedImage],
     folder: str,
     seed: int,
     spectrum: str,
     size: tuple[int, int],
 ) -> int:
-    for plan in pictures:
-        pixels = render(
-            plan.modality, plan.identity, plan.camera, plan.picture, seed=seed, spectrum=spectrum, size=size
-        )
+    for plan in images:
+        pixels = render(plan.modality, plan.identity, plan.camera, plan.image, seed=seed, spectrum=spectrum, size=size)
         # One channel for infrared, as the real files have.
         image = Image.fromarray(pixels if plan.modality == VISIBLE else pixels[..., 0])
         image.save(os.path.join(folder, plan.path), quality=JPEG_QUALITY)
-    return len(pictures)
+    return len(images)
 
 
 def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:
-    """Own folders; of the test identities, every second picture is a query, the others are the gallery."""
+    """Own folders; of the test identities, every second image is a query, the others are the gallery."""
     cameras = {modality: [number for number, kind in SYSU_CAMERAS if kind == modality] for modality in MODALITIES}
-    pictures = []
+    images = []
     for identity in range(identities + test_identities):
         for modality in MODALITIES:
-            for picture in range(_FOLDER_PICTURES):
-                split = 'train' if identity < identities else ('gallery', 'query')[picture % 2]
-                camera = cameras[modality][(identity + picture) % len(cameras[modality])]
-                path = f'{split}/{modality}/{identity:05d}/c{camera}_{picture:04d}.jpg'
-                pictures.append(PlannedPicture(path, modality, identity, camera, picture))
-    return LayoutPlan(pictures, {}, identities, test_identities)
+            for image in range(_FOLDER_IMAGES):
+                split = 'train' if identity < identities else ('gallery', 'query')[image % 2]
+                camera = cameras[modality][(identity + image) % len(cameras[modality])]
+                path = f'{split}/{modality}/{identity:05d}/c{camera}_{image:04d}.jpg'
+                images.append(PlannedImage(path, modality, identity, camera, image))
+    return LayoutPlan(images, {}, identities, test_identities)
 
 
 def _plan_sysu_mm01(identities: int, test_identities: int) -> LayoutPlan:
     """A small SYSU-MM01: everybody passes every camera; a quarter of the training identities is the validation list."""
     numbers = range(1, identities + test_identities + 1)
-    cells = {(identity, camera): _SYSU_PICTURES[modality] for identity in numbers for camera, modality in SYSU_CAMERAS}
+    cells = {(identity, camera): _SYSU_IMAGES[modality] for identity in numbers for camera, modality in SYSU_CAMERAS}
     num_train = identities - identities // 4
     return _sysu_plan(cells, numbers[:num_train], numbers[num_train:identities], numbers[identities:])
 
@@ -328,7 +326,7 @@ def _plan_full_sysu_mm01() -> LayoutPlan:
     rng.shuffle(test)
     indoor, outdoor = test[:56], test[56:]
     cells: Cells = {}
-    # Camera, how many pictures in all, of whom, at least and at most how many of each.
+    # Camera, how many images in all, of whom, at least and at most how many of each.
     for camera, total, seen, least, most in (
         (1, 1374, indoor, 13, 42),
         (2, 1565, indoor, 18, 40),
@@ -353,16 +351,14 @@ def _plan_full_sysu_mm01() -> LayoutPlan:
 
 def _sysu_plan(cells: Cells, train: Sequence[int], val: Sequence[int], test: Sequence[int]) -> LayoutPlan:
     modality_of = dict(SYSU_CAMERAS)
-    pictures = [
-        PlannedPicture(
-            f'cam{camera}/{identity:04d}/{picture + 1:04d}.jpg', modality_of[camera], identity, camera, picture
-        )
+    images = [
+        PlannedImage(f'cam{camera}/{identity:04d}/{image + 1:04d}.jpg', modality_of[camera], identity, camera, image)
         for (identity, camera), count in sorted(cells.items())
-        for picture in range(count)
+        for image in range(count)
     ]
     listed = {'train': train, 'val': val, 'test': test, 'available': [*train, *val, *test]}
     lists = {f'exp/{name}_id.txt': _number_line(numbers) for name, numbers in listed.items()}
-    return LayoutPlan(pictures, lists, len(train) + len(val), len(test))
+    return LayoutPlan(images, lists, len(train) + len(val), len(test))
 
 
 def _plan_regdb(identities: int, test_identities: int) -> LayoutPlan:
@@ -370,13 +366,13 @@ def _plan_regdb(identities: int, test_identities: int) -> LayoutPlan:
     numbers = range(1, identities + test_identities + 1)
     folders = ((VISIBLE, 'visible', 'Visible', 1), (INFRARED, 'thermal', 'Thermal', 2))
     paths: dict[tuple[int, str], list[str]] = {}
-    pictures = []
+    images = []
     for identity in numbers:
         for modality, word, folder, camera in folders:
-            for picture in range(_REGDB_PICTURES):
-                path = f'{folder}/{identity}/synthvi_{word[0]}_{picture:05d}_{identity}.bmp'
+            for image in range(_REGDB_IMAGES):
+                path = f'{folder}/{identity}/synthvi_{word[0]}_{image:05d}_{identity}.bmp'
                 paths.setdefault((identity, word), []).append(path)
-                pictures.append(PlannedPicture(path, modality, identity, camera, picture))
+                images.append(PlannedImage(path, modality, identity, camera, image))
     lists = {}
     for trial in REGDB_TRIALS:
         train = set(random.Random(f'RegDB trial {trial}').sample(numbers, identities))
@@ -384,7 +380,7 @@ def _plan_regdb(identities: int, test_identities: int) -> LayoutPlan:
             members = [identity for identity in numbers if (identity in train) == (split == 'train')]
             for _, word, _, _ in folders:
                 lists[f'idx/{split}_{word}_{trial}.txt'] = _labelled_lines([paths[member, word] for member in members])
-    return LayoutPlan(pictures, lists, identities, test_identities)
+    return LayoutPlan(images, lists, identities, test_identities)
 
 
 def _plan_llcm(identities: int, test_identities: int) -> LayoutPlan:
@@ -393,14 +389,14 @@ def _plan_llcm(identities: int, test_identities: int) -> LayoutPlan:
     numbers = range(1, identities + test_identities + 1)
     visible = [(number, camera) for number in numbers for camera in sorted(rng.sample(range(1, 10), 3))]
     cells = {
-        VISIBLE: dict.fromkeys(visible, _LLCM_PICTURES),
-        INFRARED: dict.fromkeys([cell for cell in visible if cell[1] != _LLCM_NO_INFRARED], _LLCM_PICTURES),
+        VISIBLE: dict.fromkeys(visible, _LLCM_IMAGES),
+        INFRARED: dict.fromkeys([cell for cell in visible if cell[1] != _LLCM_NO_INFRARED], _LLCM_IMAGES),
     }
     return _llcm_plan(cells, numbers[:identities], numbers[identities:])
 
 
 def _plan_full_llcm() -> LayoutPlan:
-    """The real LLCM's identities and picture counts; who passes which five of the cameras is drawn."""
+    """The real LLCM's identities and image counts; who passes which five of the cameras is drawn."""
     rng = random.Random('LLCM')
     test = sorted([3, *rng.sample([*range(1, 3), *range(4, 1065)], 350)])
     train = sorted(set(range(1, 1065)) - set(test))
@@ -414,24 +410,24 @@ def _plan_full_llcm() -> LayoutPlan:
 
 
 def _llcm_plan(cells: dict[str, Cells], train: Sequence[int], test: Sequence[int]) -> LayoutPlan:
-    pictures, lists, tested = [], {'idx/test_id.txt': _number_line(test)}, set(test)
+    images, lists, tested = [], {'idx/test_id.txt': _number_line(test)}, set(test)
     for modality, word in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
         paths: dict[int, list[str]] = {}
         for (identity, camera), count in sorted(cells[modality].items()):
             folder = f'test_{word}/cam{camera}/{identity:04d}' if identity in tested else f'{word}/{identity:04d}'
-            for picture in range(count):
-                stamp = f's{180000 + 100 * camera}_f{1000 + picture}'
+            for image in range(count):
+                stamp = f's{180000 + 100 * camera}_f{1000 + image}'
                 path = f'{folder}/{identity:04d}_c{camera:02d}_{stamp}_{word}.jpg'
                 paths.setdefault(identity, []).append(path)
-                pictures.append(PlannedPicture(path, modality, identity, camera, picture))
+                images.append(PlannedImage(path, modality, identity, camera, image))
         for split, members in (('train', train), ('test', test)):
             lists[f'idx/{split}_{word}.txt'] = _labelled_lines([paths[identity] for identity in sorted(members)])
-    return LayoutPlan(pictures, lists, len(train), len(test))
+    return LayoutPlan(images, lists, len(train), len(test))
 
 
 def _spread(rng: random.Random, total: int, cells: list[tuple[int, int]], least: int, most: int) -> Cells:
-    """Deal pictures at random to cells, at least and at most so many to each."""
-    assert least * len(cells) <= total <= most * len(cells), f'{total} pictures do not fit into {len(cells)} cells'
+    """Deal images at random to cells, at least and at most so many to each."""
+    assert least * len(cells) <= total <= most * len(cells), f'{total} images do not fit into {len(cells)} cells'
     counts = dict.fromkeys(cells, least)
     for _ in range(total - least * len(cells)):
         cell = rng.choice(cells)

@@ -1,6 +1,6 @@
 """Data sets as record tables: SYSU-MM01, RegDB and LLCM as their owners distribute them, folders, CSV files, SynthVI.
 
-Every reader returns a `Dataset`: what may be learned from, and every picture that a protocol may need, once. Nothing is
+Every reader returns a `Dataset`: what may be learned from, and every image that a protocol may need, once. Nothing is
 decoded here. SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017. RegDB: Nguyen et
 al., "Person Recognition System Based on a Combination of Body Images from Visible Light and Thermal Cameras", Sensors
 2017. LLCM: arXiv:2303.14481.
@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
-from ..synthvi.render import camera_numbers, camera_order, picture_address
-from .images import PICTURE_SUFFIXES
+from ..synthvi.render import camera_numbers, camera_order, image_address
+from .images import IMAGE_SUFFIXES
 from .records import Dataset, Records
 
 _logger = logging.getLogger(__name__)
@@ -27,26 +27,26 @@ Row = tuple[str, str, int, str, str]  # path, identity, camera, modality, split
 
 LAYOUTS = {
     'sysu_mm01': """
-  cam1/ ... cam6/<identity, 4 digits>/<picture>.jpg     (visible: 1, 2, 4, 5; infrared: 3, 6)
+  cam1/ ... cam6/<identity, 4 digits>/<image>.jpg     (visible: 1, 2, 4, 5; infrared: 3, 6)
   exp/train_id.txt  exp/val_id.txt  exp/test_id.txt     (one line of comma-separated numbers each)""",
     'regdb': """
-  Visible/<identity>/<picture>.bmp
-  Thermal/<identity>/<picture>.bmp
-  idx/{train,test}_{visible,thermal}_<trial>.txt        (a line per picture: path, space, label)""",
+  Visible/<identity>/<image>.bmp
+  Thermal/<identity>/<image>.bmp
+  idx/{train,test}_{visible,thermal}_<trial>.txt        (a line per image: path, space, label)""",
     'llcm': """
-  vis/<identity>/<picture>.jpg  nir/<identity>/<picture>.jpg                       (training)
-  test_vis/cam<n>/<identity>/<picture>.jpg  test_nir/cam<n>/<identity>/<picture>.jpg
-  idx/train_vis.txt  idx/train_nir.txt                  (a line per picture: path, space, label)
+  vis/<identity>/<image>.jpg  nir/<identity>/<image>.jpg                       (training)
+  test_vis/cam<n>/<identity>/<image>.jpg  test_nir/cam<n>/<identity>/<image>.jpg
+  idx/train_vis.txt  idx/train_nir.txt                  (a line per image: path, space, label)
   idx/test_id.txt                                       (one line of comma-separated numbers)""",
     'folder': """
-  train/visible/<person>/<picture>  train/infrared/<person>/<picture>
-  query/<modality>/<person>/<picture>  gallery/<modality>/<person>/<picture>       (both or neither)""",
+  train/visible/<person>/<image>  train/infrared/<person>/<image>
+  query/<modality>/<person>/<image>  gallery/<modality>/<person>/<image>       (both or neither)""",
     'csv': """
   path,identity,camera,modality,split
-  pictures/a.jpg,anna,3,visible,train
+  images/a.jpg,anna,3,visible,train
 (path: relative to the file's folder; camera: may be empty; split: train, query, gallery, or test for both)""",
 }
-# Pictures of (training visible, training infrared, test visible, test infrared), as the owners and their users count.
+# Images of (training visible, training infrared, test visible, test infrared), as the owners and their users count.
 PUBLISHED_COUNTS = {
     'sysu_mm01': (22258, 11909, 6775, 3803),
     'regdb': (2060, 2060, 2060, 2060),
@@ -100,7 +100,7 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
 def split_identities(records: Records, share: float, seed: int) -> tuple[Records, Records]:
     """Hold a share of the identities out, as a whole.
 
-    Only identities with pictures of both modalities can be held out: the others cannot be searched for across them.
+    Only identities with images of both modalities can be held out: the others cannot be searched for across them.
 
     Args:
         records: The table to divide.
@@ -116,7 +116,7 @@ def split_identities(records: Records, share: float, seed: int) -> tuple[Records
     count = max(2, round(share * len(candidates))) if share > 0 else 0
     if share > 0 and len(candidates) < count + 2:
         raise ValueError(
-            f'cannot hold out {share:g} of the {len(candidates)} identities that have pictures of both modalities: '
+            f'cannot hold out {share:g} of the {len(candidates)} identities that have images of both modalities: '
             f'at least two are needed to search for, and two to learn from; '
             f'a share of 0 (--val-share 0, test_share=0) holds out nobody'
         )
@@ -130,7 +130,7 @@ def split_identities(records: Records, share: float, seed: int) -> tuple[Records
 def read_sysu_mm01(root: str) -> Dataset:
     """SYSU-MM01: learned from on its 395 training and validation identities, tested on the other 96.
 
-    The test table holds every picture of the test identities in all six cameras.
+    The test table holds every image of the test identities in all six cameras.
     """
     lists = {name: _read_numbers('sysu_mm01', root, f'exp/{name}_id.txt') for name in ('train', 'val', 'test')}
     learned = lists['train'] + lists['val']
@@ -146,7 +146,7 @@ def read_sysu_mm01(root: str) -> Dataset:
 def read_regdb(root: str, *, trial: int = 1) -> Dataset:
     """RegDB: 206 of its 412 identities are learned from, the others tested; each of the ten trials divides them anew.
 
-    The camera of every visible picture is 1, that of every infrared one 2. A published figure is the mean of ten
+    The camera of every visible image is 1, that of every infrared one 2. A published figure is the mean of ten
     trainings, one per trial.
     """
     if trial not in REGDB_TRIALS:
@@ -155,7 +155,7 @@ def read_regdb(root: str, *, trial: int = 1) -> Dataset:
     for split in ('train', 'test'):
         rows: list[Row] = []
         for modality, folder, camera in ((VISIBLE, 'visible', 1), (INFRARED, 'thermal', 2)):
-            for path, inner in _read_picture_list('regdb', root, f'idx/{split}_{folder}_{trial}.txt'):
+            for path, inner in _read_image_list('regdb', root, f'idx/{split}_{folder}_{trial}.txt'):
                 rows.append((path, inner.split('/')[-2], camera, modality, split))
         tables[split] = Records.from_rows(rows)
     return Dataset('regdb', root, tables['train'], tables['test'], {'trial': trial})
@@ -165,7 +165,7 @@ def read_llcm(root: str) -> Dataset:
     """LLCM: 713 identities to learn from, 351 to test on; visible and infrared cameras of one number share a site."""
     rows: list[Row] = []
     for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
-        for path, inner in _read_picture_list('llcm', root, f'idx/train_{name}.txt'):
+        for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt'):
             camera = _LLCM_CAMERA.search(inner.split('/')[-1])
             rows.append((path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
     cells = []
@@ -180,7 +180,7 @@ def read_llcm(root: str) -> Dataset:
 
 
 def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset:
-    """Own pictures in folders, see `LAYOUTS['folder']`.
+    """Own images in folders, see `LAYOUTS['folder']`.
 
     The camera is the number of a `c3_` or `cam3_` prefix of the file name, else 0 (unknown). Without `query` and
     `gallery` folders, a share of the identities is held out of `train` and tested on; with them, `train` may be missing
@@ -207,22 +207,22 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
     for split in ('query', 'gallery'):
         rows = _person_folders(root, split)
         if not rows:
-            raise ValueError(f'{os.path.join(root, split)} holds no picture; expected:{LAYOUTS["folder"]}')
+            raise ValueError(f'{os.path.join(root, split)} holds no image; expected:{LAYOUTS["folder"]}')
         test += rows
     return Dataset('folder', root, train, Records.from_rows(test))
 
 
 def read_csv(root: str) -> Dataset:
-    """Own pictures in one CSV file, see `LAYOUTS['csv']`.
+    """Own images in one CSV file, see `LAYOUTS['csv']`.
 
-    Cameras that are not numbers are numbered in the order of their names. A picture that is listed as query and as
+    Cameras that are not numbers are numbered in the order of their names. An image that is listed as query and as
     gallery is one record of split `test`.
     """
     rows = _number_cameras(root, _merge_repeated(root, _read_csv_lines(root)))
     splits = {row.split for row in rows}
     if ('query' in splits) != ('gallery' in splits) and 'test' not in splits:
         there, missing = ('query', 'gallery') if 'query' in splits else ('gallery', 'query')
-        raise ValueError(f'{root} lists {there} pictures but no {missing} pictures; expected both, or neither')
+        raise ValueError(f'{root} lists {there} images but no {missing} images; expected both, or neither')
     tables = [
         Records.from_rows(
             [
@@ -243,21 +243,21 @@ def read_synthetic(
     seed: int = 0,
     spectrum: str = 'near-infrared',
     size: tuple[int, int] = (128, 64),
-    pictures_per_modality: int = 6,
+    images_per_modality: int = 6,
     visible_cameras: int = 4,
     infrared_cameras: int = 2,
     first_camera: int = 1,
     first_identity: int = 0,
 ) -> Dataset:
-    """SynthVI, rendered when a picture is read.
+    """SynthVI, rendered when an image is read.
 
     Args:
         identities: How many to learn from.
         test_identities: How many to test on, numbered after those.
-        seed: Of the people, their pictures and the cameras.
+        seed: Of the people, their images and the cameras.
         spectrum: Of the infrared cameras, `near-infrared` or `thermal`.
-        size: Height and width of a picture.
-        pictures_per_modality: Per identity.
+        size: Height and width of an image.
+        images_per_modality: Per identity.
         visible_cameras: How many.
         infrared_cameras: How many.
         first_camera: Number of the first camera; others give unseen backgrounds, viewpoints and light.
@@ -274,7 +274,7 @@ def read_synthetic(
         'seed': seed,
         'spectrum': spectrum,
         'size': tuple(size),
-        'pictures_per_modality': pictures_per_modality,
+        'images_per_modality': images_per_modality,
         'visible_cameras': visible_cameras,
         'infrared_cameras': infrared_cameras,
         'first_camera': first_camera,
@@ -336,7 +336,7 @@ def _read_csv_lines(file_name: str) -> list[_Line]:
 
 
 def _merge_repeated(file_name: str, lines: list[_Line]) -> list[_Line]:
-    """One line per picture: query and gallery make test, repetitions are dropped, contradictions are errors."""
+    """One line per image: query and gallery make test, repetitions are dropped, contradictions are errors."""
     merged: dict[str, _Line] = {}
     dropped = 0
     for line in lines:
@@ -393,11 +393,11 @@ def _folders(folder: str) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
 
 
-def _pictures(folder: str) -> list[str]:
-    """Names of the pictures in a folder, sorted; Thumbs.db, .DS_Store and their like are passed over."""
+def _images(folder: str) -> list[str]:
+    """Names of the images in a folder, sorted; Thumbs.db, .DS_Store and their like are passed over."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_file()]
-    return sorted(name for name in names if not name.startswith('.') and name.lower().endswith(PICTURE_SUFFIXES))
+    return sorted(name for name in names if not name.startswith('.') and name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _read_numbers(name: str, root: str, inner: str) -> list[int]:
@@ -411,10 +411,10 @@ def _read_numbers(name: str, root: str, inner: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _read_picture_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
+def _read_image_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
     """(path, path inside `root`) of every line `path label` of a file; the files must exist."""
     list_name = _required(name, root, inner)
-    pictures = []
+    images = []
     with open(list_name, encoding='utf-8') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -423,8 +423,7 @@ def _read_picture_list(name: str, root: str, inner: str) -> list[tuple[str, str]
             relative = words[0].strip().replace('\\', '/')
             if len(words) != 2 or not words[1].isdecimal() or '/' not in relative:
                 raise ValueError(
-                    f'{list_name}, line {number}: expected `<folder>/<identity>/<picture> <label>`, '
-                    f'got {line.strip()!r}'
+                    f'{list_name}, line {number}: expected `<folder>/<identity>/<image> <label>`, got {line.strip()!r}'
                 )
             path = os.path.join(root, *relative.split('/'))
             if not os.path.isfile(path):
@@ -432,12 +431,12 @@ def _read_picture_list(name: str, root: str, inner: str) -> list[tuple[str, str]
                     f'{list_name}, line {number}: there is no file {path}; '
                     f'dataset {name!r} expects in {root}:{LAYOUTS[name]}'
                 )
-            pictures.append((path, relative))
-    return pictures
+            images.append((path, relative))
+    return images
 
 
 def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str) -> Records:
-    """Records of `<camera folder>/<identity, 4 digits>/<picture>`, by identity, then camera, then file name.
+    """Records of `<camera folder>/<identity, 4 digits>/<image>`, by identity, then camera, then file name.
 
     Args:
         cells: Camera number, modality and folder of every camera.
@@ -452,40 +451,40 @@ def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[
             folder = os.path.join(camera_folder, name)
             if not os.path.isdir(folder):  # not everybody passes every camera
                 continue
-            pictures = _pictures(folder)
-            rows += [(os.path.join(folder, picture), name, camera, modality, split) for picture in pictures]
-            if not pictures:
+            images = _images(folder)
+            rows += [(os.path.join(folder, image), name, camera, modality, split) for image in images]
+            if not images:
                 empty.append(folder)
         if len(rows) == before:
             unseen.append(name)
-    _warn_counted(empty, 'folders hold no picture')
-    _warn_counted(unseen, f'of the listed {split} identities have no picture')
+    _warn_counted(empty, 'folders hold no image')
+    _warn_counted(unseen, f'of the listed {split} identities have no image')
     return Records.from_rows(rows)
 
 
 def _person_folders(root: str, split: str) -> list[Row]:
-    """Rows of `<split>/<modality>/<person>/<picture>`."""
+    """Rows of `<split>/<modality>/<person>/<image>`."""
     rows: list[Row] = []
     empty = []
     for modality in MODALITIES:
         modality_folder = os.path.join(root, split, modality)
         for person in _folders(modality_folder) if os.path.isdir(modality_folder) else ():
             folder = os.path.join(modality_folder, person)
-            pictures = _pictures(folder)
-            for picture in pictures:
-                camera = _CAMERA_PREFIX.match(picture)
+            images = _images(folder)
+            for image in images:
+                camera = _CAMERA_PREFIX.match(image)
                 rows.append(
                     (
-                        os.path.join(folder, picture),
+                        os.path.join(folder, image),
                         person,
                         int(camera[1]) if camera else UNKNOWN_CAMERA,
                         modality,
                         split,
                     )
                 )
-            if not pictures:
+            if not images:
                 empty.append(folder)
-    _warn_counted(empty, 'folders hold no picture')
+    _warn_counted(empty, 'folders hold no image')
     return rows
 
 
@@ -498,14 +497,14 @@ def _identities_of(records: Records, modality: str) -> set[str]:
 
 
 def _check(dataset: Dataset) -> None:
-    """Say aloud what is odd about a data set; without any picture it is an error."""
+    """Say aloud what is odd about a data set; without any image it is an error."""
     train, test = dataset.train, dataset.test
     where = dataset.root or dataset.name
     if not len(train) and not len(test):
         expected = f'; expected:{LAYOUTS[dataset.name]}' if dataset.name in LAYOUTS else ''
-        raise ValueError(f'{where} holds no picture{expected}')
+        raise ValueError(f'{where} holds no image{expected}')
     single = _identities_of(train, VISIBLE) ^ _identities_of(train, INFRARED)
-    _warn_counted(sorted(single), 'training identities have pictures of one modality only and are skipped for batches')
+    _warn_counted(sorted(single), 'training identities have images of one modality only and are skipped for batches')
     shared = set(train.identity.tolist()) & set(test.identity.tolist())
     _warn_counted(sorted(shared), 'identities are both learned from and tested on, which flatters the result')
     published = PUBLISHED_COUNTS.get(dataset.name)
@@ -519,7 +518,7 @@ def _check(dataset: Dataset) -> None:
             for name, count, expected in zip(names, counts, published, strict=True)
             if count != expected
         ]
-        _logger.warning(f'{where}: picture counts differ from the published {dataset.name}: {", ".join(differing)}')
+        _logger.warning(f'{where}: image counts differ from the published {dataset.name}: {", ".join(differing)}')
 
 
 def _warn_counted(names: Sequence[str], what: str) -> None:
@@ -535,15 +534,15 @@ def synthetic_records(
     seed: int = 0,
     spectrum: str = 'near-infrared',
     size: tuple[int, int] = (128, 64),
-    pictures_per_modality: int = 6,
+    images_per_modality: int = 6,
     visible_cameras: int = 4,
     infrared_cameras: int = 2,
     first_camera: int = 1,
 ) -> Records:
-    """A record table of rendered pictures; nothing is rendered yet, `path` holds addresses.
+    """A record table of rendered images; nothing is rendered yet, `path` holds addresses.
 
-    Every identity has `pictures_per_modality` pictures in each modality, numbered from 0 and dealt evenly to the
-    modality's cameras in an order of the identity's own, so that with fewer pictures than cameras not everybody is
+    Every identity has `images_per_modality` images in each modality, numbered from 0 and dealt evenly to the
+    modality's cameras in an order of the identity's own, so that with fewer images than cameras not everybody is
     seen by the same ones.
 
     Args:
@@ -552,7 +551,7 @@ def synthetic_records(
         seed: See `render`.
         spectrum: See `render`.
         size: See `render`.
-        pictures_per_modality: Pictures of each identity in each modality.
+        images_per_modality: Images of each identity in each modality.
         visible_cameras: How many visible cameras there are.
         infrared_cameras: How many infrared cameras there are.
         first_camera: Shifts all camera numbers (see `camera_numbers`), for cameras that nobody has seen.
@@ -561,7 +560,7 @@ def synthetic_records(
         ValueError: If a number is out of range or an identity is given twice.
     """
     counts = {
-        'pictures_per_modality': pictures_per_modality,
+        'images_per_modality': images_per_modality,
         'visible_cameras': visible_cameras,
         'infrared_cameras': infrared_cameras,
         'first_camera': first_camera,
@@ -576,8 +575,8 @@ def synthetic_records(
     for identity in identities:
         for modality, numbers in zip(MODALITIES, cameras, strict=True):
             order = camera_order(seed, identity, modality, len(numbers))
-            for picture in range(pictures_per_modality):
-                camera = numbers[order[picture % len(numbers)]]
-                address = picture_address(modality, identity, camera, picture, seed=seed, spectrum=spectrum, size=size)
+            for image in range(images_per_modality):
+                camera = numbers[order[image % len(numbers)]]
+                address = image_address(modality, identity, camera, image, seed=seed, spectrum=spectrum, size=size)
                 rows.append((address, f'{identity:05d}', camera, modality, split))
     return Records.from_rows(rows)

@@ -1,4 +1,4 @@
-"""The one table that everything downstream sees: which picture shows whom, where, and in which spectrum."""
+"""The one table that everything downstream sees: which image shows whom, where, and in which spectrum."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ def other_modality(modality: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """A table of pictures; row i of every column belongs to picture i.
+    """A table of images; row i of every column belongs to image i.
 
     Attributes:
-        path: What `read_picture` opens: a file path or a `synthvi:` address, [N] str.
+        path: What `read_image` opens: a file path or a `synthvi:` address, [N] str.
         identity: The data's own name of the person, [N] str.
         camera: Camera number, 0 where it is not known, [N] int64.
         modality: `visible` or `infrared`, [N] str.
@@ -37,7 +37,7 @@ class Records:
         object.__setattr__(self, 'camera', np.asarray(self.camera, dtype=np.int64))
         lengths = {name: len(getattr(self, name)) for name in ('path', 'identity', 'camera', 'modality', 'split')}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f'every column of a record table needs one value per picture, got lengths {lengths}')
+            raise ValueError(f'every column of a record table needs one value per image, got lengths {lengths}')
         for name, allowed in (('modality', MODALITIES), ('split', SPLITS)):
             unknown = sorted(set(getattr(self, name).tolist()) - set(allowed))
             if unknown:
@@ -64,7 +64,7 @@ class Records:
         return sorted(set(self.identity.tolist()))
 
     def labels(self, class_map: dict[str, int]) -> np.ndarray:
-        """Class label of every picture under `class_map` (see `class_map_of`), [N] int64."""
+        """Class label of every image under `class_map` (see `class_map_of`), [N] int64."""
         return np.asarray([class_map[name] for name in self.identity.tolist()], dtype=np.int64)
 
 
@@ -79,9 +79,9 @@ class Dataset:
 
     Attributes:
         name: The reader's name, e.g. `sysu_mm01`.
-        root: Where the pictures lie; empty for pictures that are rendered in memory.
+        root: Where the images lie; empty for images that are rendered in memory.
         train: Records to learn from.
-        test: Every picture that any protocol may need, once.
+        test: Every image that any protocol may need, once.
         options: The reader's options as resolved (RegDB's trial, SynthVI's seed, ...), for reports.
     """
 

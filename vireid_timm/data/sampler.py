@@ -1,4 +1,4 @@
-"""Batches of P identities × (K visible + K infrared pictures), as in the paper (section 4.2) and AGW."""
+"""Batches of P identities × (K visible + K infrared images), as in the paper (section 4.2) and AGW."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ _DEFAULT_IDENTITIES_PER_BATCH = 8
 class IdentityModalitySampler(Sampler[list[int]]):
     """Batch sampler over identities and modalities (paper, section 4.2: 8 identities × (4 visible + 4 infrared)).
 
-    A batch is a list of 2·P·K row numbers: P·K visible pictures, then P·K infrared ones, K per identity, the
-    identities in the same order in both halves. The identities of a batch are distinct. The pictures of one identity
+    A batch is a list of 2·P·K row numbers: P·K visible images, then P·K infrared ones, K per identity, the
+    identities in the same order in both halves. The identities of a batch are distinct. The images of one identity
     and modality are dealt like a deck of cards that is shuffled anew when it is used up, so that over an epoch no
-    picture comes up twice more often than another of its deck, and a batch holds the same picture twice only where
+    image comes up twice more often than another of its deck, and a batch holds the same image twice only where
     the deck has fewer than K.
 
     Batches depend on (seed, epoch) alone: `set_epoch(epoch, start_batch)` continues a run at any batch. An identity
@@ -35,8 +35,8 @@ class IdentityModalitySampler(Sampler[list[int]]):
         skipped: Names of the identities with only one modality, sorted.
     """
 
-    # Differs from AGW: pictures are dealt without replacement. AGW draws each with replacement, by which half of all
-    # draws of 4 out of RegDB's 10 pictures hold a duplicate and an epoch leaves out more pictures than it must.
+    # Differs from AGW: images are dealt without replacement. AGW draws each with replacement, by which half of all
+    # draws of 4 out of RegDB's 10 images hold a duplicate and an epoch leaves out more images than it must.
     # Differs from AGW: len() is the number of batches that iteration yields. AGW yields one more than its len().
 
     def __init__(
@@ -45,7 +45,7 @@ class IdentityModalitySampler(Sampler[list[int]]):
         modalities: Sequence[str] | np.ndarray,
         *,
         identities_per_batch: int | None = _DEFAULT_IDENTITIES_PER_BATCH,
-        pictures_per_modality: int = 4,
+        images_per_modality: int = 4,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -53,10 +53,10 @@ class IdentityModalitySampler(Sampler[list[int]]):
         """Group the rows and settle P; nothing is drawn yet.
 
         Args:
-            identities: Label or name of every picture, [N].
-            modalities: `visible` or `infrared` for every picture, [N].
+            identities: Label or name of every image, [N].
+            modalities: `visible` or `infrared` for every image, [N].
             identities_per_batch: P; None takes 8, or as many as there are for every process if fewer.
-            pictures_per_modality: K.
+            images_per_modality: K.
             seed: Together with the epoch it decides every draw.
             rank: Number of this process, from 0.
             world_size: How many processes train together.
@@ -69,19 +69,19 @@ class IdentityModalitySampler(Sampler[list[int]]):
         identities, modalities = np.asarray(identities), np.asarray(modalities)
         if identities.shape != modalities.shape or identities.ndim != 1:
             raise ValueError(
-                f'one identity and one modality per picture expected, got {identities.shape} and {modalities.shape}'
+                f'one identity and one modality per image expected, got {identities.shape} and {modalities.shape}'
             )
         unknown = sorted(set(modalities.tolist()) - set(MODALITIES))
         if unknown:
             raise ValueError(f'unknown modality {unknown[0]!r}; expected one of {", ".join(MODALITIES)}')
-        if pictures_per_modality < 1 or (identities_per_batch is not None and identities_per_batch < 1):
+        if images_per_modality < 1 or (identities_per_batch is not None and identities_per_batch < 1):
             raise ValueError(
-                'at least one identity per batch and one picture per modality expected, '
-                f'got {identities_per_batch} and {pictures_per_modality}'
+                'at least one identity per batch and one image per modality expected, '
+                f'got {identities_per_batch} and {images_per_modality}'
             )
         if not 0 <= rank < world_size:
             raise ValueError(f'a rank in 0..world_size - 1 expected, got {rank} of {world_size}')
-        self.pictures_per_modality = pictures_per_modality
+        self.images_per_modality = images_per_modality
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -109,7 +109,7 @@ class IdentityModalitySampler(Sampler[list[int]]):
         if available < needed:
             joined = f' ({wanted or 1} in each of {self.world_size} processes)' if self.world_size > 1 else ''
             raise ValueError(
-                f'a batch needs {needed} identities with pictures of both modalities{joined}, but there are '
+                f'a batch needs {needed} identities with images of both modalities{joined}, but there are '
                 f'{available}; ask for fewer identities per batch or add data'
             )
         if wanted is None:
@@ -120,7 +120,7 @@ class IdentityModalitySampler(Sampler[list[int]]):
     def _epoch_length(self) -> int:
         """Batches per epoch as AGW counts them: as many as the larger modality fills, and one more."""
         sizes = [sum(len(rows[name]) for name in self._identities) for rows in self._rows.values()]
-        return max(sizes) // (self.world_size * self.identities_per_batch * self.pictures_per_modality) + 1
+        return max(sizes) // (self.world_size * self.identities_per_batch * self.images_per_modality) + 1
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose what the next iteration yields.
@@ -148,13 +148,13 @@ class IdentityModalitySampler(Sampler[list[int]]):
         decks = {
             modality: {name: _Deck(rows) for name, rows in self._rows[modality].items()} for modality in MODALITIES
         }
-        own = self.identities_per_batch * self.pictures_per_modality
+        own = self.identities_per_batch * self.images_per_modality
         for batch in range(self.batches_per_epoch):
             chosen = random.choice(len(self._identities), self.world_size * self.identities_per_batch, replace=False)
             names = [self._identities[position] for position in chosen]
             # Dealt for other processes and for skipped batches too: what they took decides what is left.
             halves = [
-                [row for name in names for row in decks[modality][name].deal(self.pictures_per_modality, random)]
+                [row for name in names for row in decks[modality][name].deal(self.images_per_modality, random)]
                 for modality in (VISIBLE, INFRARED)
             ]
             if batch >= self.start_batch:
@@ -170,7 +170,7 @@ def _rows_of(identities: np.ndarray, selected: np.ndarray) -> dict[int | str, li
 
 
 class _Deck:
-    """Pictures of one identity and modality in random order, reshuffled when used up."""
+    """Images of one identity and modality in random order, reshuffled when used up."""
 
     def __init__(self, rows: list[int]) -> None:
         self.rows = rows

@@ -1,8 +1,8 @@
-"""Reading pictures: one safe way to decode any file, and the store that decodes a whole table only once.
+"""Reading images: one safe way to decode any file, and the store that decodes a whole table only once.
 
-A store keeps every picture of a record table as bytes of one size, so that an epoch costs a memory copy instead of a
+A store keeps every image of a record table as bytes of one size, so that an epoch costs a memory copy instead of a
 decode. On disk it is keyed by what it was made from (path, byte size and modification time of every file, the address
-of every rendered picture, the picture size): a changed file gives another key, so that stale bytes are never read. It
+of every rendered image, the image size): a changed file gives another key, so that stale bytes are never read. It
 is written by one process at a time, for which others that need it wait, where the file system can lock files.
 """
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ..files import STALE_AFTER, last_written, lock
 from ..synthvi.render import renderer_digest
-from .images import ADDRESS_PREFIX, PictureError, load_picture, read_picture
+from .images import ADDRESS_PREFIX, ImageError, load_image, read_image
 from .records import Records
 from .workers import default_workers, in_order
 
@@ -40,18 +40,18 @@ CACHES = ('auto', 'disk', 'ram', 'device', 'off')
 
 _PIXELS, _ABOUT = 'pixels.bin', 'about.json'  # a store's files
 _STORE_VERSION = 2  # raise it when the same file would give other bytes
-CHUNK = 32  # pictures per unit of work: enough to hide its overhead, few enough for a smooth progress bar
-PROCESSES_FROM = 4000  # rendered pictures that pay for starting processes (each imports the library anew)
-_DEVICE_SHARE, _RAM_SHARE = 1 / 4, 1 / 2  # of the free memory, that pictures may take without being asked to
+CHUNK = 32  # images per unit of work: enough to hide its overhead, few enough for a smooth progress bar
+PROCESSES_FROM = 4000  # rendered images that pay for starting processes (each imports the library anew)
+_DEVICE_SHARE, _RAM_SHARE = 1 / 4, 1 / 2  # of the free memory, that images may take without being asked to
 
 
-class PictureStore:
-    """Pictures of one size, indexed by the rows of the table they were loaded for, or of a part (`select`) of it.
+class ImageStore:
+    """Images of one size, indexed by the rows of the table they were loaded for, or of a part (`select`) of it.
 
     Attributes:
-        size: Height and width of every picture.
-        broken: Row -> what is wrong with that picture; empty unless broken pictures were to be skipped.
-        held: All pictures of the table on an accelerator, [N, 3, H, W] uint8, broken ones black; None if they are not.
+        size: Height and width of every image.
+        broken: Row -> what is wrong with that image; empty unless broken images were to be skipped.
+        held: All images of the table on an accelerator, [N, 3, H, W] uint8, broken ones black; None if they are not.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class PictureStore:
         broken: dict[int, str],
         workers: int = 0,
     ) -> None:
-        """Wrap pictures that are decoded already, or that are decoded on access.
+        """Wrap images that are decoded already, or that are decoded on access.
 
         Args:
             paths: What each row shows, [N].
             size: Height and width.
-            planes: The pictures [N, 3, H, W], a file that holds them, or None to decode on every access.
-            broken: Row -> why that picture cannot be read.
-            workers: Threads that decode, where pictures are decoded on access.
+            planes: The images [N, 3, H, W], a file that holds them, or None to decode on every access.
+            broken: Row -> why that image cannot be read.
+            workers: Threads that decode, where images are decoded on access.
 
         Raises:
             OSError: The file is gone or too short.
@@ -87,24 +87,24 @@ class PictureStore:
         return len(self._rows)
 
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Pictures of the given rows: a slice, integer rows [B] or a mask [N].
+        """Images of the given rows: a slice, integer rows [B] or a mask [N].
 
         Returns:
             A new array of bytes [B, H, W, 3]. Its memory holds plane after plane: as a tensor,
             `torch.from_numpy(...).permute(0, 3, 1, 2)` is contiguous at no cost.
 
         Raises:
-            PictureError: If one of them is broken.
+            ImageError: If one of them is broken.
             OSError: If the file that holds them was cut short.
         """
         rows = np.arange(len(self))[rows]
         for row in rows if self.broken else ():
             if row in self.broken:
-                raise PictureError(self.broken[row])
+                raise ImageError(self.broken[row])
         return self._read(self._rows[rows]).transpose(0, 2, 3, 1)
 
-    def select(self, rows: np.ndarray) -> 'PictureStore':
-        """Some of the pictures, as a store of their own that shares the bytes.
+    def select(self, rows: np.ndarray) -> 'ImageStore':
+        """Some of the images, as a store of their own that shares the bytes.
 
         Args:
             rows: Which rows of this store become its rows 0..K-1, [K].
@@ -120,7 +120,7 @@ class PictureStore:
         return np.setdiff1d(np.arange(len(self)), np.fromiter(self.broken, np.int64, len(self.broken)))
 
     def hold(self, device: torch.device) -> None:
-        """Copy all pictures of the table to a device, into `held`.
+        """Copy all images of the table to a device, into `held`.
 
         Raises:
             OSError: If the file that holds them was cut short.
@@ -134,7 +134,7 @@ class PictureStore:
         self.held = held
 
     def take_held(self, rows: np.ndarray) -> torch.Tensor:
-        """Pictures of integer rows [B] where all of them are held, [B, 3, H, W]; nothing waits for the device."""
+        """Images of integer rows [B] where all of them are held, [B, 3, H, W]; nothing waits for the device."""
         index = torch.from_numpy(self._rows[rows]).to(self.held.device, non_blocking=True)
         return self.held.index_select(0, index)
 
@@ -142,17 +142,17 @@ class PictureStore:
         return {**self.__dict__, 'held': None}  # another process holds its own, or none
 
     def _read(self, rows: np.ndarray) -> np.ndarray:
-        """Pictures of these rows of the table, a new array [B, 3, H, W]."""
+        """Images of these rows of the table, a new array [B, 3, H, W]."""
         planes = self._planes if self._file is None else self._file.planes()
         if planes is not None:
             return np.take(planes, rows, axis=0)
-        load = partial(load_picture, size=self.size)
-        pictures = list(in_order(load, self._paths[rows].tolist(), workers=self._workers))
-        return np.stack(pictures).transpose(0, 3, 1, 2) if pictures else np.empty((0, 3, *self.size), np.uint8)
+        load = partial(load_image, size=self.size)
+        images = list(in_order(load, self._paths[rows].tolist(), workers=self._workers))
+        return np.stack(images).transpose(0, 3, 1, 2) if images else np.empty((0, 3, *self.size), np.uint8)
 
 
 class _MappedFile:
-    """Pictures [N, 3, H, W] in a file; a process that it is sent to opens the file again and shares its pages."""
+    """Images [N, 3, H, W] in a file; a process that it is sent to opens the file again and shares its pages."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
         self._path = path
@@ -160,7 +160,7 @@ class _MappedFile:
         self._open()
 
     def planes(self) -> np.ndarray:
-        """The mapped pictures.
+        """The mapped images.
 
         Raises:
             OSError: If the file was cut short: reading beyond its end would end the whole process.
@@ -168,7 +168,7 @@ class _MappedFile:
         found = self._mapped.size()  # of the file as it is now; one that was removed stays whole while it is mapped
         if found < self._planes.nbytes:
             raise OSError(
-                f'{self._path}: this picture store has {found:,} of {self._planes.nbytes:,} bytes, because something '
+                f'{self._path}: this image store has {found:,} of {self._planes.nbytes:,} bytes, because something '
                 'changed it since it was opened; start again, and it is written anew'
             )
         return self._planes
@@ -186,7 +186,7 @@ class _MappedFile:
                 self._mapped = mmap.mmap(file.fileno(), math.prod(self._shape), access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise OSError(
-                f'{self._path}: this picture store is gone or was cut short ({error}); start again, and it is written '
+                f'{self._path}: this image store is gone or was cut short ({error}); start again, and it is written '
                 'anew'
             ) from error
         self._planes = np.frombuffer(self._mapped, np.uint8).reshape(self._shape)
@@ -194,11 +194,11 @@ class _MappedFile:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What `picture_store` would do.
+    """What `image_store` would do.
 
     Attributes:
         cache: `disk`, `ram`, `device` or `off`, whatever `auto` came to.
-        num_bytes: Size of all pictures.
+        num_bytes: Size of all images.
         folder: Where `disk` and `device` keep them; None for the others.
         found: Whether they are there already.
         reason: Why `auto` does not use the disk; empty if it does.
@@ -219,14 +219,14 @@ def plan_store(
     cache_dir: str | os.PathLike | None = None,
     device: torch.device | None = None,
 ) -> StorePlan:
-    """What `picture_store` would do with the same arguments; nothing is decoded and nothing is written.
+    """What `image_store` would do with the same arguments; nothing is decoded and nothing is written.
 
     Args:
         records: The table.
-        size: Height and width that every picture is squashed to.
+        size: Height and width that every image is squashed to.
         cache: One of `CACHES`.
         cache_dir: Where the disk cache is; None is `$VIREID_CACHE` or `~/.cache/vireid_timm`.
-        device: That pictures may be held on.
+        device: That images may be held on.
 
     Raises:
         ValueError: An unknown cache; `device` without a device; or too little memory for `device` or `ram`.
@@ -238,7 +238,7 @@ def plan_store(
     return _plan(cache, _num_bytes(paths, size), folder, found, device)
 
 
-def picture_store(
+def image_store(
     records: Records,
     size: tuple[int, int],
     *,
@@ -248,26 +248,26 @@ def picture_store(
     skip_broken: bool = False,
     workers: int | None = None,
     progress: bool = True,
-) -> PictureStore:
-    """Make the pictures of a table available as bytes, decoding each of them only once.
+) -> ImageStore:
+    """Make the images of a table available as bytes, decoding each of them only once.
 
     Args:
         records: The table; row i of the store is row i of the table.
-        size: Height and width that every picture is squashed to.
+        size: Height and width that every image is squashed to.
         cache: `disk` keeps the bytes in a memory-mapped file for this and later runs, `ram` in this process; `device`
             is `disk` and a copy of all of them in the memory of the device; `off` decodes on every access. `auto` is
             `device` on an accelerator whose free memory is at least four times as large, else `disk`; where the disk
             cannot hold them it is `ram`, if they take at most half of the free memory. Of several processes on this
             machine, which `torchrun` or SLURM started, each counts on its share of the free memory.
         cache_dir: Where the disk cache is; None is `$VIREID_CACHE` or `~/.cache/vireid_timm`.
-        device: That pictures may be held on; None for none.
-        skip_broken: Name broken pictures in one warning and go on; use the rows of `PictureStore.intact` only.
+        device: That images may be held on; None for none.
+        skip_broken: Name broken images in one warning and go on; use the rows of `ImageStore.intact` only.
         workers: How many decode at a time; None is one per core, at most 8; 0 decodes in the calling thread.
         progress: Show a progress bar, if the output is a terminal.
 
     Raises:
         ValueError: An unknown cache; `device` without a device; or too little memory for `device` or `ram`.
-        PictureError: If a picture is broken, unless `skip_broken`; if all of them are, in any case.
+        ImageError: If an image is broken, unless `skip_broken`; if all of them are, in any case.
         OSError: If the store cannot be written; nothing is left behind.
     """
     size = (int(size[0]), int(size[1]))
@@ -287,7 +287,7 @@ def picture_store(
     elif plan.cache == 'off' and skip_broken:
         broken = decode(lambda chunk: None)  # decoded and dropped: what is broken has to be known beforehand
     _report_broken(broken, len(paths), skip_broken)
-    store = PictureStore(paths, size, planes, broken, workers)
+    store = ImageStore(paths, size, planes, broken, workers)
     if plan.cache == 'device':
         store.hold(device)
     _report_plan(plan, len(paths), size, device)
@@ -300,13 +300,13 @@ def default_cache_dir() -> Path:
 
 
 def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, dict[int, str]]:
-    """Pictures [B, 3, H, W] of one unit of work, black where broken, and offset -> why."""
+    """Images [B, 3, H, W] of one unit of work, black where broken, and offset -> why."""
     planes = np.zeros((len(paths), 3, *size), np.uint8)
     broken = {}
     for offset, path in enumerate(paths):
         try:
-            planes[offset] = load_picture(path, size).transpose(2, 0, 1)
-        except PictureError as error:
+            planes[offset] = load_image(path, size).transpose(2, 0, 1)
+        except ImageError as error:
             broken[offset] = error.args[0]
     return planes, broken
 
@@ -320,16 +320,16 @@ def _decode_all(
     workers: int,
     progress: bool,
 ) -> dict[int, str]:
-    """Decode every picture, hand them to `write` in order, and return row -> why for the broken ones."""
+    """Decode every image, hand them to `write` in order, and return row -> why for the broken ones."""
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     rendered = sum(path.startswith(ADDRESS_PREFIX) for path in paths)
     results = in_order(partial(_decode_chunk, size=size), chunks, workers=workers, processes=rendered >= PROCESSES_FROM)
     broken = {}
-    bar = tqdm(total=len(paths), desc='reading pictures', unit='pic', disable=None if progress else True)
+    bar = tqdm(total=len(paths), desc='reading images', unit='img', disable=None if progress else True)
     with bar, closing(results):
         for index, (planes, errors) in enumerate(results):
             if errors and not skip_broken:
-                raise PictureError(next(iter(errors.values())))
+                raise ImageError(next(iter(errors.values())))
             broken.update({index * CHUNK + offset: reason for offset, reason in errors.items()})
             write(planes)
             bar.update(len(planes))
@@ -360,7 +360,7 @@ def _store_folder(
         raise ValueError(f'unknown cache {cache!r}; expected one of {", ".join(CACHES)}')
     if cache in ('ram', 'off') or not paths:
         return None
-    return Path(cache_dir or default_cache_dir()).expanduser() / f'pictures-{_content_key(paths, size)}'
+    return Path(cache_dir or default_cache_dir()).expanduser() / f'images-{_content_key(paths, size)}'
 
 
 def _num_bytes(paths: list[str], size: tuple[int, int]) -> int:
@@ -385,14 +385,14 @@ def _plan(cache: str, num_bytes: int, folder: Path | None, found: bool, device: 
 
 def _check_room(num_bytes: int, cache: str, device: torch.device | None) -> None:
     if cache == 'device' and device is None:
-        raise ValueError("cache='device' needs the device that is to hold the pictures; give it, or use cache='disk'")
+        raise ValueError("cache='device' needs the device that is to hold the images; give it, or use cache='disk'")
     in_memory = cache == 'ram' or device.type == 'cpu'
     free = _memory_share() if in_memory else _free_device_memory(device)
     if free and num_bytes > free:  # 0 where it cannot be known
         each = f' for each of {_processes_here()} processes' if in_memory and _processes_here() > 1 else ''
         raise ValueError(
             f'{"this machine" if cache == "ram" else device} has {_amount(free)} of free memory{each}, too little for '
-            f'pictures of {_amount(num_bytes)}; use cache="disk" (--cache)'
+            f'images of {_amount(num_bytes)}; use cache="disk" (--cache)'
         )
 
 
@@ -473,7 +473,7 @@ def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[bool]:
         Whether that is so: where the file system has no locks, several may write the same store.
 
     Raises:
-        PictureError: If that one ended because of a broken picture, unless such pictures are to be skipped.
+        ImageError: If that one ended because of a broken image, unless such images are to be skipped.
     """
     path = folder.with_name(f'{folder.name}.lock')
     with ExitStack() as stack:
@@ -483,7 +483,7 @@ def _sole_writer(folder: Path, skip_broken: bool) -> Iterator[bool]:
             stack.callback(path.unlink, missing_ok=True)  # first this, then the lock ends
         try:
             yield file is not None
-        except PictureError as error:
+        except ImageError as error:
             if file is not None:  # those who wait need not find out for themselves, one after the other
                 file.write(json.dumps(error.args[0]))
                 file.flush()
@@ -501,7 +501,7 @@ def _locked(path: Path, folder: Path, skip_broken: bool) -> IO[str] | None:
                 return None
             locked = lock(file)
             if locked is False:
-                _logger.info(f'Waiting for another process, which is storing the same pictures in {folder}')
+                _logger.info(f'Waiting for another process, which is storing the same images in {folder}')
                 locked = lock(file, wait=True)
             if locked is None:
                 stack.close()
@@ -516,7 +516,7 @@ def _locked(path: Path, folder: Path, skip_broken: bool) -> IO[str] | None:
             file.seek(0)
             problem = file.read()
             if problem and not skip_broken:
-                raise PictureError(json.loads(problem))
+                raise ImageError(json.loads(problem))
 
 
 def _write_store(
@@ -532,14 +532,14 @@ def _write_store(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder, alone)
-        _logger.info(f'Storing {len(paths):,} pictures of {size[0]}x{size[1]} once: {_amount(num_bytes)} in {folder}')
+        _logger.info(f'Storing {len(paths):,} images of {size[0]}x{size[1]} once: {_amount(num_bytes)} in {folder}')
         temporary.mkdir()
         # Written with write() and mapped afterwards: a full disk is then an error, not the end of the process.
         with open(temporary / _PIXELS, 'wb') as file:
             broken = decode(file.write)
             file.flush()
             os.fsync(file.fileno())
-        about = {'pictures': len(paths), 'size': size, 'first': paths[0], 'broken': broken}
+        about = {'images': len(paths), 'size': size, 'first': paths[0], 'broken': broken}
         (temporary / _ABOUT).write_text(json.dumps(about, indent=1), encoding='utf-8')
         if _stored(folder, paths, num_bytes) is None:  # without locks another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)  # incomplete, or no longer true
@@ -556,7 +556,7 @@ def _write_store(
 def _unwritable(error: OSError, folder: Path, num_bytes: int) -> OSError:
     return OSError(
         error.errno,
-        f'cannot write a picture store of {_amount(num_bytes)} to {folder.parent} ({error.strerror}); choose '
+        f'cannot write an image store of {_amount(num_bytes)} to {folder.parent} ({error.strerror}); choose '
         f'another folder with the environment variable VIREID_CACHE, or cache="ram" or "off" (--cache)',
     )
 
@@ -591,14 +591,14 @@ def _stored(folder: Path, paths: list[str], num_bytes: int) -> dict[int, str] | 
         complete = (folder / _PIXELS).stat().st_size == num_bytes
     except (OSError, ValueError, KeyError):
         return None
-    # A picture may have been unreadable for a reason that leaves no trace in its size and time (its permissions).
+    # An image may have been unreadable for a reason that leaves no trace in its size and time (its permissions).
     return broken if complete and not any(_is_readable(paths[row]) for row in broken) else None
 
 
 def _is_readable(path: str) -> bool:
     try:
-        read_picture(path)
-    except PictureError:
+        read_image(path)
+    except ImageError:
         return False
     return True
 
@@ -614,7 +614,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 def _remove_leftovers(folder: Path, alone: bool) -> None:
     """Remove what killed writers left behind: of this store if nobody else can be writing it, and what is old."""
-    for temporary in sorted(folder.parent.glob('pictures-*.tmp')):
+    for temporary in sorted(folder.parent.glob('images-*.tmp')):
         stale = time.time() - last_written(temporary) > STALE_AFTER
         if stale or (alone and temporary.name.startswith(f'{folder.name}.')):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -625,11 +625,11 @@ def _report_broken(broken: dict[int, str], count: int, skip_broken: bool) -> Non
         return
     problems = list(broken.values())
     if not skip_broken:
-        raise PictureError(problems[0])
+        raise ImageError(problems[0])
     if len(broken) == count:
-        raise ValueError(f'none of the {count} pictures can be read; the first: {problems[0]}')
+        raise ValueError(f'none of the {count} images can be read; the first: {problems[0]}')
     more = f' and {len(problems) - 5} more' if len(problems) > 5 else ''
-    _logger.warning(f'{len(broken)} of {count} pictures are broken and skipped: {"; ".join(problems[:5])}{more}')
+    _logger.warning(f'{len(broken)} of {count} images are broken and skipped: {"; ".join(problems[:5])}{more}')
 
 
 def _report_plan(plan: StorePlan, count: int, size: tuple[int, int], device: torch.device | None) -> None:
@@ -641,4 +641,4 @@ def _report_plan(plan: StorePlan, count: int, size: tuple[int, int], device: tor
         'device': f'from {plan.folder} and held by {device}',
         'ram': 'from memory' + (f', since the disk cannot hold them ({plan.reason})' if plan.reason else ''),
     }[plan.cache]
-    _logger.info(f'{count:,} pictures of {size[0]}x{size[1]} ({_amount(plan.num_bytes)}) are read {where}')
+    _logger.info(f'{count:,} images of {size[0]}x{size[1]} ({_amount(plan.num_bytes)}) are read {where}')

@@ -23,7 +23,7 @@ SIGNIFICANCE = 0.05  # a p-value below it is called a difference
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How a metric differs between two reports that were measured on the same pictures.
+    """How a metric differs between two reports that were measured on the same images.
 
     Attributes:
         interval: 95 % bootstrap interval of the difference, second minus first, over the queries.
@@ -41,7 +41,7 @@ class ProtocolComparison:
     Attributes:
         first: `rank1`, `mAP` and `mINP` of the first report, as fractions.
         second: Those of the second.
-        paired: For the same metrics what their difference is worth; empty if the pictures were not the same.
+        paired: For the same metrics what their difference is worth; empty if the images were not the same.
     """
 
     first: dict[str, float]
@@ -52,7 +52,7 @@ class ProtocolComparison:
     def verdict(self) -> str:
         """Which is better in mAP, in words."""
         if not self.paired:
-            return 'measured on other pictures, so that no test can tell the two apart'
+            return 'measured on other images, so that no test can tell the two apart'
         if self.paired['mAP'].p >= SIGNIFICANCE:
             return 'no difference in mAP that these queries could show'
         return f'second is {"better" if self.second["mAP"] > self.first["mAP"] else "worse"} in mAP'
@@ -89,7 +89,7 @@ class Comparison:
 
 
 def compare(first: Report, second: Report) -> Comparison:
-    """Compare two reports, protocol by protocol, query by query where both were measured on the same pictures.
+    """Compare two reports, protocol by protocol, query by query where both were measured on the same images.
 
     The test says whether other queries of the same kind would show the difference too. It knows nothing of chance in
     training: the same recipe with another seed differs as well, which only several trainings can show.
@@ -111,7 +111,7 @@ def compare(first: Report, second: Report) -> Comparison:
 def _compare_results(first: ProtocolResult, second: ProtocolResult) -> ProtocolComparison:
     means = [{name: result.mean[name] for name in COLUMN_OF} for result in (first, second)]
     values = [query_values(result) for result in (first, second)]
-    if not _same_pictures(first, second):
+    if not _same_images(first, second):
         return ProtocolComparison(*means, {})
     valid = np.isfinite(values[0][0])
     left, right = (value[:, valid] for value in values)
@@ -125,7 +125,7 @@ def _compare_results(first: ProtocolResult, second: ProtocolResult) -> ProtocolC
     )
 
 
-def _same_pictures(first: ProtocolResult, second: ProtocolResult) -> bool:
+def _same_images(first: ProtocolResult, second: ProtocolResult) -> bool:
     """Whether the same queries searched the same galleries, and were valid in both."""
     columns = ('path', 'identity', 'camera', 'modality')
     return (

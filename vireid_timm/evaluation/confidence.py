@@ -14,7 +14,7 @@ def bootstrap_intervals(
 ) -> np.ndarray:
     """Percentile bootstrap intervals of means (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979).
 
-    They say how far a mean would move with other queries of the same kind. Queries count as independent; pictures of
+    They say how far a mean would move with other queries of the same kind. Queries count as independent; images of
     one person are not quite, so that the intervals are rather too narrow than too wide.
 
     Args:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..data.records import Dataset, Records
-from ..data.store import PictureStore
+from ..data.store import ImageStore
 from ..version import __version__
-from .features import Extraction, check_finite, check_model, extract, open_store, picture_size, weights_fingerprint
+from .features import Extraction, check_finite, check_model, extract, image_size, open_store, weights_fingerprint
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
 from .report import Report, relative_paths, summarise
@@ -44,41 +44,41 @@ def evaluate(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
-    store: PictureStore | None = None,
+    store: ImageStore | None = None,
     **options: Any,
 ) -> Report:
-    """Evaluate a model on a dataset's test pictures: features once, then every protocol with all its trials.
+    """Evaluate a model on a dataset's test images: features once, then every protocol with all its trials.
 
     The model is left as it was: on its device, every module in the mode that it was in. Under `torchrun` all processes
-    make this call, share the pictures among them, and get the same report.
+    make this call, share the images among them, and get the same report.
 
     Args:
         model: One of this package's models, with or without classifiers.
         dataset: As `create_dataset` returns it.
         protocol: A name or several of `protocols_of(dataset)`; None for all of them.
-        draw: How protocols that draw pictures do so, see `protocol_trials`.
+        draw: How protocols that draw images do so, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
         failures: How many of the worst queries each result names.
-        store: The pictures of `dataset.test`, row by row, where they are decoded already; None decodes them.
+        store: The images of `dataset.test`, row by row, where they are decoded already; None decodes them.
         options: How features are extracted: fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`,
             `batch_size=64`, `device='cuda'`, `skip_broken=True`.
 
     Raises:
         ValueError: On an unknown protocol, draw, re-ranking or kind of features, on data that the protocol cannot use,
-            on a store of other pictures, on a picture that cannot be read, or on features that are not finite.
+            on a store of other images, on an image that cannot be read, or on features that are not finite.
         TypeError: On an option that is none of `Extraction`.
     """
-    # Everything that can be wrong without looking at a picture is found before the first one is decoded.
+    # Everything that can be wrong without looking at an image is found before the first one is decoded.
     extraction = Extraction(**options)
     check_model(model)
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
     if store is None:  # of the whole table, so that every choice of protocols shares it
         store = open_store(model, dataset.test, extraction)
-    elif (len(store), store.size) != (len(dataset.test), picture_size(model, extraction)):
+    elif (len(store), store.size) != (len(dataset.test), image_size(model, extraction)):
         raise ValueError(
-            f'the store has {len(store)} pictures of {store.size}, {dataset.name} {len(dataset.test)} to be seen as '
-            f'{picture_size(model, extraction)}; give the store of this table, or none'
+            f'the store has {len(store)} images of {store.size}, {dataset.name} {len(dataset.test)} to be seen as '
+            f'{image_size(model, extraction)}; give the store of this table, or none'
         )
     if store.broken:
         plans = [_without(plan, store.intact()) for plan in plans]
@@ -94,9 +94,9 @@ def evaluate(
         features=extraction.features,
         flip_test=extraction.flip_test,
         crops=extraction.crops,
-        size=picture_size(model, extraction),
+        size=image_size(model, extraction),
         precision=str(extraction.amp_dtype or next(model.parameters()).dtype).removeprefix('torch.'),
-        skipped_pictures=len(store.broken),
+        skipped_images=len(store.broken),
     )
 
 
@@ -117,7 +117,7 @@ def evaluate_features(
             Ranks are counted where they are, on the CPU or an accelerator.
         dataset: As `create_dataset` returns it.
         protocol: A name or several of `protocols_of(dataset)`; None for all of them.
-        draw: How protocols that draw pictures do so, see `protocol_trials`.
+        draw: How protocols that draw images do so, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which takes features as L2-normalised.
         failures: How many of the worst queries each result names.
 
@@ -130,7 +130,7 @@ def evaluate_features(
     features = features.detach()
     if features.ndim != 2 or len(features) != len(dataset.test) or not features.is_floating_point():
         raise ValueError(
-            f'features must be floating point [{len(dataset.test)}, D], one row per test picture of {dataset.name}, '
+            f'features must be floating point [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
             f'got {features.dtype} {list(features.shape)}'
         )
     _check_ranking(reranking, failures)
@@ -150,7 +150,7 @@ def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) ->
     names = [protocol] if isinstance(protocol, str) else list(protocols_of(dataset) if protocol is None else protocol)
     if not names:
         raise ValueError(
-            f'{dataset.name} has no test pictures that one modality could search for among the other'
+            f'{dataset.name} has no test images that one modality could search for among the other'
             if protocol is None
             else f'no protocol to evaluate; available for {dataset.name}: {", ".join(protocols_of(dataset))}'
         )
@@ -159,7 +159,7 @@ def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) ->
 
 
 def _without(plan: _Plan, intact: np.ndarray) -> _Plan:
-    """The plan without broken pictures: the others stay the very ones that were drawn."""
+    """The plan without broken images: the others stay the very ones that were drawn."""
     trials = [(query[np.isin(query, intact)], gallery[np.isin(gallery, intact)]) for query, gallery in plan.trials]
     return dataclasses.replace(plan, trials=trials)
 
@@ -183,7 +183,7 @@ def _report(
         check_finite(features[_on(features, rows)], dataset.test.path[rows])
     metrics = _rank(features, dataset, plans, reranking)
     paths = relative_paths(dataset.root, dataset.test.path.tolist())
-    pictures = hashlib.sha256('\n'.join(paths).encode())
+    images = hashlib.sha256('\n'.join(paths).encode())
     results = {}
     for plan in plans:
         result = summarise(
@@ -194,7 +194,7 @@ def _report(
             draw=None if plan.rule.shots is None else draw,
             per_identity_cmc=plan.rule.per_identity_cmc,
             gallery_size=len(plan.trials[0][1]),
-            trials_fingerprint=_fingerprint(pictures.copy(), plan.trials),
+            trials_fingerprint=_fingerprint(images.copy(), plan.trials),
         )
         worst = _failures(features, dataset, plan, metrics[plan.name][0], reranking, failures) if failures else []
         results[plan.name] = dataclasses.replace(result, failures=worst)
@@ -269,7 +269,7 @@ def _similarity(
 
 
 def _places(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Where in the gallery each query's own picture is, -1 where it is not, [Q] int64."""
+    """Where in the gallery each query's own image is, -1 where it is not, [Q] int64."""
     order = np.argsort(gallery)
     places = order[np.searchsorted(gallery[order], query).clip(max=len(gallery) - 1)]
     return np.where(gallery[places] == query, places, -1)
@@ -318,12 +318,12 @@ def _description(dataset: Dataset, row: int) -> dict[str, str]:
     return {'path': path, 'identity': str(dataset.test.identity[row])}
 
 
-def _fingerprint(pictures: Any, trials: Sequence[Rows]) -> str:
-    """Of the table's pictures, whose hash is given, and of those that make up the trials: 12 digits."""
+def _fingerprint(images: Any, trials: Sequence[Rows]) -> str:
+    """Of the table's images, whose hash is given, and of those that make up the trials: 12 digits."""
     for query, gallery in trials:
         for rows in (query, gallery):
-            pictures.update(np.append(len(rows), rows).astype('<i8').tobytes())
-    return pictures.hexdigest()[:12]
+            images.update(np.append(len(rows), rows).astype('<i8').tobytes())
+    return images.hexdigest()[:12]
 
 
 def _on(features: torch.Tensor, values: np.ndarray) -> torch.Tensor:

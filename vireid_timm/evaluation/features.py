@@ -1,4 +1,4 @@
-"""From pictures to features: every picture once through the network, by one process or dealt out among several."""
+"""From images to features: every image once through the network, by one process or dealt out among several."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..constants import MODALITIES
 from ..data.augment import normalize
 from ..data.records import Records
-from ..data.store import CACHES, PictureStore, picture_store
+from ..data.store import CACHES, ImageStore, image_store
 from ..data.workers import in_order
 from ..device import named_device
 from ..distributed import is_primary, process, together
@@ -27,7 +27,7 @@ CROPS = (1, 5)
 CROP_BORDER = (10 / 288, 10 / 144)  # the border that training pads with by default, as a share of height and width
 AMP_DTYPES = (None, torch.bfloat16, torch.float16)
 
-Pictures = Records | Sequence[str | Path | Image.Image]
+Images = Records | Sequence[str | Path | Image.Image]
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Extraction:
 
     Attributes:
         features: `after-bn` (behind the BN-neck, what the model returns) or `before-bn`.
-        flip_test: Average over each picture and its mirror image.
-        crops: 1, or 5 to average over the picture and its shifts into the four corners, see `views`.
-        size: Height and width that pictures are resized to; None for the model's own.
-        batch_size: Pictures per forward pass.
+        flip_test: Average over each image and its mirror image.
+        crops: 1, or 5 to average over the image and its shifts into the four corners, see `views`.
+        size: Height and width that images are resized to; None for the model's own.
+        batch_size: Images per forward pass.
         device: Where to compute; None where the model is.
         amp_dtype: Type that autocast computes in, bfloat16 or float16; None for full precision.
-        cache: Where decoded pictures are kept, see `picture_store`; `device` is `disk` here. Several processes share
+        cache: Where decoded images are kept, see `image_store`; `device` is `disk` here. Several processes share
             `disk` alone.
         cache_dir: Folder of the disk cache.
-        skip_broken: Leave unreadable pictures out rather than stop.
-        workers: Pictures decoded at a time; None for one per core.
+        skip_broken: Leave unreadable images out rather than stop.
+        workers: Images decoded at a time; None for one per core.
         progress: Show progress bars, if the output is a terminal.
     """
 
@@ -87,77 +87,77 @@ class Extraction:
 
 def embed(
     model: nn.Module,
-    pictures: Pictures,
+    images: Images,
     modality: str | None = None,
     *,
     cache: str = 'off',
     **options: object,
 ) -> tuple[torch.Tensor, list[str] | list[int]]:
-    """Features of pictures, ready to be compared by inner product.
+    """Features of images, ready to be compared by inner product.
 
     The model is left as it was: on its device, every module in the mode that it was in. Where `torch.distributed` runs
     with several processes, all of them have to make this call: they share the work, and each gets all features.
 
     Args:
         model: One of this package's models, with or without classifiers.
-        pictures: A record table, paths, or PIL pictures of mode RGB or L (taken as they are, resized only).
-        modality: Of paths and PIL pictures, `visible` or `infrared`; records know their own.
-        cache: Where decoded pictures are kept, see `picture_store`.
+        images: A record table, paths, or PIL images of mode RGB or L (taken as they are, resized only).
+        modality: Of paths and PIL images, `visible` or `infrared`; records know their own.
+        cache: Where decoded images are kept, see `image_store`.
         **options: The other fields of `Extraction`: `features`, `flip_test`, `crops`, `size`, `batch_size`, ...
 
     Returns:
-        L2-normalised features on the CPU, [N, D] float32, and what each row shows: its path, or for PIL pictures its
-        place in `pictures`. Rows come in the order of `pictures`; only pictures that were skipped are missing.
+        L2-normalised features on the CPU, [N, D] float32, and what each row shows: its path, or for PIL images its
+        place in `images`. Rows come in the order of `images`; only images that were skipped are missing.
 
     Raises:
-        ValueError: On a missing or unknown modality, an option that is out of its range, a picture that cannot be read,
-            or features that are not finite; the message names the picture.
+        ValueError: On a missing or unknown modality, an option that is out of its range, an image that cannot be read,
+            or features that are not finite; the message names the image.
     """
     extraction = Extraction(cache=cache, **options)
     check_model(model)
-    records, images = _as_records(pictures, modality)
-    if images:
-        size = picture_size(model, extraction)
-        store = PictureStore(records.path, size, _resized(images, size), {})
+    records, pil_images = _as_records(images, modality)
+    if pil_images:
+        size = image_size(model, extraction)
+        store = ImageStore(records.path, size, _resized(pil_images, size), {})
     else:
         store = open_store(model, records, extraction)
     rows = store.intact()
     table = extract(model, records[rows], store, rows, extraction).cpu()
-    return table, rows.tolist() if images else records.path[rows].tolist()
+    return table, rows.tolist() if pil_images else records.path[rows].tolist()
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse models that do not tell visible from infrared pictures.
+    """Refuse models that do not tell visible from infrared images.
 
     Raises:
         ValueError: If the model is none of this package's.
     """
     if not hasattr(model, 'forward_branches'):
         raise ValueError(
-            f'{type(model).__name__} is none of the models of vireid_timm, which take visible and infrared pictures; '
+            f'{type(model).__name__} is none of the models of vireid_timm, which take visible and infrared images; '
             "create one with timm.create_model('vireid_...')"
         )
 
 
-def picture_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
-    """Height and width that pictures are resized to: those asked for, or the model's own."""
+def image_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
+    """Height and width that images are resized to: those asked for, or the model's own."""
     return extraction.size or tuple(resolve_model_data_config(model)['input_size'][-2:])
 
 
-def open_store(model: nn.Module, records: Records, extraction: Extraction) -> PictureStore:
-    """The pictures of a table as the extraction wants them, see `picture_store`.
+def open_store(model: nn.Module, records: Records, extraction: Extraction) -> ImageStore:
+    """The images of a table as the extraction wants them, see `image_store`.
 
     Of several processes that share a disk cache, one decodes while the others wait; they then find the file whole.
 
     Raises:
-        PictureError: If a picture is broken, unless such pictures are to be skipped.
+        ImageError: If an image is broken, unless such images are to be skipped.
         OSError: If the store cannot be written.
     """
     return together(
-        lambda: picture_store(
+        lambda: image_store(
             records,
-            picture_size(model, extraction),
-            # Every picture is needed once: a copy of all of them on the device would save nothing.
+            image_size(model, extraction),
+            # Every image is needed once: a copy of all of them on the device would save nothing.
             cache='disk' if extraction.cache == 'device' else extraction.cache,
             cache_dir=extraction.cache_dir,
             skip_broken=extraction.skip_broken,
@@ -170,18 +170,18 @@ def open_store(model: nn.Module, records: Records, extraction: Extraction) -> Pi
 def extract(
     model: nn.Module,
     records: Records,
-    store: PictureStore,
+    store: ImageStore,
     store_rows: np.ndarray,
     extraction: Extraction,
 ) -> torch.Tensor:
-    """Features of a table's pictures, one pass.
+    """Features of a table's images, one pass.
 
     Where `torch.distributed` runs with several processes, all of them have to make this call. They take turns at the
-    batches, which are composed as in a single process, and each ends up with the features of all pictures.
+    batches, which are composed as in a single process, and each ends up with the features of all images.
 
     Args:
         model: One of this package's models, with or without classifiers; left as it was.
-        records: The pictures, [N].
+        records: The images, [N].
         store: Where their bytes are.
         store_rows: Row of the store that shows each of them, [N].
         extraction: How.
@@ -190,7 +190,7 @@ def extract(
         L2-normalised features in the order of `records`, [N, D] float32, on the device that computed them.
 
     Raises:
-        ValueError: On a picture that cannot be read or has features that are not finite, and if processes were given
+        ValueError: On an image that cannot be read or has features that are not finite, and if processes were given
             different things to extract or another of them failed.
     """
     number, count = process()
@@ -207,32 +207,32 @@ def extract(
     return table
 
 
-def views(pictures: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iterator[torch.Tensor]:
-    """The variants of each picture whose normalised features are averaged.
+def views(images: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iterator[torch.Tensor]:
+    """The variants of each image whose normalised features are averaged.
 
-    With five crops these are the picture and its shifts into the four corners of a black border as wide as training's:
+    With five crops these are the image and its shifts into the four corners of a black border as wide as training's:
     10 of 288 pixels in height and 10 of 144 in width. With the flip test, each is followed by its mirror image.
 
     Args:
-        pictures: [B, 3, H, W] float, before normalisation (black is 0).
+        images: [B, 3, H, W] float, before normalisation (black is 0).
         flip_test: Whether mirror images take part.
         crops: 1 or 5.
 
     Yields:
-        [B, 3, H, W]; the first is `pictures` itself.
+        [B, 3, H, W]; the first is `images` itself.
     """
-    high, wide = (max(1, round(side * share)) for side, share in zip(pictures.shape[2:], CROP_BORDER, strict=True))
+    high, wide = (max(1, round(side * share)) for side, share in zip(images.shape[2:], CROP_BORDER, strict=True))
     shifts = [(0, 0), (-high, -wide), (-high, wide), (high, -wide), (high, wide)]
     for down, right in shifts[:crops]:
         # A border of negative width cuts off: what comes in at one edge goes out at the other.
-        view = F.pad(pictures, (right, -right, down, -down)) if down else pictures
+        view = F.pad(images, (right, -right, down, -down)) if down else images
         yield view
         if flip_test:
             yield view.flip(3)
 
 
 def check_finite(features: torch.Tensor, paths: Sequence[str]) -> None:
-    """Name the first picture whose features [N, D] are not finite.
+    """Name the first image whose features [N, D] are not finite.
 
     Raises:
         ValueError: If there is one.
@@ -241,7 +241,7 @@ def check_finite(features: torch.Tensor, paths: Sequence[str]) -> None:
         return  # found in one pass over the memory
     broken = (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     raise ValueError(
-        f'{paths[broken[0]]}: the features of this picture are not finite ({len(broken)} such pictures among '
+        f'{paths[broken[0]]}: the features of this image are not finite ({len(broken)} such images among '
         f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them'
     )
 
@@ -255,30 +255,30 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _as_records(pictures: Pictures, modality: str | None) -> tuple[Records, list[Image.Image]]:
-    """The pictures as a table, and themselves if they are PIL pictures."""
-    if isinstance(pictures, Records):
+def _as_records(images: Images, modality: str | None) -> tuple[Records, list[Image.Image]]:
+    """The images as a table, and themselves if they are PIL images."""
+    if isinstance(images, Records):
         if modality is not None:
             raise ValueError(f'records know their modality; embed some of them by their rows, not with {modality!r}')
-        return pictures, []
-    if isinstance(pictures, (str, Path, Image.Image)):
-        raise ValueError(f'embed takes a list of pictures, got the single {pictures!r}')
+        return images, []
+    if isinstance(images, (str, Path, Image.Image)):
+        raise ValueError(f'embed takes a list of images, got the single {images!r}')
     if modality not in MODALITIES:
         raise ValueError(f'modality must be one of {", ".join(MODALITIES)} unless records are given, got {modality!r}')
-    pictures = list(pictures)
-    images = [picture for picture in pictures if isinstance(picture, Image.Image)]
-    if images and len(images) < len(pictures):
-        raise ValueError(f'paths and PIL pictures cannot be mixed, got {len(images)} PIL pictures of {len(pictures)}')
-    names = [f'picture {i}' for i in range(len(images))] or [str(path) for path in pictures]
-    return Records.from_rows([(name, '', 0, modality, 'test') for name in names]), images
+    images = list(images)
+    pil_images = [image for image in images if isinstance(image, Image.Image)]
+    if pil_images and len(pil_images) < len(images):
+        raise ValueError(f'paths and PIL images cannot be mixed, got {len(pil_images)} PIL images of {len(images)}')
+    names = [f'image {i}' for i in range(len(pil_images))] or [str(path) for path in images]
+    return Records.from_rows([(name, '', 0, modality, 'test') for name in names]), pil_images
 
 
 def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
-    """PIL pictures as bytes [N, 3, H, W], resized as `picture_store` does."""
+    """PIL images as bytes [N, 3, H, W], resized as `image_store` does."""
     for i, image in enumerate(images):
         if image.mode not in ('RGB', 'L'):
             raise ValueError(
-                f'picture {i} has mode {image.mode}; PIL pictures must be RGB or L (8 bits): convert it, or give its '
+                f'image {i} has mode {image.mode}; PIL images must be RGB or L (8 bits): convert it, or give its '
                 'path instead, which is read with all that its format needs'
             )
     squashed = [image.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
@@ -298,14 +298,14 @@ def _fill(
     table: torch.Tensor,
     model: nn.Module,
     batches: list[tuple[str, np.ndarray]],
-    store: PictureStore,
+    store: ImageStore,
     store_rows: np.ndarray,
     extraction: Extraction,
 ) -> None:
     """Extract the batches into their rows of the table [N, D]."""
     total = sum(len(rows) for _, rows in batches)
     hidden = None if extraction.progress and is_primary() else True  # None: unless the output is a terminal
-    bar = tqdm(total=total, desc='features', unit='pic', disable=hidden)
+    bar = tqdm(total=total, desc='features', unit='img', disable=hidden)
     # Two threads read ahead while the network computes.
     loaded = in_order(store.__getitem__, [store_rows[rows] for _, rows in batches], workers=2)
     with bar, closing(loaded), _inference(model, table.device):
@@ -314,7 +314,7 @@ def _fill(
                 features = _batch_features(model, modality, torch.from_numpy(pixels), table.device, extraction)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
-                    f'{len(rows)} pictures at a time do not fit into the memory of {table.device}; try a smaller '
+                    f'{len(rows)} images at a time do not fit into the memory of {table.device}; try a smaller '
                     'batch_size (--batch-size)'
                 ) from error
             table[torch.from_numpy(rows).to(table.device, non_blocking=True)] = features
@@ -328,14 +328,14 @@ def _batch_features(
     device: torch.device,
     extraction: Extraction,
 ) -> torch.Tensor:
-    """L2-normalised features [B, D] float32 of stored pictures, uint8 [B, H, W, 3]."""
+    """L2-normalised features [B, D] float32 of stored images, uint8 [B, H, W, 3]."""
     if device.type == 'cuda':  # from pinned memory, the copy does not wait for the batch before
         pixels = pixels.pin_memory()
-    pictures = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
     config = resolve_model_data_config(model)
     amp, dtype = extraction.amp_dtype, next(model.parameters()).dtype
     total = 0
-    for view in views(pictures, extraction.flip_test, extraction.crops):
+    for view in views(images, extraction.flip_test, extraction.crops):
         view = normalize(view, config['mean'], config['std']).to(dtype)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             output = _forward(model, modality, view, extraction.features)
@@ -343,12 +343,12 @@ def _batch_features(
     return F.normalize(total)
 
 
-def _forward(model: nn.Module, modality: str, pictures: torch.Tensor, features: str) -> torch.Tensor:
+def _forward(model: nn.Module, modality: str, images: torch.Tensor, features: str) -> torch.Tensor:
     if features == 'before-bn':
-        return model.forward_branches(**{modality: pictures}).features
+        return model.forward_branches(**{modality: images}).features
     if model.num_classes == 0:
-        return model(**{modality: pictures})
-    return model.forward_head(model.forward_features(**{modality: pictures}), pre_logits=True)
+        return model(**{modality: images})
+    return model.forward_head(model.forward_features(**{modality: images}), pre_logits=True)
 
 
 @contextmanager
@@ -369,15 +369,15 @@ def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:
     """Make sure that all processes are about to extract the same, or their features would not belong together."""
-    pictures = '\n'.join([*records.path.tolist(), *records.modality.tolist()])
+    images = '\n'.join([*records.path.tolist(), *records.modality.tolist()])
     number, count = process()
     own = {
         'weights': weights_fingerprint(model),
-        'pictures': hashlib.sha256(pictures.encode('utf-8', 'surrogatepass')).hexdigest(),
+        'images': hashlib.sha256(images.encode('utf-8', 'surrogatepass')).hexdigest(),
         'features': extraction.features,
         'flip_test': extraction.flip_test,
         'crops': extraction.crops,
-        'size': picture_size(model, extraction),
+        'size': image_size(model, extraction),
         'batch_size': extraction.batch_size,
         'amp_dtype': str(extraction.amp_dtype),
     }

@@ -1,8 +1,8 @@
 """Retrieval metrics from a similarity matrix: CMC, mAP and mINP.
 
 CMC and AP as in the SYSU-MM01 protocol (Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017),
-INP as in AGW (arXiv:2001.04193, section 3.2). A rank is a count: that of a picture of the right person is the number of
-pictures at least as similar. So nothing is ever sorted but a query's few matches: every gallery picture is told how
+INP as in AGW (arXiv:2001.04193, section 3.2). A rank is a count: that of an image of the right person is the number of
+images at least as similar. So nothing is ever sorted but a query's few matches: every gallery image is told how
 many of them are more similar, and from then on small integers are counted, for as many galleries as one likes.
 """
 
@@ -54,7 +54,7 @@ class RankMetrics:
         valid = rank > 0
         if not valid.any():
             raise ValueError(
-                f'none of the {len(rank)} queries has a picture of the same identity among the gallery pictures that '
+                f'none of the {len(rank)} queries has an image of the same identity among the gallery images that '
                 'it may see, so there is nothing to measure; check the identities and what is ignored'
             )
         cmc = (rank[valid][:, None] <= np.arange(1, max_rank + 1)).mean(axis=0)
@@ -108,19 +108,19 @@ def rank_metrics(
 ) -> RankMetrics:
     """Rank a gallery for every query and measure how early the right person comes.
 
-    With r_j the rank of the j-th of a query's P matches, counted from 1 among the pictures that the query may see,
+    With r_j the rank of the j-th of a query's P matches, counted from 1 among the images that the query may see,
     AP = mean of j / r_j (no interpolation) and INP = P / r_P. Ties count against the model: a match ranks behind every
-    equally similar picture of somebody else. A query without a match is left out of every mean, and counted.
+    equally similar image of somebody else. A query without a match is left out of every mean, and counted.
 
     Computes where the similarities are, on the CPU or an accelerator.
 
     Args:
-        similarity: How alike query and gallery pictures are, higher is nearer, any float type, [Q, G].
+        similarity: How alike query and gallery images are, higher is nearer, any float type, [Q, G].
         query_identities: Whom the queries show, str or int, [Q].
-        gallery_identities: Whom the gallery pictures show, of the same kind, [G].
+        gallery_identities: Whom the gallery images show, of the same kind, [G].
         ignore: What a query must not see, as match or as distractor, bool, [Q, G].
-        per_identity_cmc: Count the CMC's ranks in distinct identities, each at its best picture, as SYSU-MM01 and LLCM
-            define it, rather than in pictures. AP and INP count pictures in either case.
+        per_identity_cmc: Count the CMC's ranks in distinct identities, each at its best image, as SYSU-MM01 and LLCM
+            define it, rather than in images. AP and INP count images in either case.
         max_rank: Length of the CMC; in a gallery that is smaller it stays at its last value.
 
     Returns:
@@ -212,7 +212,7 @@ class Ranker:
 
 
 def _behind(similarity: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """How many of its query's matches are more similar than each picture, [Q, N] integers.
+    """How many of its query's matches are more similar than each image, [Q, N] integers.
 
     Args:
         similarity: [Q, N].
@@ -253,7 +253,7 @@ def _answer(
     """First rank, AP and INP in one gallery, each [Q].
 
     Args:
-        behind: How many of its query's matches are more similar than each picture; all of them where the picture is
+        behind: How many of its query's matches are more similar than each image; all of them where the image is
             no distractor, [Q, N].
         own: The same of the matches in the gallery, in rising order, all of them where there is none, [Q, P] int64.
         num_matches: How many all of them are.
@@ -299,7 +299,7 @@ def _columns(behind: torch.Tensor, rows: torch.Tensor, search: Search) -> torch.
 
 
 def _identities_ahead(behind: torch.Tensor, best: torch.Tensor, num_matches: int, search: Search) -> torch.Tensor:
-    """How many other identities have a picture at least as similar as the query's own best one, [Q]."""
+    """How many other identities have an image at least as similar as the query's own best one, [Q]."""
     if _on_cpu(behind):
         starts = search.first[search.count > 0]
         others = torch.from_numpy(np.minimum.reduceat(behind.numpy(), starts, axis=1))
@@ -337,7 +337,7 @@ def _identity_codes(
     query, gallery = (np.asarray(_array(values).tolist()) for values in (query_identities, gallery_identities))
     if query.ndim != 1 or gallery.ndim != 1:
         raise ValueError(
-            'identities must be one-dimensional, one per picture, got shapes '
+            'identities must be one-dimensional, one per image, got shapes '
             f'{list(query.shape)} for the queries and {list(gallery.shape)} for the gallery'
         )
     if (query.dtype.kind in 'US') != (gallery.dtype.kind in 'US') and len(query) and len(gallery):
@@ -373,6 +373,6 @@ def check_similarity(similarity: torch.Tensor, first_query: int) -> None:
         return
     row, column = (~similarity.isfinite()).nonzero()[0].tolist()
     raise ValueError(
-        f'similarity of query {first_query + row} and gallery picture {column} is {similarity[row, column]}; every '
+        f'similarity of query {first_query + row} and gallery image {column} is {similarity[row, column]}; every '
         'similarity must be finite (say what a query must not see with `ignore`, not with an infinite value)'
     )

@@ -1,4 +1,4 @@
-"""The protocols of VI-ReID as data: who searches for whom, which pictures are drawn, and what a query must not see.
+"""The protocols of VI-ReID as data: who searches for whom, which images are drawn, and what a query must not see.
 
 SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017, drawn as AGW's code does
 (arXiv:2001.04193), or from the permutations of its owners. RegDB: Nguyen et al., "Person Recognition System Based on a
@@ -31,19 +31,19 @@ SYSU_NUM_CAMERAS = 6
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way of testing: pictures of some modalities search among pictures of the same or other ones.
+    """One way of testing: images of some modalities search among images of the same or other ones.
 
     Attributes:
         name: As `evaluate` and the command line take it.
         query_modalities: Modalities of the queries.
-        gallery_modalities: Modalities of the gallery, which holds pictures of each of them.
+        gallery_modalities: Modalities of the gallery, which holds images of each of them.
         num_trials: Trials whose mean is reported.
-        shots: Pictures that a trial draws per identity and camera; None where every picture takes part.
-        drawn: Which side `shots` applies to, `gallery` or `query`; the other side is every picture.
+        shots: Images that a trial draws per identity and camera; None where every image takes part.
+        drawn: Which side `shots` applies to, `gallery` or `query`; the other side is every image.
         draws: How they can be drawn, some of `DRAWS`; without meaning where nothing is drawn.
         gallery_cameras: The only cameras that the gallery is taken from; None for all of them.
-        ignores: Which gallery pictures a query must not see, one of the IGNORE_ constants.
-        per_identity_cmc: Whether the CMC counts distinct identities rather than pictures.
+        ignores: Which gallery images a query must not see, one of the IGNORE_ constants.
+        per_identity_cmc: Whether the CMC counts distinct identities rather than images.
     """
 
     name: str
@@ -106,7 +106,7 @@ def _llcm(name: str, query_modality: str, gallery_modality: str, drawn: str = 'g
     )
 
 
-# Every picture of one modality searches among every picture of the other.
+# Every image of one modality searches among every image of the other.
 BOTH_DIRECTIONS = (
     Protocol('visible-to-infrared', (VISIBLE,), (INFRARED,)),
     Protocol('infrared-to-visible', (INFRARED,), (VISIBLE,)),
@@ -123,8 +123,8 @@ PROTOCOLS = {
     'llcm': (
         _llcm('visible-to-infrared', VISIBLE, INFRARED),
         _llcm('infrared-to-visible', INFRARED, VISIBLE),
-        # The released test script calls this its visible-to-infrared search: the drawn infrared pictures are the
-        # queries, every visible picture is the gallery. Its figures do not compare with those of the paper.
+        # The released test script calls this its visible-to-infrared search: the drawn infrared images are the
+        # queries, every visible image is the gallery. Its figures do not compare with those of the paper.
         _llcm('visible-to-infrared-swapped', INFRARED, VISIBLE, drawn='query'),
     ),
     **dict.fromkeys(('folder', 'csv', 'synthetic'), (*BOTH_DIRECTIONS, MIXED)),
@@ -132,7 +132,7 @@ PROTOCOLS = {
 
 
 def protocols_of(dataset: Dataset) -> tuple[str, ...]:
-    """Names of the protocols that a dataset's test pictures allow, in the order in which they are reported."""
+    """Names of the protocols that a dataset's test images allow, in the order in which they are reported."""
     return tuple(
         protocol.name
         for protocol in _candidates(dataset)
@@ -156,26 +156,26 @@ def protocol_of(dataset: Dataset, name: str) -> Protocol:
 def protocol_trials(dataset: Dataset, protocol: str, draw: str = 'seeded') -> list[Trial]:
     """The trials of a protocol.
 
-    `draw='seeded'` takes, for trial t, the pictures that the test code of AGW and its descendants takes (on LLCM: that
+    `draw='seeded'` takes, for trial t, the images that the test code of AGW and its descendants takes (on LLCM: that
     of DEEN), bit for bit: identities in the order of their names, cameras in rising order within each, one uniform
-    choice from the sorted pictures of each, from a generator seeded with t. It is a private one: the caller's `random`
-    state stays as it is. That code has no multi-shot; ours draws the ten pictures without replacement by the same walk.
+    choice from the sorted images of each, from a generator seeded with t. It is a private one: the caller's `random`
+    state stays as it is. That code has no multi-shot; ours draws the ten images without replacement by the same walk.
 
-    `draw='official'` takes the pictures that the owners' evaluation of SYSU-MM01 takes: row t of the permutation that
+    `draw='official'` takes the images that the owners' evaluation of SYSU-MM01 takes: row t of the permutation that
     `exp/rand_perm_cam.mat` holds for an identity and a camera, its first one or ten entries, which count the sorted
-    pictures from 1.
+    images from 1.
 
     Args:
         dataset: As `create_dataset` returns it.
         protocol: One of `protocols_of(dataset)`.
-        draw: How pictures are drawn, where any are: `seeded` or, for SYSU-MM01, `official`.
+        draw: How images are drawn, where any are: `seeded` or, for SYSU-MM01, `official`.
 
     Returns:
         One trial or more, in terms of the rows of `dataset.test`.
 
     Raises:
         ValueError: On an unknown protocol or draw, when there is no query, no gallery or nothing to be found, or on
-            permutations that do not fit the pictures.
+            permutations that do not fit the images.
         FileNotFoundError: If the owners' permutations are not there; the message says where they come from.
     """
     keys = ignore_keys(dataset.test, protocol_of(dataset, protocol).ignores)
@@ -215,7 +215,7 @@ def draw_trials(dataset: Dataset, protocol: str, draw: str = 'seeded') -> list[t
 
 
 def ignore_keys(records: Records, rule: str) -> np.ndarray | None:
-    """What a query must not see, as one key per picture: the gallery pictures whose key is its own.
+    """What a query must not see, as one key per image: the gallery images whose key is its own.
 
     Args:
         records: The table, [N].
@@ -225,7 +225,7 @@ def ignore_keys(records: Records, rule: str) -> np.ndarray | None:
         The keys, [N] int64; None where nothing is ignored.
     """
     if rule == IGNORE_SAME_LOCATION:
-        # Differs from Market-1501's rule: the pictures of everybody are ignored, not those of the query's person only.
+        # Differs from Market-1501's rule: the images of everybody are ignored, not those of the query's person only.
         cameras, places = np.unique(records.camera, return_inverse=True)
         locations = [SYSU_LOCATION_OF_CAMERA.get(camera, camera) for camera in cameras.tolist()]
         return np.asarray(locations, dtype=np.int64)[places]
@@ -233,7 +233,7 @@ def ignore_keys(records: Records, rule: str) -> np.ndarray | None:
         return _codes(records.identity, records.camera)
     if rule == IGNORE_SAME_IDENTITY_MODALITY_AND_CAMERA:
         keys = _codes(records.identity, records.modality, records.camera)
-        # Of a camera that is not known nothing can be said, but that a picture is not an answer to itself.
+        # Of a camera that is not known nothing can be said, but that an image is not an answer to itself.
         unknown = np.flatnonzero(records.camera == UNKNOWN_CAMERA)
         keys[unknown] = len(records) + unknown
         return keys
@@ -265,23 +265,23 @@ def _missing_modalities(records: Records, gallery: np.ndarray, protocol: Protoco
 def _check_sides(dataset: Dataset, protocol: Protocol, query: np.ndarray, gallery: np.ndarray) -> None:
     of = f'protocol {protocol.name} of {dataset.name}' + (f' in {dataset.root}' if dataset.root else '')
     searching, searched = (' or '.join(side) for side in (protocol.query_modalities, protocol.gallery_modalities))
-    lacking = '' if len(query) else f'with {searching} pictures'
+    lacking = '' if len(query) else f'with {searching} images'
     for modality in _missing_modalities(dataset.test, gallery, protocol):
         cameras = '' if protocol.gallery_cameras is None else f' of cameras {protocol.gallery_cameras}'
-        lacking = lacking or f'among {modality} pictures{cameras}'
+        lacking = lacking or f'among {modality} images{cameras}'
     if lacking:
         available = ', '.join(protocols_of(dataset)) or 'none'
         raise ValueError(f'{of} searches {lacking}, but there are none; protocols that this data allows: {available}')
     if not _any_match(dataset.test, protocol.ignores, query, gallery):
         raise ValueError(
-            f'{of}: none of the {len(query)} {searching} query pictures shows somebody whom it may see among the '
-            f'{len(gallery)} {searched} gallery pictures (ignored: {protocol.ignores}), so nothing can be found; check '
+            f'{of}: none of the {len(query)} {searching} query images shows somebody whom it may see among the '
+            f'{len(gallery)} {searched} gallery images (ignored: {protocol.ignores}), so nothing can be found; check '
             'that a person has the same name everywhere'
         )
 
 
 def _any_match(records: Records, rule: str, query: np.ndarray, gallery: np.ndarray) -> bool:
-    """Whether any query has a gallery picture of its identity that it may see."""
+    """Whether any query has a gallery image of its identity that it may see."""
     identities, keys = _codes(records.identity), ignore_keys(records, rule)
     matches = np.bincount(identities[gallery], minlength=len(records))[identities[query]]
     if keys is not None:
@@ -348,7 +348,7 @@ def _checked_orders(stored: np.ndarray, count: int, num_trials: int, where: str)
     stored_count = stored.shape[1] if stored.size else 0
     if stored_count != count:
         raise ValueError(
-            f'{where}: the file permutes {stored_count} pictures, but the folder holds {count}; complete the pictures '
+            f'{where}: the file permutes {stored_count} images, but the folder holds {count}; complete the images '
             'as their owners distribute them, or take the file that belongs to them'
         )
     if count and len(stored) < num_trials:
@@ -365,8 +365,8 @@ def _read_permutations(path: str) -> list[list[np.ndarray]]:
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"there is no {path}, which draw 'official' (--draw official) needs; it comes with the evaluation code of "
-            f"SYSU-MM01's owners (folder data_split), not with the pictures: put it into {os.path.dirname(path)}; "
-            '`vireid synth` writes one for its own pictures if SciPy is installed'
+            f"SYSU-MM01's owners (folder data_split), not with the images: put it into {os.path.dirname(path)}; "
+            '`vireid synth` writes one for its own images if SciPy is installed'
         )
     try:
         from scipy.io import loadmat

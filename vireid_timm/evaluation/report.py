@@ -36,22 +36,22 @@ class ProtocolResult:
 
     Attributes:
         direction: Who searched for whom, e.g. `infrared to visible`.
-        draw: How the trials' pictures were drawn; None where every picture took part.
-        per_identity_cmc: Whether the ranks count distinct identities rather than pictures.
-        num_queries: Query pictures of a trial.
+        draw: How the trials' images were drawn; None where every image took part.
+        per_identity_cmc: Whether the ranks count distinct identities rather than images.
+        num_queries: Query images of a trial.
         num_valid_queries: Those with a match in the gallery; the metrics are means over them.
-        gallery_size: Gallery pictures of a trial.
+        gallery_size: Gallery images of a trial.
         mean: Mean over the trials of `rank1`, `rank5`, `rank10`, `rank20`, `mAP` and `mINP`, as fractions.
         std: Standard deviation over the trials (NumPy's, by the number of trials); 0 for a single one.
         intervals: 95 % bootstrap intervals of `rank1`, `mAP` and `mINP` over the queries, each at the mean of its
             trials.
         trials: The same metrics as `mean`, trial by trial.
-        trials_fingerprint: Equal where the trials consist of the same pictures, so that results can be paired.
-        queries: Columns of equal length, one value for every picture that was a query: `path` (below the dataset's
+        trials_fingerprint: Equal where the trials consist of the same images, so that results can be paired.
+        queries: Columns of equal length, one value for every image that was a query: `path` (below the dataset's
             root, if it lies there), `identity`, `camera`, `modality`, and `rank1`, `AP` and `INP`: means over the
             trials in which the query is valid, None where it never is.
         failures: The worst queries, if asked for: `path`, `identity`, `camera`, `modality`, `AP`, `rank` of the first
-            right picture, and `found`: `path` and `identity` of the first answers.
+            right image, and `found`: `path` and `identity` of the first answers.
     """
 
     direction: str
@@ -81,12 +81,12 @@ class Report:
             `precision` say nothing.
         weights: Fingerprint of the weights, see `weights_fingerprint`.
         features: `after-bn` or `before-bn`.
-        flip_test: Whether features are means over each picture and its mirror image.
-        crops: How many crops of each picture features are means over.
+        flip_test: Whether features are means over each image and its mirror image.
+        crops: How many crops of each image features are means over.
         reranking: `none`, `k-reciprocal` or `cross-modality`.
-        size: Height and width that pictures were resized to.
+        size: Height and width that images were resized to.
         precision: What the network computed in, e.g. `float32`.
-        skipped_pictures: Broken test pictures that were left out.
+        skipped_images: Broken test images that were left out.
         versions: Version of every package that takes part.
     """
 
@@ -101,7 +101,7 @@ class Report:
     reranking: str = 'none'
     size: tuple[int, int] | None = None
     precision: str = ''
-    skipped_pictures: int = 0
+    skipped_images: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
@@ -145,7 +145,7 @@ class Report:
 
 def summarise(
     trials: Trials,
-    pictures: Records,
+    images: Records,
     *,
     root: str,
     direction: str,
@@ -157,17 +157,17 @@ def summarise(
     """The result of a protocol from the metrics of its trials, whose queries may differ.
 
     Args:
-        trials: For each trial the rows of its queries in `pictures`, [Q], and the metrics of these queries, with a CMC
+        trials: For each trial the rows of its queries in `images`, [Q], and the metrics of these queries, with a CMC
             of 20 ranks or more.
-        pictures: The table that the rows are those of.
-        root: The dataset's folder, or the CSV file in it; empty for pictures that are rendered.
+        images: The table that the rows are those of.
+        root: The dataset's folder, or the CSV file in it; empty for images that are rendered.
         direction: See `ProtocolResult`, as for the arguments below.
         draw: See there.
         per_identity_cmc: See there.
         gallery_size: See there.
         trials_fingerprint: See there.
     """
-    rows, means = _query_means(trials, len(pictures))
+    rows, means = _query_means(trials, len(images))
     values = [_metric_values(metrics) for _, metrics in trials]
     intervals = bootstrap_intervals(means[:, np.isfinite(means[0])])
     first_rows, first_metrics = trials[0]
@@ -183,7 +183,7 @@ def summarise(
         intervals={name: (low, high) for name, (low, high) in zip(COLUMN_OF, intervals.tolist())},
         trials=values,
         trials_fingerprint=trials_fingerprint,
-        queries=_query_columns(pictures, rows, means, root),
+        queries=_query_columns(images, rows, means, root),
     )
 
 
@@ -255,7 +255,7 @@ def breakdown_table(result: ProtocolResult, by: str, limit: int = 20) -> str:
 
 
 def failures_table(result: ProtocolResult) -> str:
-    """The worst queries as a table: AP in percent, rank of the first right picture, and who was found instead."""
+    """The worst queries as a table: AP in percent, rank of the first right image, and who was found instead."""
     if not result.failures:
         return 'the report holds no list of failures'
     rows = [
@@ -279,10 +279,10 @@ def _metric_values(metrics: RankMetrics) -> dict[str, float]:
     return {**ranks, 'mAP': float(metrics.mAP), 'mINP': float(metrics.mINP)}
 
 
-def _query_means(trials: Trials, num_pictures: int) -> tuple[np.ndarray, np.ndarray]:
+def _query_means(trials: Trials, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of all queries, sorted, [Q], and the mean of each one's rank1, AP and INP over its valid trials, [3, Q]."""
-    sums, count = np.zeros((len(COLUMN_OF), num_pictures)), np.zeros(num_pictures, dtype=np.int64)
-    queried = np.zeros(num_pictures, dtype=bool)
+    sums, count = np.zeros((len(COLUMN_OF), num_images)), np.zeros(num_images, dtype=np.int64)
+    queried = np.zeros(num_images, dtype=bool)
     for rows, metrics in trials:
         queried[rows] = True
         valid = rows[metrics.valid]
@@ -295,11 +295,11 @@ def _query_means(trials: Trials, num_pictures: int) -> tuple[np.ndarray, np.ndar
     return rows, means
 
 
-def _query_columns(pictures: Records, rows: np.ndarray, means: np.ndarray, root: str) -> dict[str, list[Any]]:
+def _query_columns(images: Records, rows: np.ndarray, means: np.ndarray, root: str) -> dict[str, list[Any]]:
     valid = np.isfinite(means[0]).tolist()
     columns = [
-        relative_paths(root, pictures.path[rows].tolist()),
-        *(getattr(pictures, name)[rows].tolist() for name in ('identity', 'camera', 'modality')),
+        relative_paths(root, images.path[rows].tolist()),
+        *(getattr(images, name)[rows].tolist() for name in ('identity', 'camera', 'modality')),
         # Six digits are finer than any difference that matters, and keep files small.
         *([value if known else None for value, known in zip(mean, valid)] for mean in means.round(6).tolist()),
     ]
@@ -372,7 +372,7 @@ def _csv_row(report: Report, name: str, result: ProtocolResult) -> dict[str, Any
     for metric, (low, high) in result.intervals.items():
         row |= {f'{metric}_low': _percent(low), f'{metric}_high': _percent(high)}
     row |= {'per_identity_cmc': result.per_identity_cmc, 'img_height': height, 'img_width': width}
-    row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_pictures')}
+    row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images')}
     row |= {'options': _listing(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
     return row | {'versions': _listing(report.versions, ' ')}
 
@@ -390,15 +390,15 @@ def _heading(report: Report) -> list[str]:
     reranking = 'no re-ranking' if report.reranking == 'none' else f'{report.reranking} re-ranking'
     if report.model:
         lines.append(
-            f'{report.model}, weights {report.weights}, features {report.features}, pictures {_size(report)}, '
+            f'{report.model}, weights {report.weights}, features {report.features}, images {_size(report)}, '
             f'{report.precision}'
         )
         flip_test = 'flip test' if report.flip_test else 'no flip test'
         lines.append(f'{flip_test}, {report.crops} crop{"s" if report.crops > 1 else ""}, {reranking}')
     else:
         lines.append(reranking)
-    if report.skipped_pictures:
-        lines.append(f'{report.skipped_pictures} broken pictures left out')
+    if report.skipped_images:
+        lines.append(f'{report.skipped_images} broken images left out')
     lines.append(_listing(report.versions, ' '))
     for direction in dict.fromkeys(result.direction for result in report.protocols.values()):
         names = [name for name, result in report.protocols.items() if result.direction == direction]

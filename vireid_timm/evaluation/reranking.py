@@ -1,4 +1,4 @@
-"""Re-ranking: two pictures are near if their nearest neighbours are the same, whatever their own distance.
+"""Re-ranking: two images are near if their nearest neighbours are the same, whatever their own distance.
 
 k-reciprocal encoding (Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding",
 arXiv:1701.08398), and a variant of it for two modalities.
@@ -13,33 +13,33 @@ import torch.nn.functional as F
 
 from ..constants import MODALITIES
 
-CHUNK_CELLS = 2**22  # cells of a table of pictures against pictures that are held together
+CHUNK_CELLS = 2**22  # cells of a table of images against images that are held together
 UNIT = 2**30  # weights are whole numbers of 1 / UNIT: their sums come out the same in any order, on a GPU too
 
 
 class ReRanking:
-    r"""Similarities that also ask how far two pictures' neighbours agree (arXiv:1701.08398).
+    r"""Similarities that also ask how far two images' neighbours agree (arXiv:1701.08398).
 
-    All of it happens among the pictures of one search, queries and gallery together, and looks at no identity. So what
+    All of it happens among the images of one search, queries and gallery together, and looks at no identity. So what
     a query finds depends on which others are searched for, and whatever a query must not see still shapes neighbours.
 
-    N(p, k) is a picture p itself and its k nearest others; among the equally near, gallery pictures come before
+    N(p, k) is an image p itself and its k nearest others; among the equally near, gallery images come before
     queries, each in their order. R(p, k) are those of N(p, k) that have p among theirs (section 3.2). Then:
 
     * R\*(p): R(p, k1), and all of R(q, k1 / 2) for each of its members q with more than two thirds of R(q, k1 / 2) in
       R(p, k1). Half of an odd k1 is rounded to the even number.
     * Encoding of p (section 3.3): a weight exp(-d(p, g)) on every g of R\*(p), scaled to a sum of 1. d is the squared
-      Euclidean distance, divided by the largest one that p has to any picture.
+      Euclidean distance, divided by the largest one that p has to any image.
     * Local query expansion (section 3.4): each encoding is replaced by the mean of those of N(p, k2 - 1).
     * Jaccard distance of two encodings: 1 - sum of the smaller weights / sum of the larger weights.
     * Final distance (section 3.5): original_weight * d + (1 - original_weight) * Jaccard distance.
 
     In its text the paper has "at least two thirds", does not scale, and averages k2 encodings without saying that the
-    picture's own is one. What stands above is the authors' code, which published figures were measured with.
+    image's own is one. What stands above is the authors' code, which published figures were measured with.
 
     With modalities given, N(p, k) is p itself, its k nearest other visible *and* its k nearest other infrared
-    pictures; all else stays the same. Pictures are nearer to their own modality than to the other one, so that the
-    paper's lists hardly reach across (1 entry in 20 on SynthVI) and a person's pictures in two modalities have hardly a
+    images; all else stays the same. Images are nearer to their own modality than to the other one, so that the
+    paper's lists hardly reach across (1 entry in 20 on SynthVI) and a person's images in two modalities have hardly a
     neighbour in common. Where there is one modality only, this is the paper's method.
 
     Attributes:
@@ -59,20 +59,20 @@ class ReRanking:
         k2: int = 6,
         original_weight: float = 0.3,
     ) -> None:
-        """Find every picture's neighbours and encode them.
+        """Find every image's neighbours and encode them.
 
         Computes where the features are, in float64 if they are that, else in float32. Holds the features, lists and
-        encodings (tens to hundreds of numbers per picture), and a bounded part of all pairs at a time.
+        encodings (tens to hundreds of numbers per image), and a bounded part of all pairs at a time.
 
         Args:
             query: L2-normalised features, [Q, D].
             gallery: L2-normalised features, on the same device, [G, D].
             query_modality: `visible` or `infrared` for each query, [Q]; with `gallery_modality`, or neither.
             gallery_modality: The same of the gallery, [G].
-            query_in_gallery: Row of the gallery that is the query's own picture, -1 where there is none, [Q]; None
-                where no picture is both. Such a picture takes part once, not as its own neighbour.
-            k1: Neighbours of a picture.
-            k2: Pictures whose encodings are averaged, the picture itself included; 1 averages none.
+            query_in_gallery: Row of the gallery that is the query's own image, -1 where there is none, [Q]; None
+                where no image is both. Such an image takes part once, not as its own neighbour.
+            k1: Neighbours of an image.
+            k2: Images whose encodings are averaged, the image itself included; 1 averages none.
             original_weight: Share of the original distance, the paper's lambda.
 
         Raises:
@@ -87,7 +87,7 @@ class ReRanking:
         places[added] = self.gallery_size + np.arange(added.sum())
         self._places = torch.from_numpy(places).to(query.device)
         features = torch.cat([gallery, query[torch.from_numpy(added).to(query.device)]]).detach()
-        # Normalised again, so that the rounding of a narrower type is no distance of a picture to itself.
+        # Normalised again, so that the rounding of a narrower type is no distance of an image to itself.
         self._features = F.normalize(features if features.dtype == torch.float64 else features.float())
         modality = _modality_codes(query_modality, gallery_modality, self.num_queries, self.gallery_size)
         modality = np.concatenate([modality[self.num_queries :], modality[: self.num_queries][added]])
@@ -99,7 +99,7 @@ class ReRanking:
         self._encodings = _encode(self._features, self._farthest, wide, narrow)
         if k2 > 1:
             self._encodings = _average(self._encodings, lists[:-1, :, :k2].flatten(1))
-        self._gallery_by_picture = _transpose(self._encodings, self.gallery_size)
+        self._gallery_by_image = _transpose(self._encodings, self.gallery_size)
 
     def similarity(self, rows: slice) -> torch.Tensor:
         """Minus the final distance between some queries and the gallery.
@@ -112,7 +112,7 @@ class ReRanking:
         """
         places = self._places[rows]
         distance = _distance(self._features, self._farthest, places, self.gallery_size)
-        shared = _shared_weight(self._encodings, places, self._gallery_by_picture, self.gallery_size)
+        shared = _shared_weight(self._encodings, places, self._gallery_by_image, self.gallery_size)
         shared = shared.to(distance.dtype) / UNIT
         # Both encodings sum to 1, hence their larger weights to 2 less what they share.
         jaccard = 1 - shared / (2 - shared)
@@ -135,10 +135,10 @@ class _SparseRows(NamedTuple):
 
 
 def _neighbours(features: torch.Tensor, modality: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every picture's nearest pictures of each modality, and its largest distance to any picture, [N].
+    """Every image's nearest images of each modality, and its largest distance to any image, [N].
 
-    The lists are [N + 1, modalities, count + 1]. Place 0 is the picture itself in its own modality, the next ones are
-    its nearest others, nearest first. N stands for nobody: where there is no such picture, and all over row N, so that
+    The lists are [N + 1, modalities, count + 1]. Place 0 is the image itself in its own modality, the next ones are
+    its nearest others, nearest first. N stands for nobody: where there is no such image, and all over row N, so that
     looking up nobody's neighbours gives nobody.
     """
     total = len(features)
@@ -170,7 +170,7 @@ def _most_similar(similarity: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _reciprocal(lists: torch.Tensor, modality: torch.Tensor, count: int) -> torch.Tensor:
-    """R(p, count) of every picture, nobody in the place of those that are not reciprocal, [N + 1, members]."""
+    """R(p, count) of every image, nobody in the place of those that are not reciprocal, [N + 1, members]."""
     nobody = len(lists) - 1
     lists = lists[:, :, : count + 1]
     members = lists.flatten(1).clone()
@@ -185,7 +185,7 @@ def _encode(features: torch.Tensor, farthest: torch.Tensor, wide: torch.Tensor, 
     """Encodings before local query expansion, [N, N]; `wide` is R(p, k1) and `narrow` R(p, k1 / 2)."""
     total = len(features)
     parts = []
-    # So few pictures have few neighbours between them, and only distances to those are computed.
+    # So few images have few neighbours between them, and only distances to those are computed.
     for rows in torch.arange(total, device=features.device).split(16):
         members = wide[rows]
         encoded = torch.zeros(len(rows), total + 1, dtype=torch.bool, device=features.device)
@@ -205,7 +205,7 @@ def _encode(features: torch.Tensor, farthest: torch.Tensor, wide: torch.Tensor, 
 
 
 def _average(encodings: _SparseRows, neighbours: torch.Tensor) -> _SparseRows:
-    """Mean encoding of every picture's neighbours, [N, N]; `neighbours` [N, count] may hold nobody."""
+    """Mean encoding of every image's neighbours, [N, N]; `neighbours` [N, count] may hold nobody."""
     total = len(neighbours)
     parts = []
     for rows in _chunks(total, total, neighbours.device):
@@ -219,31 +219,31 @@ def _average(encodings: _SparseRows, neighbours: torch.Tensor) -> _SparseRows:
 
 
 def _transpose(encodings: _SparseRows, count: int) -> _SparseRows:
-    """Of the first `count` pictures' encodings, the transpose [N, count]: who has a picture as a neighbour."""
-    pictures = torch.arange(count, device=encodings.offsets.device)
-    picture, column, value = encodings.entries(pictures)
+    """Of the first `count` images' encodings, the transpose [N, count]: who has an image as a neighbour."""
+    images = torch.arange(count, device=encodings.offsets.device)
+    image, column, value = encodings.entries(images)
     column, order = column.sort(stable=True)
     counts = torch.bincount(column, minlength=len(encodings.offsets) - 1)
-    return _SparseRows(_offsets(counts), picture[order], value[order])
+    return _SparseRows(_offsets(counts), image[order], value[order])
 
 
 def _shared_weight(encodings: _SparseRows, rows: torch.Tensor, transposed: _SparseRows, count: int) -> torch.Tensor:
-    """Sum of the smaller of the weights that a row and each of the gallery's pictures have, in UNITs, [rows, count]."""
+    """Sum of the smaller of the weights that a row and each of the gallery's images have, in UNITs, [rows, count]."""
     place, column, weight = encodings.entries(rows)
     first_cell = place * count
     shared = weight.new_zeros(len(rows) * count)
     longest = int(transposed.offsets.diff().max())
     # In blocks this far below the bound, the columns of one stay in the processor's cache.
     for block in torch.arange(len(place), device=rows.device).split(max(1, CHUNK_CELLS // 4 // longest)):
-        entry, picture, value = transposed.entries(column[block])
+        entry, image, value = transposed.entries(column[block])
         entry = entry + block[0]
         value = torch.minimum(value, weight.index_select(0, entry))
-        shared.index_add_(0, first_cell.index_select(0, entry) + picture, value)
+        shared.index_add_(0, first_cell.index_select(0, entry) + image, value)
     return shared.view(-1, count)
 
 
 def _distance(features: torch.Tensor, farthest: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Squared distance to the first `count` pictures as a share of the row's largest to any, [rows, count]."""
+    """Squared distance to the first `count` images as a share of the row's largest to any, [rows, count]."""
     return (2 - 2 * (features[rows] @ features[:count].T)) / farthest[rows, None]
 
 
@@ -277,7 +277,7 @@ def _check_settings(k1: int, k2: int, original_weight: float) -> None:
 def _check_features(query: torch.Tensor, gallery: torch.Tensor) -> None:
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1] or not len(query) or not len(gallery):
         raise ValueError(
-            'query and gallery must be features [Q, D] and [G, D] of at least one picture each, '
+            'query and gallery must be features [Q, D] and [G, D] of at least one image each, '
             f'got {list(query.shape)} and {list(gallery.shape)}'
         )
     for name, features in (('query', query), ('gallery', gallery)):
@@ -294,7 +294,7 @@ def _check_features(query: torch.Tensor, gallery: torch.Tensor) -> None:
 
 
 def _places(query_in_gallery: Sequence[int] | np.ndarray | None, num_queries: int, gallery_size: int) -> np.ndarray:
-    """Row of the gallery that is the query's own picture, -1 where there is none, [Q]."""
+    """Row of the gallery that is the query's own image, -1 where there is none, [Q]."""
     if query_in_gallery is None:
         return np.full(num_queries, -1)
     places = np.array(query_in_gallery)
@@ -317,15 +317,15 @@ def _modality_codes(
     num_queries: int,
     gallery_size: int,
 ) -> np.ndarray:
-    """Code from 0 of the modality of every query and then every gallery picture, [Q + G]; all 0 without modalities."""
+    """Code from 0 of the modality of every query and then every gallery image, [Q + G]; all 0 without modalities."""
     if query_modality is None and gallery_modality is None:
         return np.zeros(num_queries + gallery_size, dtype=np.int64)
     if query_modality is None or gallery_modality is None:
         raise ValueError('give query_modality and gallery_modality both, or neither for the plain k-reciprocal method')
     if len(query_modality) != num_queries or len(gallery_modality) != gallery_size:
         raise ValueError(
-            f'modalities must be one per picture, got {len(query_modality)} for {num_queries} queries and '
-            f'{len(gallery_modality)} for {gallery_size} gallery pictures'
+            f'modalities must be one per image, got {len(query_modality)} for {num_queries} queries and '
+            f'{len(gallery_modality)} for {gallery_size} gallery images'
         )
     names, codes = np.unique(np.concatenate([query_modality, gallery_modality]), return_inverse=True)
     unknown = [name for name in names.tolist() if name not in MODALITIES]

@@ -24,7 +24,7 @@ def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
     for axes, prefix in ((left, 'train_'), (right, 'eval_')):
         for column in (name for name in columns if name.startswith(prefix)):
             points = [(int(row['epoch']), float(row[column])) for row in rows if row.get(column) not in (None, '')]
-            if points and column not in ('train_accuracy', 'train_pictures_per_second'):
+            if points and column not in ('train_accuracy', 'train_images_per_second'):
                 axes.plot(*zip(*points), marker='.', label=column.removeprefix(prefix))
         axes.set_xlabel('epoch')
         if axes.lines:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..data.images import load_picture
+from ..data.images import load_image
 
 HIT = (40, 170, 70)
 MISS = (205, 50, 45)
@@ -13,7 +13,7 @@ _MARGIN = 6
 _FRAME = 3
 
 
-def rank_list_picture(
+def rank_list_image(
     queries: Sequence[str],
     found: Sequence[Sequence[str]],
     hits: Sequence[Sequence[bool]],
@@ -25,10 +25,10 @@ def rank_list_picture(
         queries: Path of every query, [Q].
         found: Paths of what was found for each, [Q][K].
         hits: Whether that is the person searched for, [Q][K].
-        size: Height and width of each picture.
+        size: Height and width of each image.
 
     Raises:
-        PictureError: A picture that cannot be read.
+        ImageError: An image that cannot be read.
     """
     height, width = size
     columns = 1 + max(len(row) for row in found)
@@ -43,5 +43,5 @@ def rank_list_picture(
             x = _MARGIN + column * step_x + (_MARGIN if column else 0)
             y = 16 + row * step_y
             draw.rectangle((x, y, x + width + 2 * _FRAME - 1, y + height + 2 * _FRAME - 1), fill=colour)
-            sheet.paste(Image.fromarray(np.asarray(load_picture(path, size))), (x + _FRAME, y + _FRAME))
+            sheet.paste(Image.fromarray(np.asarray(load_image(path, size))), (x + _FRAME, y + _FRAME))
     return sheet

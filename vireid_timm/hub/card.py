@@ -20,14 +20,14 @@ METRIC_TITLES = {'rank1': 'Rank-1 (%)', 'mAP': 'mAP (%)', 'mINP': 'mINP (%)'}
 
 
 def evaluation_facts(report: Report) -> dict[str, Any]:
-    """What a report found and everything that changes it, without the names of any picture or person."""
+    """What a report found and everything that changes it, without the names of any image or person."""
     return {
         'dataset': report.dataset,
         'options': report.options,
         **{name: getattr(report, name) for name in ('features', 'flip_test', 'crops', 'reranking', 'precision')},
         'size': list(report.size) if report.size else None,
         'weights': report.weights,
-        'skipped_pictures': report.skipped_pictures,
+        'skipped_images': report.skipped_images,
         'protocols': {
             name: {
                 'direction': result.direction,
@@ -64,8 +64,8 @@ def model_card(
         facts: What `config.json` keeps under `vireid`; its `evaluation` becomes the Hub's model-index.
         table: The measured results as text.
         license: The Hub's identifier of the weights' licence, e.g. `apache-2.0`; empty where nothing is stated.
-        data_terms: Terms of the training pictures; empty for what is known of the dataset.
-        sample: File name of a sample picture beside the card.
+        data_terms: Terms of the training images; empty for what is known of the dataset.
+        sample: File name of a sample image beside the card.
         name: What `timm.create_model` takes to load the model.
     """
     results = f'```\n{table}\n```' if table else 'Nothing was measured with these weights.'
@@ -76,7 +76,7 @@ def model_card(
 ---
 # {architecture}
 
-A visible-infrared person re-identification model made with `vireid_timm`. It turns pictures from colour and from
+A visible-infrared person re-identification model made with `vireid_timm`. It turns images from colour and from
 infrared cameras into features that can be compared by cosine similarity.
 
 ```python
@@ -84,7 +84,7 @@ import vireid_timm  # registers the architecture with timm
 import timm
 
 model = timm.create_model('{name}', pretrained=True, num_classes=0).eval()
-visible_features = model(visible)  # normalised pictures [B, 3, H, W] -> [B, {num_features}]
+visible_features = model(visible)  # normalised images [B, 3, H, W] -> [B, {num_features}]
 infrared_features = model(infrared=infrared)
 ```
 
@@ -111,10 +111,10 @@ infrared_features = model(infrared=infrared)
 
 
 def default_data_terms(dataset: str) -> str:
-    """What can be said about the terms of the training pictures from the dataset's name alone."""
+    """What can be said about the terms of the training images from the dataset's name alone."""
     if dataset == 'synthetic':
         return (
-            'Trained on rendered people alone (SynthVI, made by `vireid_timm`): the pictures show no real person, and\n'
+            'Trained on rendered people alone (SynthVI, made by `vireid_timm`): the images show no real person, and\n'
             'nobody has terms on them. It has never seen a photograph.'
         )
     if dataset in DATASET_TITLES:
@@ -124,8 +124,8 @@ def default_data_terms(dataset: str) -> str:
             f'weights has to keep to the terms of {title}, too; ask its owners before any other use.'
         )
     return (
-        'The terms of the training pictures are not stated: ask whoever published these weights before using them\n'
-        'for anything that the people in the pictures and the owners of the pictures may not have agreed to.'
+        'The terms of the training images are not stated: ask whoever published these weights before using them\n'
+        'for anything that the people in the images and the owners of the images may not have agreed to.'
     )
 
 

@@ -35,7 +35,7 @@ FILES = (CARD, CONFIG, WEIGHTS, REFERENCE, SAMPLE)  # a Hub-ready folder holds t
 
 # Settings that say where a run was, which is nobody's business in a model that may be published.
 PLACES = ('data_dir', 'output', 'experiment', 'resume')
-PICTURES = 2  # reference pictures of each modality
+IMAGES = 2  # reference images of each modality
 LONGEST_REASON = 400  # characters; a state dict that does not fit names hundreds of tensors
 
 
@@ -54,7 +54,7 @@ def save_model_folder(
 ) -> None:
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads as it is.
 
-    Beside weights, configuration and card it holds reference tensors: pictures of noise and the features that the
+    Beside weights, configuration and card it holds reference tensors: images of noise and the features that the
     network has for them, which `check_model` compares.
 
     Args:
@@ -67,7 +67,7 @@ def save_model_folder(
         input_size: Channels, height and width that the model was trained with, if not its default.
         half: Store the weights in half precision; they are computed with in float32.
         license: The Hub's identifier of the weights' licence, e.g. `apache-2.0`.
-        data_terms: Terms of the training pictures, for the card.
+        data_terms: Terms of the training images, for the card.
         sample: Put rendered people into the card, to show what the two modalities are.
 
     Raises:
@@ -307,7 +307,7 @@ def _export_config(
 def _known_args(model: nn.Module) -> dict[str, Any]:
     """Arguments that the model remembers, so that a later version with other defaults builds the same network.
 
-    timm adds those that it was called with, classes, channels, pooling and picture size.
+    timm adds those that it was called with, classes, channels, pooling and image size.
     """
     given = {'num_classes', 'in_chans', 'global_pool', 'drop_rate', *getattr(model, '_model_args', {})}
     names = [name for name in inspect.signature(type(model).__init__).parameters if name not in given]
@@ -322,9 +322,9 @@ def _save_reference(model: nn.Module, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for modality in MODALITIES:
-        pictures = torch.randint(256, (PICTURES, *cfg['input_size']), dtype=torch.uint8, generator=generator)
-        before, after = reference_features(model, cfg, modality, pictures)
-        tensors |= {modality: pictures, f'{modality}_before_bn': before, f'{modality}_after_bn': after}
+        images = torch.randint(256, (IMAGES, *cfg['input_size']), dtype=torch.uint8, generator=generator)
+        before, after = reference_features(model, cfg, modality, images)
+        tensors |= {modality: images, f'{modality}_before_bn': before, f'{modality}_after_bn': after}
     (folder / REFERENCE).write_bytes(safetensors.torch.save(tensors))
 
 
@@ -332,11 +332,11 @@ def reference_features(
     model: nn.Module,
     cfg: dict[str, Any],
     modality: str,
-    pictures: torch.Tensor,
+    images: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features before and after the BN-neck, [N, D] float32, of pictures as bytes [N, C, H, W]."""
+    """Features before and after the BN-neck, [N, D] float32, of images as bytes [N, C, H, W]."""
     mean, std = (torch.tensor(cfg[name]).view(1, -1, 1, 1) for name in ('mean', 'std'))
-    normalised = {modality: ((pictures / 255 - mean) / std).to(next(model.parameters()).dtype)}
+    normalised = {modality: ((images / 255 - mean) / std).to(next(model.parameters()).dtype)}
     with torch.inference_mode():
         before = model.forward_branches(**normalised).features
         after = model.forward_head(model.forward_features(**normalised), pre_logits=True)

@@ -26,7 +26,7 @@ from .folder import (
     CARD,
     CONFIG,
     FILES,
-    PICTURES,
+    IMAGES,
     REFERENCE,
     WEIGHTS,
     check_download,
@@ -203,9 +203,9 @@ def _check_config(name: str, folder: Path) -> str:
     if architecture not in timm.list_models('vireid_*'):
         raise ValueError(f'{name}: {architecture!r} is not an architecture of this version of vireid_timm')
     if cfg.get('crop_mode') != 'squash':
-        raise ValueError(f'{name}: pictures must be squashed to size, but crop_mode is {cfg.get("crop_mode")!r}')
+        raise ValueError(f'{name}: images must be squashed to size, but crop_mode is {cfg.get("crop_mode")!r}')
     size = 'x'.join(map(str, cfg.get('input_size', ())))
-    return f'configuration: {architecture}, {config.get("num_classes")} classes, pictures {size}'
+    return f'configuration: {architecture}, {config.get("num_classes")} classes, images {size}'
 
 
 def _check_weights(name: str, folder: Path) -> str:
@@ -225,15 +225,13 @@ def _check_reference(name: str, folder: Path, model: nn.Module) -> str:
     except (SafetensorError, OSError) as error:
         raise ValueError(f'{name}: cannot read {REFERENCE}: {one_line(error)}') from error
     cfg = model.pretrained_cfg
-    shape = (PICTURES, *cfg['input_size'])
+    shape = (IMAGES, *cfg['input_size'])
     worst = 0.0
     for modality in MODALITIES:
-        pictures, *stated = (reference.get(f'{modality}{end}') for end in ('', '_before_bn', '_after_bn'))
-        if pictures is None or tuple(pictures.shape) != shape:
-            raise ValueError(
-                f'{name}: {REFERENCE} has no {modality} pictures of the shape {shape} that the model takes'
-            )
-        found = reference_features(model, cfg, modality, pictures)
+        images, *stated = (reference.get(f'{modality}{end}') for end in ('', '_before_bn', '_after_bn'))
+        if images is None or tuple(images.shape) != shape:
+            raise ValueError(f'{name}: {REFERENCE} has no {modality} images of the shape {shape} that the model takes')
+        found = reference_features(model, cfg, modality, images)
         worst = max(worst, *map(_difference, found, stated))
     if worst > TOLERANCE:
         raise ValueError(
@@ -241,7 +239,7 @@ def _check_reference(name: str, folder: Path, model: nn.Module) -> str:
             f'{worst:.2g} of the largest one, more than {TOLERANCE:g}'
         )
     return (
-        f'reference: every tensor fits; features of {2 * PICTURES} pictures, before and after BN, differ by '
+        f'reference: every tensor fits; features of {2 * IMAGES} images, before and after BN, differ by '
         f'{worst:.1g} of the largest one (at most {TOLERANCE:g})'
     )
 

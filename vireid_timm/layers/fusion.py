@@ -22,9 +22,9 @@ SPATIAL_WEIGHTS = ('asff', 'static')
 class SpatialWeights(nn.Module):
     """The weight maps alpha, beta, gamma of eq. 2: positive and summing to one over the levels at every position.
 
-    `asff` predicts them for each picture by 1x1 convolutions (arXiv:1911.09516). These commute with nearest
+    `asff` predicts them for each image by 1x1 convolutions (arXiv:1911.09516). These commute with nearest
     upsampling, so they run on each level's own grid. `static` is the paper's other reading: one learned map per level,
-    on the grid of layer1 at the default picture size and interpolated to others.
+    on the grid of layer1 at the default image size and interpolated to others.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class FusionBranch(nn.Module):
         channels: Width of each level after its 1x1 convolution.
         power: GeM's exponent p.
         spatial_weights: `asff` or `static`, see `SpatialWeights`.
-        grid: Height and width of layer1's grid at the default picture size, for `static`.
+        grid: Height and width of layer1's grid at the default image size, for `static`.
         plain: Build the paper's full fused map and pool that: slower, for comparison.
     """
 

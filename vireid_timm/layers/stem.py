@@ -45,16 +45,16 @@ class DualStem(nn.Module):
             self._check(infrared, 'infrared')
             maps.append(self.infrared(infrared))
         if len(maps) == 0:
-            raise ValueError('no pictures: give visible=, infrared=, or both, each [B, C, H, W]')
+            raise ValueError('no images: give visible=, infrared=, or both, each [B, C, H, W]')
         if len(maps) == 1:
             return maps[0]
         if visible is not None and infrared is not None and visible.shape[2:] != infrared.shape[2:]:
             raise ValueError(
-                f'visible and infrared pictures need the same height and width, got {list(visible.shape)} and '
+                f'visible and infrared images need the same height and width, got {list(visible.shape)} and '
                 f'{list(infrared.shape)}'
             )
         return torch.cat(maps)
 
-    def _check(self, pictures: torch.Tensor, modality: str) -> None:
-        if pictures.dim() != 4 or pictures.shape[1] != self.in_chans:
-            raise ValueError(f'{modality} pictures need shape [B, {self.in_chans}, H, W], got {list(pictures.shape)}')
+    def _check(self, images: torch.Tensor, modality: str) -> None:
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f'{modality} images need shape [B, {self.in_chans}, H, W], got {list(images.shape)}')

@@ -16,7 +16,7 @@ _ROWS = 64  # distances of as many rows at a time: on a GPU their gradient takes
 class WeightedRegularizedTriplet(nn.Module):
     """Weighted regularised triplet loss (WRT; eq. 11 of the paper, after AGW, arXiv:2001.04193).
 
-    Every picture i of the batch, of either modality, is an anchor. With Euclidean distances d, positives P (same
+    Every image i of the batch, of either modality, is an anchor. With Euclidean distances d, positives P (same
     identity, i itself included as in AGW) and negatives N:
 
         loss = mean_i softplus(Σ_{j in P} w⁺_ij d_ij − Σ_{k in N} w⁻_ik d_ik)
@@ -32,11 +32,11 @@ class WeightedRegularizedTriplet(nn.Module):
     # Differs from AGW: each softmax is shifted by the maximum of its own entries. AGW shifts the negatives' by a
     # maximum that is always 0, so its 1e-6 in the denominator takes over from distances of about 16 on and the weights
     # no longer sum to 1 (at 20 they sum to 0.11: negatives look near when they are far).
-    # Differs from AGW: distances are computed from differences, not from |a|² + |b|² − 2ab. A picture's distance to
+    # Differs from AGW: distances are computed from differences, not from |a|² + |b|² − 2ab. An image's distance to
     # itself is exactly 0 (AGW: 1e-6 at least), and the square root's gradient there is 0.
 
     def forward(self, features: torch.Tensor, identities: torch.Tensor) -> torch.Tensor:
-        """Compare every picture with all others of the batch.
+        """Compare every image with all others of the batch.
 
         Args:
             features: Features before the BN-neck, both modalities, [N, D] float of any type.
@@ -50,7 +50,7 @@ class WeightedRegularizedTriplet(nn.Module):
         """
         if features.ndim != 2 or identities.shape != features.shape[:1] or len(features) == 0:
             raise ValueError(
-                'features [N, D] and identities [N] of at least one picture expected, '
+                'features [N, D] and identities [N] of at least one image expected, '
                 f'got {list(features.shape)} and {list(identities.shape)}'
             )
         features = full_precision(features)  # and no product of matrices below, which autocast would round

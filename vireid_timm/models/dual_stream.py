@@ -5,8 +5,8 @@ one stem per modality, shared layers, a global branch over layer4, a fusion bran
 weights (ASFF, arXiv:1911.09516), and a joint branch that concatenates the two and is what retrieval uses.
 
 The fused map, power-averaged to layer4's grid, beside layer4's own map gives one joint map whose GeM is the paper's
-V_joint (`layers/fusion.py` says why that is exact). `forward_features` returns that map, and timm's conventions hold for it
-without a special case.
+V_joint (`layers/fusion.py` says why that is exact). `forward_features` returns that map, and all of timm's conventions
+hold for it.
 
 AGW (arXiv:2001.04193), the network that the field starts from, is the global branch alone with non-local blocks in the
 trunk.
@@ -92,20 +92,20 @@ class DualStreamResNet(nn.Module):
         block: timm's residual block.
         layers: Blocks per stage.
         num_classes: Identities to classify; 0 returns the retrieval features.
-        in_chans: Channels of both modalities' pictures.
+        in_chans: Channels of both modalities' images.
         global_pool: `gem`, `avg`, or '' (with `num_classes=0`) for the unpooled joint map.
         drop_rate: Dropout before each classifier.
         fuse_layers: Layers that the fusion branch takes, of 1 to 4 (table 2); empty for the baseline.
         fuse_width: Channels per fused layer.
         gem_power: GeM's exponent p.
-        spatial_weights: `asff` (weight maps predicted per picture) or `static` (one learned map per layer).
+        spatial_weights: `asff` (weight maps predicted per image) or `static` (one learned map per layer).
         last_stride: Stride of layer4, 1 or 2.
         plain_fusion: Pool the paper's full fused map instead of taking the exact shortcut.
         non_local_blocks: How many of the last blocks of layer1 to 4 have a non-local block behind them; none for the
             paper's networks, (0, 2, 3, 0) for AGW (arXiv:2001.04193).
         non_local_width: Inner channels of the non-local blocks, or `half` of their map's. AGW meant half, but its code,
             and so all weights made with it, have 1.
-        img_size: Default picture height and width, the size of the `static` weight maps.
+        img_size: Default image height and width, the size of the `static` weight maps.
         resnet_args: Further arguments of timm's `ResNet` (stem type, ...).
 
     Raises:
@@ -326,8 +326,8 @@ class DualStreamResNet(nn.Module):
         """Joint logits [B, num_classes], or the features after BN [B, num_features] when `num_classes=0`.
 
         Args:
-            visible: Normalised visible pictures [B, 3, H, W].
-            infrared: Normalised infrared pictures [B, 3, H, W]; their rows come after the visible ones.
+            visible: Normalised visible images [B, 3, H, W].
+            infrared: Normalised infrared images [B, 3, H, W]; their rows come after the visible ones.
 
         Raises:
             ValueError: Neither modality given, or a shape that does not fit.

@@ -4,7 +4,7 @@ import torch
 
 
 def nearest(query_features: torch.Tensor, gallery_features: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of the `count` most similar gallery pictures of each query, best first.
+    """Rows of the `count` most similar gallery images of each query, best first.
 
     Args:
         query_features: L2-normalised, [Q, D].

@@ -12,15 +12,15 @@ from .person import GROUND
 EDGE, BASE, LIT = range(3)  # shades of a material: a label is 3 * material + shade
 SHADES = np.array([0.62, 0.97, 1.12])  # brightness of the shades
 SHADOW = 3 * GROUND + BASE  # the one label of the ground: what lies below, darkened
-FRAME = (128, 64)  # height and width of a picture in drawing units
+FRAME = (128, 64)  # height and width of an image in drawing units
 
 
 @dataclass(frozen=True)
 class View:
-    """How one picture looks at a person; lengths in drawing units (FRAME).
+    """How one image looks at a person; lengths in drawing units (FRAME).
 
     Attributes:
-        heading: Where the person looks, 0 at the camera, pi/2 to the picture's right.
+        heading: Where the person looks, 0 at the camera, pi/2 to the image's right.
         tall: Height of a person of stature 1.
         middle: Where the person stands from left to right.
         foot: Where the soles are from top to bottom.
@@ -48,7 +48,7 @@ class Sketch:
     """A map of materials that body parts are drawn on, one over the other.
 
     Args:
-        view: The picture's view.
+        view: The image's view.
         stature: Of the person.
         canvas: Height and width in pixels; FRAME is stretched over it.
     """

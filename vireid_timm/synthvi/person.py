@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Materials. What stands for OBSTACLE differs between pictures and is no part of a person.
+# Materials. What stands for OBSTACLE differs between images and is no part of a person.
 (
     GROUND,
     SKIN,
@@ -75,7 +75,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Body:
-    """Proportions as fractions of the height; `stature` scales the whole person within the picture."""
+    """Proportions as fractions of the height; `stature` scales the whole person within the image."""
 
     stature: float
     hip: float

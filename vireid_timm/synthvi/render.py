@@ -1,17 +1,17 @@
 """SynthVI: pedestrians in two spectra, rendered instead of collected.
 
-A data set that anybody may have, in any amount, without a licence and without a real person in it. A picture is a
-function of (seed, spectrum, modality, camera, identity, picture, size) and of nothing else: it can be rendered alone,
+A data set that anybody may have, in any amount, without a licence and without a real person in it. An image is a
+function of (seed, spectrum, modality, camera, identity, image, size) and of nothing else: it can be rendered alone,
 in any order and in any process, and is the same each time. (Another NumPy or Pillow may round a pixel differently.)
 
 * An *identity* fixes body proportions, hair, garments with their patterns and prints, shoes, bag, hat and scarf, and
   how every material looks in each spectrum. What a material reflects in the infrared is drawn independently of its
   colour, and three in ten patterns vanish there.
 * A *camera* fixes its scene, viewpoint, light, colour cast or infrared lamp, sharpness and noise.
-* A *picture* draws heading, pose, crop, occlusion and brightness, and sees its own part of the camera's scene.
+* A *image* draws heading, pose, crop, occlusion and brightness, and sees its own part of the camera's scene.
 
 So neither colours nor backgrounds tell who somebody is across the spectra; shapes, lengths and patterns do.
-`near-infrared` pictures show reflectance under a lamp beside the camera (as in SYSU-MM01), `thermal` ones show warmth
+`near-infrared` images show reflectance under a lamp beside the camera (as in SYSU-MM01), `thermal` ones show warmth
 (as in RegDB). `person.py` invents people, `body.py` draws them with `canvas.py`, `scene.py` draws the scenes.
 """
 
@@ -33,14 +33,14 @@ from .person import GROUND, NUM_MATERIALS, OBSTACLE, OBSTACLE_TRIM, Person, draw
 from .scene import draw_scene
 
 SPECTRA = ('near-infrared', 'thermal')
-_LARGEST = 2048  # height or width of a picture: an address from a file cannot ask for all memory
+_LARGEST = 2048  # height or width of an image: an address from a file cannot ask for all memory
 _LUMA = np.array([0.299, 0.587, 0.114])
 _ADDRESS = re.compile(
     r'synthvi:(?P<spectrum>[a-z-]+):s(?P<seed>[0-9]+):(?P<modality>[a-z]+):c(?P<camera>[0-9]+)'
-    r':i(?P<identity>[0-9]+):p(?P<picture>[0-9]+):(?P<height>[0-9]+)x(?P<width>[0-9]+)'
+    r':i(?P<identity>[0-9]+):p(?P<image>[0-9]+):(?P<height>[0-9]+)x(?P<width>[0-9]+)'
 )
 # What a random stream is for: the first number of its seed.
-_PERSON, _CAMERA, _PICTURE, _NOISE, _ORDER, _SCENE = range(6)
+_PERSON, _CAMERA, _IMAGE, _NOISE, _ORDER, _SCENE = range(6)
 
 
 def _stream(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
@@ -49,7 +49,7 @@ def _stream(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Camera:
-    """What a camera does to every picture that it takes; see `_camera` for the ranges."""
+    """What a camera does to every image that it takes; see `_camera` for the ranges."""
 
     heading: float
     tall: float
@@ -133,61 +133,61 @@ def render(
     modality: str,
     identity: int,
     camera: int,
-    picture: int,
+    image: int,
     *,
     seed: int = 0,
     spectrum: str = 'near-infrared',
     size: tuple[int, int] = (128, 64),
 ) -> np.ndarray:
-    """Render one picture.
+    """Render one image.
 
-    Only the noise is drawn anew for another size: the same picture, larger, shows the same moment.
+    Only the noise is drawn anew for another size: the same image, larger, shows the same moment.
 
     Args:
         modality: `visible` or `infrared`.
-        identity: Whom the picture shows, from 0.
+        identity: Whom the image shows, from 0.
         camera: Number of the camera among those of its modality, from 1; cameras of the two modalities share nothing.
-        picture: Number of the picture, from 0.
-        seed: Of the whole world: people, cameras and pictures.
-        spectrum: What `infrared` means, `near-infrared` or `thermal`. Visible pictures do not depend on it.
+        image: Number of the image, from 0.
+        seed: Of the whole world: people, cameras and images.
+        spectrum: What `infrared` means, `near-infrared` or `thermal`. Visible images do not depend on it.
         size: Height and width, from 32 and 16 to 2048 each.
 
     Returns:
-        uint8 [H, W, 3]; infrared pictures have three equal channels.
+        uint8 [H, W, 3]; infrared images have three equal channels.
 
     Raises:
         ValueError: If an argument is outside its range.
     """
-    _check(modality, identity, camera, picture, seed, spectrum, size)
+    _check(modality, identity, camera, image, seed, spectrum, size)
     person, eye = _person(seed, identity), _camera(seed, modality, spectrum, camera)
-    look, size = (*_look(modality, spectrum), camera, identity, picture), (int(size[0]), int(size[1]))
-    rng = _stream(seed, _PICTURE, *look)
+    look, size = (*_look(modality, spectrum), camera, identity, image), (int(size[0]), int(size[1]))
+    rng = _stream(seed, _IMAGE, *look)
     canvas = (2 * size[0], 2 * size[1])
     view = _draw_view(rng, eye)
     labels = draw_labels(person, view, canvas)
     _occlude(rng, labels, view)
-    image = _background(rng, _scene(seed, modality, spectrum, camera), canvas)
+    drawn = _background(rng, _scene(seed, modality, spectrum, camera), canvas)
     shadow = 0 if modality == INFRARED and spectrum == 'thermal' else 90
-    _paint(image, labels, _table(rng, person, eye, modality, spectrum), shadow)
+    _paint(drawn, labels, _table(rng, person, eye, modality, spectrum), shadow)
     brightness = uniform(rng, 0.85, 1.15)
-    pixels = _defocus(image, eye, size)
+    pixels = _defocus(drawn, eye, size)
     noise = _stream(seed, _NOISE, *look).normal(0.0, 255 * eye.noise, pixels.shape)
     exposed = pixels * (_light_field(seed, modality, spectrum, camera, size) * np.float32(brightness)) + noise
     return _develop(exposed, eye.gamma)
 
 
-def _check(modality: str, identity: int, camera: int, picture: int, seed: int, spectrum: str, size: tuple) -> None:
+def _check(modality: str, identity: int, camera: int, image: int, seed: int, spectrum: str, size: tuple) -> None:
     if modality not in MODALITIES:
         raise ValueError(f'unknown modality {modality!r}; expected one of {", ".join(MODALITIES)}')
     if spectrum not in SPECTRA:
         raise ValueError(f'unknown spectrum {spectrum!r}; expected one of {", ".join(SPECTRA)}')
-    if camera < 1 or min(identity, picture, seed) < 0:
+    if camera < 1 or min(identity, image, seed) < 0:
         raise ValueError(
-            'cameras count from 1, identities, pictures and seeds from 0; got '
-            f'camera {camera}, identity {identity}, picture {picture}, seed {seed}'
+            'cameras count from 1, identities, images and seeds from 0; got '
+            f'camera {camera}, identity {identity}, image {image}, seed {seed}'
         )
     if len(size) != 2 or size[0] < 32 or size[1] < 16 or max(size) > _LARGEST:
-        raise ValueError(f'a picture needs a (height, width) from (32, 16) to ({_LARGEST}, {_LARGEST}), got {size}')
+        raise ValueError(f'an image needs a (height, width) from (32, 16) to ({_LARGEST}, {_LARGEST}), got {size}')
 
 
 def _draw_view(rng: np.random.Generator, eye: Camera) -> View:
@@ -208,7 +208,7 @@ def _draw_view(rng: np.random.Generator, eye: Camera) -> View:
 
 
 def _occlude(rng: np.random.Generator, labels: np.ndarray, view: View) -> None:
-    """Sometimes something stands in front; labels [h, w] change in place. Every picture draws the same numbers."""
+    """Sometimes something stands in front; labels [h, w] change in place. Every image draws the same numbers."""
     kind, place, width, level = (float(number) for number in rng.random(4))
     rows, columns = labels.shape[0] / FRAME[0], labels.shape[1] / FRAME[1]
     if kind < 0.05:  # a pole
@@ -256,7 +256,7 @@ def _padded(table: np.ndarray) -> np.ndarray:
 
 
 def _table(rng: np.random.Generator, person: Person, eye: Camera, modality: str, spectrum: str) -> np.ndarray:
-    """What every label looks like in this picture, [3 * NUM_MATERIALS, C] uint8."""
+    """What every label looks like in this image, [3 * NUM_MATERIALS, C] uint8."""
     shades = SHADES
     if modality == VISIBLE:
         tones, obstacle = _saturate(person.visible, eye.saturation), 0.7 * rng.random() + 0.3 * rng.random(3)
@@ -271,7 +271,7 @@ def _table(rng: np.random.Generator, person: Person, eye: Camera, modality: str,
 
 
 def _defocus(image: Image.Image, eye: Camera, size: tuple[int, int]) -> np.ndarray:
-    """Down to the camera's own resolution and up to the picture's, [H, W, C] float32."""
+    """Down to the camera's own resolution and up to the image's, [H, W, C] float32."""
     own = max(16, round(size[1] * eye.sharpness)), max(32, round(size[0] * eye.sharpness))
     image = image.resize(own, Image.Resampling.BILINEAR)
     if eye.blur > 0.15:
@@ -281,7 +281,7 @@ def _defocus(image: Image.Image, eye: Camera, size: tuple[int, int]) -> np.ndarr
 
 
 def _develop(exposed: np.ndarray, gamma: float) -> np.ndarray:
-    """Clip, apply the camera's tone curve, and give every picture three channels, uint8 [H, W, 3]."""
+    """Clip, apply the camera's tone curve, and give every image three channels, uint8 [H, W, 3]."""
     curve = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
     developed = curve[np.clip(np.rint(exposed), 0, 255).astype(np.uint8)]
     return np.ascontiguousarray(np.broadcast_to(developed, (*developed.shape[:2], 3)))
@@ -296,27 +296,27 @@ def renderer_digest() -> str:
     return digest.hexdigest()
 
 
-def picture_address(
+def image_address(
     modality: str,
     identity: int,
     camera: int,
-    picture: int,
+    image: int,
     *,
     seed: int = 0,
     spectrum: str = 'near-infrared',
     size: tuple[int, int] = (128, 64),
 ) -> str:
-    """The address that `render_address` turns into the picture; arguments as for `render`.
+    """The address that `render_address` turns into the image; arguments as for `render`.
 
     Returns:
         For example `synthvi:near-infrared:s0:visible:c1:i12:p3:128x64`.
     """
-    _check(modality, identity, camera, picture, seed, spectrum, size)
-    return f'synthvi:{spectrum}:s{seed}:{modality}:c{camera}:i{identity}:p{picture}:{size[0]}x{size[1]}'
+    _check(modality, identity, camera, image, seed, spectrum, size)
+    return f'synthvi:{spectrum}:s{seed}:{modality}:c{camera}:i{identity}:p{image}:{size[0]}x{size[1]}'
 
 
 def render_address(address: str) -> np.ndarray:
-    """Render the picture of an address, uint8 [H, W, 3].
+    """Render the image of an address, uint8 [H, W, 3].
 
     Raises:
         ValueError: If the address is malformed, or names something that cannot be rendered.
@@ -333,7 +333,7 @@ def render_address(address: str) -> np.ndarray:
             part['modality'],
             int(part['identity']),
             int(part['camera']),
-            int(part['picture']),
+            int(part['image']),
             seed=int(part['seed']),
             spectrum=part['spectrum'],
             size=(int(part['height']), int(part['width'])),
@@ -367,27 +367,27 @@ def contact_sheet(
     seed: int = 0,
     spectrum: str = 'near-infrared',
     size: tuple[int, int] = (128, 64),
-    pictures_per_camera: int = 1,
+    images_per_camera: int = 1,
     visible_cameras: int = 4,
     infrared_cameras: int = 2,
     first_camera: int = 1,
 ) -> Image.Image:
-    """One row per identity and one column per camera and picture, visible ones first; arguments as elsewhere here."""
+    """One row per identity and one column per camera and image, visible ones first; arguments as elsewhere here."""
     cameras = camera_numbers(visible_cameras, infrared_cameras, first_camera)
     columns = [
-        (modality, camera, picture)
+        (modality, camera, image)
         for modality, numbers in zip(MODALITIES, cameras, strict=True)
         for camera in numbers
-        for picture in range(pictures_per_camera)
+        for image in range(images_per_camera)
     ]
     gap, header = 2, 12
     step, offset = size[1] + gap, {VISIBLE: gap, INFRARED: 4 * gap}
     sheet = Image.new('RGB', (5 * gap + len(columns) * step, header + len(identities) * (size[0] + gap)), 'white')
     pen = ImageDraw.Draw(sheet)
-    for column, (modality, camera, picture) in enumerate(columns):
+    for column, (modality, camera, image) in enumerate(columns):
         left = offset[modality] + column * step
         pen.text((left + 2, 0), f'{modality[0].upper()} {camera}', fill='black')
         for row, identity in enumerate(identities):
-            pixels = render(modality, identity, camera, picture, seed=seed, spectrum=spectrum, size=size)
+            pixels = render(modality, identity, camera, image, seed=seed, spectrum=spectrum, size=size)
             sheet.paste(Image.fromarray(pixels), (left, header + row * (size[0] + gap)))
     return sheet

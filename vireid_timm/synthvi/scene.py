@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .person import uniform
 
-SCENE = (380, 420)  # height and width of a scene in pixels; a picture sees about 256 x 128 of them
+SCENE = (380, 420)  # height and width of a scene in pixels; an image sees about 256 x 128 of them
 WALLS = ('plain', 'bricks', 'panels', 'planks', 'windows', 'foliage', 'columns')
 FLOORS = ('plain', 'tiles', 'stripes', 'path')
 
@@ -37,7 +37,7 @@ def draw_scene(rng: np.random.Generator, spectrum: str) -> Image.Image:
         spectrum: `visible`, `near-infrared` or `thermal`.
 
     Returns:
-        An RGB picture of `SCENE` size; grey but for `visible`.
+        An RGB image of `SCENE` size; grey but for `visible`.
     """
     palette = _Palette(rng, spectrum)
     height, width = SCENE

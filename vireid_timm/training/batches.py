@@ -15,7 +15,7 @@ from ..data.augment import Augment
 from ..data.readers import create_dataset, split_identities
 from ..data.records import Dataset, Records, class_map_of
 from ..data.sampler import IdentityModalitySampler
-from ..data.store import PictureStore, picture_store
+from ..data.store import ImageStore, image_store
 from ..data.workers import in_order
 from ..distributed import process
 from .config import TrainConfig
@@ -23,27 +23,27 @@ from .config import TrainConfig
 
 @dataclass
 class TrainData:
-    """The pictures of a run.
+    """The images of a run.
 
     Attributes:
         dataset: As read.
-        records: Pictures to train on, those that can be read.
-        store: Bytes of the pictures to train on; its intact rows are the rows of `records`.
+        records: Images to train on, those that can be read.
+        store: Bytes of the images to train on; its intact rows are the rows of `records`.
         labels: Class label per row of `records`, [N] long; -1 for identities that batches skip.
         class_map: Identity name -> class label.
         sampler: Batches of rows of `records`.
         validation: Held-out identities as a dataset of their own; None if there are none.
-        validation_store: Bytes of their pictures; with `store`, a part of one store of all training pictures.
+        validation_store: Bytes of their images; with `store`, a part of one store of all training images.
     """
 
     dataset: Dataset
     records: Records
-    store: PictureStore
+    store: ImageStore
     labels: torch.Tensor
     class_map: dict[str, int]
     sampler: IdentityModalitySampler
     validation: Dataset | None
-    validation_store: PictureStore
+    validation_store: ImageStore
 
 
 class Batch(NamedTuple):
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     Attributes:
         step: Number of the batch in its epoch, from 0.
         inputs: (visible, infrared), [B, 3, H, W] each.
-        labels: Class labels of the visible, then of the infrared pictures, [2 B] long.
+        labels: Class labels of the visible, then of the infrared images, [2 B] long.
         rows: Rows of `TrainData.records` in the same order, [2 B].
     """
 
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
 
 def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.device) -> TrainData:
-    """Read the records, hold out validation identities, decode the pictures and set up the batches.
+    """Read the records, hold out validation identities, decode the images and set up the batches.
 
     Args:
         config: The run's settings.
@@ -72,14 +72,14 @@ def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.dev
 
     Raises:
         ValueError: Data that cannot be trained on.
-        OSError: The picture store cannot be written.
+        OSError: The image store cannot be written.
     """
     rank, world_size = process()
     dataset = create_dataset(config.dataset, config.data_dir or None, **config.dataset_kwargs)
     records, held_out = split_identities(dataset.train, config.val_share, config.seed)
     validation = Dataset('validation', dataset.root, records, held_out) if len(held_out) else None
     # One store for every --seed and --val-share: those that are held out from one are trained on with another.
-    stored = picture_store(
+    stored = image_store(
         dataset.train,
         size[1:],
         cache=config.cache,
@@ -94,7 +94,7 @@ def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.dev
         sampled.identity,
         sampled.modality,
         identities_per_batch=config.identities_per_batch,
-        pictures_per_modality=config.pictures_per_modality,
+        images_per_modality=config.images_per_modality,
         seed=config.seed,
         rank=rank,
         world_size=world_size,
@@ -131,12 +131,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Augmented batches of one epoch, those of this process.
 
-    They follow from (seed, epoch, step, rank) alone, so that any of them can be made again. Pictures are read ahead in
+    They follow from (seed, epoch, step, rank) alone, so that any of them can be made again. Images are read ahead in
     the background; to end that with the loop rather than with the garbage collector, close the generator
     (`contextlib.closing`).
 
     Args:
-        data: The pictures and the order in which they come; the sampler is set to this epoch and step.
+        data: The images and the order in which they come; the sampler is set to this epoch and step.
         augments: Of each modality.
         device: Where batches are augmented and given out.
         epoch: From 0.
@@ -147,29 +147,29 @@ def batches(
         The batches from `first_step` to the end of the epoch.
 
     Raises:
-        PictureError: A picture that cannot be read, where pictures are decoded on access.
-        OSError: The picture store is gone or damaged.
+        ImageError: An image that cannot be read, where images are decoded on access.
+        OSError: The image store is gone or damaged.
     """
     data.sampler.set_epoch(epoch, first_step)
     generator = torch.Generator()  # on the CPU: nothing waits for what is drawn, whatever the device
-    with closing(_pictures_ahead(data, device)) as pictures_ahead:
-        for step, (rows, pictures) in enumerate(pictures_ahead, first_step):
+    with closing(_images_ahead(data, device)) as images_ahead:
+        for step, (rows, images) in enumerate(images_ahead, first_step):
             generator.manual_seed(step_seed(seed, epoch, step, data.sampler.rank, stream=1))
-            visible, infrared = pictures.to(device, non_blocking=True).chunk(2)
+            visible, infrared = images.to(device, non_blocking=True).chunk(2)
             inputs = (augments[VISIBLE](visible, generator), augments[INFRARED](infrared, generator))
             yield Batch(step, inputs, data.labels[rows].to(device, non_blocking=True), rows)
 
 
-def _pictures_ahead(data: TrainData, device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Rows and stored pictures [B, 3, H, W] of the sampler's batches, read while earlier ones are used."""
+def _images_ahead(data: TrainData, device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Rows and stored images [B, 3, H, W] of the sampler's batches, read while earlier ones are used."""
     store, intact = data.store, data.store.intact()
 
     def read(rows: list[int]) -> tuple[list[int], torch.Tensor]:
-        pictures = torch.from_numpy(store[intact[rows]]).permute(0, 3, 1, 2)
+        images = torch.from_numpy(store[intact[rows]]).permute(0, 3, 1, 2)
         if device.type != 'cuda':
-            return rows, pictures
+            return rows, images
         with torch.cuda.device(device):  # a thread starts on the first GPU, whatever this process computes on
-            return rows, pictures.pin_memory()
+            return rows, images.pin_memory()
 
     if store.held is None:
         yield from in_order(read, data.sampler, workers=2)

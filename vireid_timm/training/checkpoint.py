@@ -114,7 +114,7 @@ def _save(run: Run) -> None:
         'epoch': run.progress.epoch,
         'progress': asdict(run.progress),
         'premises': _premises(run),
-        'pictures': _fingerprint(run.data.records),
+        'images': _fingerprint(run.data.records),
         'optimizer': run.optimizer.state_dict(),
         **run.task.get_checkpoint_state(),
         **(run.task.get_checkpoint_state(ema=True) if run.task.has_ema() else {}),
@@ -136,14 +136,14 @@ def _premises(run: Run) -> dict[str, Any]:
         'seed': config.seed,
         'number of processes': process()[1],
         'identities per batch': sampler.identities_per_batch,
-        'pictures per modality': sampler.pictures_per_modality,
+        'images per modality': sampler.images_per_modality,
         'batches per optimiser step': config.grad_accum_steps,
         'optimiser': config.opt,
     }
 
 
 def _fingerprint(records: Records) -> str:
-    """Of what the pictures are, wherever they lie: 12 digits."""
+    """Of what the images are, wherever they lie: 12 digits."""
     names = [Path(path).name for path in records.path.tolist()]
     digest = hashlib.sha256()
     for column in (names, records.identity.tolist(), records.modality.tolist()):
@@ -211,7 +211,7 @@ def _check_premises(run: Run, checkpoint: dict[str, Any]) -> None:
             )
     for what, same in (
         ('identities', checkpoint['class_map'] == run.data.class_map),
-        ('pictures', checkpoint.get('pictures') == _fingerprint(run.data.records)),
+        ('images', checkpoint.get('images') == _fingerprint(run.data.records)),
     ):
         if not same:
             raise ValueError(f'the training {what} are not those that {run.folder} was started with')

@@ -41,12 +41,12 @@ class TrainConfig:
     data_dir: str = _setting('', 'data', 'root folder of the data (the file itself for csv)')
     dataset_kwargs: dict[str, Any] = _setting({}, 'data', 'options of the reader, e.g. trial=3 for regdb')
     val_share: float = _setting(0.1, 'data', 'share of the training identities held out to choose the best epoch')
-    skip_broken: bool = _setting(False, 'data', 'leave out pictures that cannot be read instead of stopping')
-    cache: str = _setting('auto', 'data', 'where decoded pictures are kept', choices=CACHES)
+    skip_broken: bool = _setting(False, 'data', 'leave out images that cannot be read instead of stopping')
+    cache: str = _setting('auto', 'data', 'where decoded images are kept', choices=CACHES)
     identities_per_batch: int | None = _setting(None, 'data', 'P of a batch; 8 or all there are if unset', minimum=1)
-    pictures_per_modality: int = _setting(4, 'data', 'K of a batch: pictures per identity and modality', minimum=1)
+    images_per_modality: int = _setting(4, 'data', 'K of a batch: images per identity and modality', minimum=1)
     workers: int | None = _setting(
-        None, 'data', 'pictures decoded at a time; one per core, at most 8, if unset', minimum=0
+        None, 'data', 'images decoded at a time; one per core, at most 8, if unset', minimum=0
     )
 
     model: str = _setting('vireid_dml_r50', 'model', 'name of the model, local-dir:FOLDER or hf-hub:OWNER/NAME')
@@ -58,7 +58,7 @@ class TrainConfig:
     drop: float = _setting(0.0, 'model', 'dropout before the classifiers', minimum=0, maximum=1)
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
     freeze_bn: bool = _setting(
-        False, 'model', 'batch norm keeps the statistics that were loaded: for fine-tuning on few pictures'
+        False, 'model', 'batch norm keeps the statistics that were loaded: for fine-tuning on few images'
     )
 
     id_branches: list[str] | None = _setting(
@@ -80,7 +80,7 @@ class TrainConfig:
 
     pad: int = _setting(10, 'augmentation', 'black border before the random crop, in pixels', minimum=0)
     hflip: float = _setting(0.5, 'augmentation', 'probability of the horizontal flip', minimum=0, maximum=1)
-    channel_combination: bool = _setting(True, 'augmentation', 'random combination of channels on visible pictures')
+    channel_combination: bool = _setting(True, 'augmentation', 'random combination of channels on visible images')
     reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing', minimum=0, maximum=1)
     erasing_fill: list[float] | None = _setting(
         None, 'augmentation', 'fixed fill of the erased channels, normalised; random if unset', nargs=3
@@ -120,10 +120,10 @@ class TrainConfig:
     torchcompile: bool = _setting(False, 'device', 'compile the network')
 
     gather_features: bool = _setting(
-        False, 'scale', 'the triplet loss compares the pictures of all processes (torchrun), not those of each'
+        False, 'scale', 'the triplet loss compares the images of all processes (torchrun), not those of each'
     )
     cached_triplet: bool = _setting(
-        False, 'scale', 'the triplet loss compares the pictures of all batches of --grad-accum-steps'
+        False, 'scale', 'the triplet loss compares the images of all batches of --grad-accum-steps'
     )
     sync_bn: bool = _setting(False, 'scale', 'batch norm over the batches of all processes')
     dist_bn: str = _setting(

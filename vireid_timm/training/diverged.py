@@ -1,4 +1,4 @@
-"""The pictures of a batch whose loss is not finite, for looking at."""
+"""The images of a batch whose loss is not finite, for looking at."""
 
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +23,7 @@ def save_batch(run: Run, epoch: int, step: int) -> Path:
         step: The batch's number in the epoch, from 0.
 
     Returns:
-        A folder in the run's, among several processes with the number of this one: each picture as it came out of the
+        A folder in the run's, among several processes with the number of this one: each image as it came out of the
         augmentation, normalisation undone, and `batch.json` with what each one is.
 
     Raises:
@@ -38,19 +38,19 @@ def save_batch(run: Run, epoch: int, step: int) -> Path:
     folder = run.folder / f'nan-epoch{epoch}-step{step}{suffix}'
     with whole_folder(folder) as temporary:
         about = []
-        for modality, pictures in zip((VISIBLE, INFRARED), batch.inputs, strict=True):
-            for picture in _denormalized(pictures, run.augments[modality]):
+        for modality, images in zip((VISIBLE, INFRARED), batch.inputs, strict=True):
+            for image in _denormalized(images, run.augments[modality]):
                 row, label = batch.rows[len(about)], batch.labels[len(about)].item()
                 name = f'{len(about):03d}-{modality}.png'
-                Image.fromarray(picture.numpy()).save(temporary / name)
+                Image.fromarray(image.numpy()).save(temporary / name)
                 record = {'identity': str(run.data.records.identity[row]), 'path': str(run.data.records.path[row])}
                 about.append({'file': name, **record, 'modality': modality, 'label': label})
         save_json(temporary / 'batch.json', about)
     return folder
 
 
-def _denormalized(pictures: torch.Tensor, augment: Augment) -> torch.Tensor:
+def _denormalized(images: torch.Tensor, augment: Augment) -> torch.Tensor:
     """Network input [B, 3, H, W] as bytes [B, H, W, 3] on the CPU."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (augment.mean, augment.std))
-    values = pictures.cpu().float() * std + mean
+    values = images.cpu().float() * std + mean
     return values.nan_to_num(0).mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()

@@ -25,14 +25,14 @@ from .loop import train_step, training_mode
 from .run import Run, set_up
 from .train import lent
 
-NAMED = 10  # identities or pictures that a line names
+NAMED = 10  # identities or images that a line names
 TIMED_STEPS = 2
 
 
 def dry_run(settings: Mapping[str, Any]) -> str:
     """What `vireid train --dry-run` prints; nothing is trained, and nothing is written.
 
-    The pictures of one optimiser step are decoded (with `skip_broken` all of them, to know which are broken) and
+    The images of one optimiser step are decoded (with `skip_broken` all of them, to know which are broken) and
     stepped on a few times, so that what is said of memory and time is measured. Under `torchrun` all processes take
     part.
 
@@ -72,10 +72,10 @@ def dry_run(settings: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass
 class _Measured:
-    """One optimiser step: seconds for reading its pictures and for itself, and bytes at its peak."""
+    """One optimiser step: seconds for reading its images and for itself, and bytes at its peak."""
 
     reading: float
-    pictures: int
+    images: int
     step: float
     peak: int | None
 
@@ -162,7 +162,7 @@ def _data(run: Run) -> list[str]:
         else '  nobody is held out: the model of the last epoch is kept'
     ]
     if data.sampler.skipped:
-        lines += [f'  left out, with pictures of one modality only: {_some(data.sampler.skipped)}']
+        lines += [f'  left out, with images of one modality only: {_some(data.sampler.skipped)}']
     broken = [*data.store.broken.values(), *data.validation_store.broken.values()]
     if broken:
         lines += [f'  left out, {len(broken)} that cannot be read: {_some(broken)}']
@@ -177,7 +177,7 @@ def _counts(name: str, records: Records) -> list[str]:
 def _by_camera(records: Records, modality: str) -> str:
     count = Counter(records.camera[records.modality == modality].tolist())
     cameras = {'unknown' if camera == UNKNOWN_CAMERA else f'{camera}': count[camera] for camera in sorted(count)}
-    return ', '.join(f'{camera}: {pictures:,}' for camera, pictures in cameras.items())
+    return ', '.join(f'{camera}: {images:,}' for camera, images in cameras.items())
 
 
 def _some(names: list[str]) -> str:
@@ -187,9 +187,9 @@ def _some(names: list[str]) -> str:
 
 def _batches(run: Run) -> list[str]:
     sampler, config = run.data.sampler, run.config
-    people, each, accumulated = sampler.identities_per_batch, sampler.pictures_per_modality, config.grad_accum_steps
+    people, each, accumulated = sampler.identities_per_batch, sampler.images_per_modality, config.grad_accum_steps
     count = 2 * people * each
-    line = f'  {people} identities x ({each} visible + {each} infrared) = {count} pictures per batch'
+    line = f'  {people} identities x ({each} visible + {each} infrared) = {count} images per batch'
     ranks = process()[1]
     if ranks > 1:
         line += f', {ranks} processes: {ranks * count}'
@@ -219,10 +219,10 @@ def _store(run: Run, plan: StorePlan, measured: _Measured) -> list[str]:
         'ram': f'would be held in memory{f" ({plan.reason})" if plan.reason else ""}',
         'off': 'decoded whenever they are needed',
     }[plan.cache]
-    lines = [f'Decoded pictures of {height}x{width}', f'  {count:,}, {_bytes(plan.num_bytes)}, {where}']
+    lines = [f'Decoded images of {height}x{width}', f'  {count:,}, {_bytes(plan.num_bytes)}, {where}']
     if not plan.found:
-        speed = measured.pictures / measured.reading
-        lines.append(f'  read here at {speed:,.0f} pictures/s: {tqdm.format_interval(count / speed)} for {count:,}')
+        speed = measured.images / measured.reading
+        lines.append(f'  read here at {speed:,.0f} images/s: {tqdm.format_interval(count / speed)} for {count:,}')
     return lines
 
 
@@ -251,7 +251,7 @@ def _size(tensors: Any) -> int:
 
 def _time(run: Run, measured: _Measured) -> list[str]:
     updates = run.updates_per_epoch * run.num_epochs - run.num_updates
-    speed = measured.pictures * process()[1] / measured.step
+    speed = measured.images * process()[1] / measured.step
     return [
         f'Time on {run.device}',
         f'  {1000 * measured.step:,.1f} ms per optimiser step, {speed:,.1f} images/s',

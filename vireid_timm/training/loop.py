@@ -39,7 +39,7 @@ def train_one_epoch(
         stop: Looked at after every optimiser step.
 
     Returns:
-        Means of loss, its terms and accuracy, prefixed `train_`, the pictures per second and the learning rate.
+        Means of loss, its terms and accuracy, prefixed `train_`, the images per second and the learning rate.
 
     Raises:
         FloatingPointError: A loss or weight that is not finite.
@@ -74,7 +74,7 @@ def train_one_epoch(
     speed = tracker.epoch_done(progress.epoch, meter.means(), _rates(run.optimizer))
     return {
         **{f'train_{name}': value for name, value in meter.means().items()},
-        'train_pictures_per_second': speed,
+        'train_images_per_second': speed,
         'lr': max(_rates(run.optimizer).values()),
     }
 
@@ -103,7 +103,7 @@ def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]
         return _train_step(run, group)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f'a step of {sum(len(batch.rows) for batch in group)} pictures does not fit into the memory of '
+            f'a step of {sum(len(batch.rows) for batch in group)} images does not fit into the memory of '
             f'{run.device}; try fewer --identities-per-batch (with --grad-accum-steps), --grad-checkpointing, or a '
             'smaller --input-size'
         ) from error
@@ -197,13 +197,13 @@ def _fail(run: Run, step: int, culprits: list[int]) -> None:
     """End a training whose loss is not finite, with what helps to find out why."""
     epoch, (number, count) = run.progress.epoch, process()
     where = f', in process {", ".join(map(str, culprits))} of {count}' if count > 1 else ''
-    pictures = f'Its pictures are in {run.folder / f"nan-epoch{epoch}-step{step}"}{"-process*" if count > 1 else ""}'
+    images = f'Its images are in {run.folder / f"nan-epoch{epoch}-step{step}"}{"-process*" if count > 1 else ""}'
     if number in culprits:
         try:
             save_batch(run, epoch, step)
         except (OSError, ValueError) as error:
-            pictures = f'Its pictures could not be saved ({error})'
+            images = f'Its images could not be saved ({error})'
     raise FloatingPointError(
         f'the loss became NaN or infinite in epoch {epoch} at step {step}{where}; what was saved is from before. '
-        f'{pictures}. {AGAINST_NAN}'
+        f'{images}. {AGAINST_NAN}'
     )

@@ -30,7 +30,7 @@ class Tracker:
         *,
         num_epochs: int,
         steps_per_epoch: int,
-        pictures_per_step: int,
+        images_per_step: int,
         device: torch.device,
         log_interval: int = 50,
         tensorboard: Path | None = None,
@@ -42,7 +42,7 @@ class Tracker:
         Args:
             num_epochs: Of the whole run.
             steps_per_epoch: Batches of a whole epoch.
-            pictures_per_step: Visible and infrared pictures of a batch, over all ranks.
+            images_per_step: Visible and infrared images of a batch, over all ranks.
             device: Whose memory is reported.
             log_interval: Steps between lines.
             tensorboard: The folder for TensorBoard's files; None writes none.
@@ -55,7 +55,7 @@ class Tracker:
         """
         self.num_epochs = num_epochs
         self.steps_per_epoch = steps_per_epoch
-        self.pictures_per_step = pictures_per_step
+        self.images_per_step = images_per_step
         self.device = device
         self.log_interval = log_interval
         self._clock = clock
@@ -118,12 +118,12 @@ class Tracker:
             rates: As for `interval`.
 
         Returns:
-            Pictures per second of the epoch, or of what this process did of it.
+            Images per second of the epoch, or of what this process did of it.
         """
         self._measure(self.steps_per_epoch)
         self._is_first_epoch = False
         seconds = self._last[1] - self._start[1]
-        speed = (self.steps_per_epoch - self._start[0]) * self.pictures_per_step / max(seconds, 1e-9)
+        speed = (self.steps_per_epoch - self._start[0]) * self.images_per_step / max(seconds, 1e-9)
         parts = [
             f'{_terms(terms)} {_rates(rates)}',
             f'{speed:.1f} images/s',
@@ -149,7 +149,7 @@ class Tracker:
             self._writer = None
 
     def _measure(self, step: int) -> float:
-        """Pictures per second since the last report, which this becomes."""
+        """Images per second since the last report, which this becomes."""
         before, now = self._last, self._clock()
         steps, seconds = step - before[0], now - before[1]
         self._last = (step, now)
@@ -157,7 +157,7 @@ class Tracker:
             self._is_first_interval = False
         else:
             self._measured = (self._measured[0] + steps, self._measured[1] + seconds)
-        return steps * self.pictures_per_step / max(seconds, 1e-9)
+        return steps * self.images_per_step / max(seconds, 1e-9)
 
     def _eta(self, epoch: int, step: int) -> str:
         """Time that the rest of the run takes at the measured rate, without validation; `?` before there is one."""

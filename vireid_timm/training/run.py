@@ -98,7 +98,7 @@ class Run:
 
 
 def set_up(config: TrainConfig, device: torch.device) -> Run:
-    """Everything that training needs, from the settings; nothing is written but the picture store.
+    """Everything that training needs, from the settings; nothing is written but the image store.
 
     The initial weights are drawn from torch's global generators, which the caller seeds. Several processes make this
     call together.
@@ -159,7 +159,7 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError(f'{folder} holds a run already; {way}')
     if config.input_size and config.input_size[0] != 3:
         raise ValueError(
-            f'--input-size is channels, height and width; pictures have 3 channels, not {config.input_size[0]}'
+            f'--input-size is channels, height and width; images have 3 channels, not {config.input_size[0]}'
         )
     if config.sched == 'plateau':
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')

@@ -89,7 +89,7 @@ class ViReIDTask(TrainingTask):
             fusion_weight: theta_2 of eq. 10.
             triplet_weight: Weight of WRT on the features before BN.
             smoothing: Label smoothing of the identity losses.
-            gather_features: Whether the triplet loss compares the pictures of all processes.
+            gather_features: Whether the triplet loss compares the images of all processes.
             device: Where the model is.
             verbose: As in timm.
 
@@ -174,7 +174,7 @@ class ViReIDTask(TrainingTask):
         """
         parallel = self.trainable_module
         compiled = parallel.module
-        parallel.module = unwrap_model(compiled)  # nothing is compiled for the trial's small pictures
+        parallel.module = unwrap_model(compiled)  # nothing is compiled for the trial's small images
         with self._trial(parallel) as loss:
             loss.backward()
         parallel.module = compiled
@@ -182,12 +182,12 @@ class ViReIDTask(TrainingTask):
 
     @contextmanager
     def _trial(self, forward: Callable[[torch.Tensor, torch.Tensor], BranchOutput]) -> Iterator[torch.Tensor]:
-        """The loss of four small black pictures, without a trace in dropout's draws and batch norm's statistics."""
+        """The loss of four small black images, without a trace in dropout's draws and batch norm's statistics."""
         model = self.get_eval_model()
-        pictures = torch.zeros(2, model.in_chans, 32, 32, device=self.device, dtype=next(model.parameters()).dtype)
+        images = torch.zeros(2, model.in_chans, 32, 32, device=self.device, dtype=next(model.parameters()).dtype)
         labels = torch.zeros(4, dtype=torch.int64, device=self.device)
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []), _unrecorded(model):
-            yield sum(self._terms(forward(pictures, pictures), labels, None).values())
+            yield sum(self._terms(forward(images, images), labels, None).values())
 
     def share_running_statistics(self, dist_bn: str = 'reduce') -> None:
         """Make the running statistics of batch norm the same in all processes, as before evaluating and saving.
@@ -290,7 +290,7 @@ class ViReIDTask(TrainingTask):
         """Forward pass of both modalities and all losses.
 
         Args:
-            input: Normalised visible [B, 3, H, W] and infrared [B, 3, H, W] pictures.
+            input: Normalised visible [B, 3, H, W] and infrared [B, 3, H, W] images.
             target: Class labels of the visible rows, then of the infrared ones, [2 B].
             joined: This batch's part of a triplet loss across several batches; over the batch itself if None.
 

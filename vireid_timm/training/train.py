@@ -207,13 +207,13 @@ def _log_start(run: Run) -> None:
     precision = str(run.dtype or torch.float32).removeprefix('torch.')
     processes = process()[1]
     _logger.info(
-        f'{config.model}, {parameters / 1e6:.2f} M parameters, pictures {run.size[1]}x{run.size[2]}, '
+        f'{config.model}, {parameters / 1e6:.2f} M parameters, images {run.size[1]}x{run.size[2]}, '
         f'on {run.device} in {precision}{f", {processes} processes" if processes > 1 else ""}'
     )
     _logger.info(
-        f'{len(data.records):,} pictures of {len(data.class_map):,} identities to train on, {held_out} held out for '
+        f'{len(data.records):,} images of {len(data.class_map):,} identities to train on, {held_out} held out for '
         f'validation; {run.batches_per_epoch} batches of {data.sampler.identities_per_batch} identities x '
-        f'({config.pictures_per_modality} visible + {config.pictures_per_modality} infrared) per epoch'
+        f'({config.images_per_modality} visible + {config.images_per_modality} infrared) per epoch'
         f'{" in each process" if processes > 1 else ""}'
     )
     _logger.info(f'Everything goes to {run.folder}')
@@ -226,7 +226,7 @@ def _tracker(run: Run) -> Tracker:
     return Tracker(
         num_epochs=run.num_epochs,
         steps_per_epoch=run.batches_per_epoch,
-        pictures_per_step=2 * sampler.identities_per_batch * sampler.pictures_per_modality * process()[1],
+        images_per_step=2 * sampler.identities_per_batch * sampler.images_per_modality * process()[1],
         device=run.device,
         log_interval=config.log_interval,
         tensorboard=run.folder / TENSORBOARD if config.tensorboard and is_primary() else None,
