@@ -47,17 +47,23 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from vireid_timm.data.layouts import write_layout
+from vireid_timm.data.loader import Batch
 from vireid_timm.data.workers import default_workers
-from vireid_timm.device import keep_memory, peak_memory, resolve_device
+from vireid_timm.device import keep_memory, peak_memory, resolve_device, seeded_torch
 from vireid_timm.models.dual_stream import set_last_stride
-from vireid_timm.training.batches import Batch, batches
 from vireid_timm.training.checkpoint import CheckpointInterval
 from vireid_timm.training.config import TrainConfig
 from vireid_timm.training.interrupt import StopRequest
-from vireid_timm.training.loop import train_one_epoch, train_step
-from vireid_timm.training.progress import Tracker
-from vireid_timm.training.run import Run, set_up
-from vireid_timm.training.train import lent
+from vireid_timm.training.loop import (
+    batch_groups,
+    create_progress,
+    epoch_batches,
+    learning_rates,
+    save_if_due,
+    start_epoch,
+    train_step,
+)
+from vireid_timm.training.run import Run, create_run
 
 PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches', 'full-size')
 EPOCHS = 80  # of the recipe
@@ -116,14 +122,14 @@ def training(args: argparse.Namespace, images: int, **settings: Any) -> Iterator
             **settings,
         }
         config = TrainConfig.from_mapping(values)
-        with lent(config, args.device):
-            yield set_up(config, args.device)
+        with seeded_torch(config.seed, config.deterministic, args.device):
+            yield create_run(config, Path(folder), args.device)
         gc.collect()
 
 
 def drawn(run: Run, count: int) -> list[Batch]:
     """The first batches of the first epoch."""
-    with closing(batches(run.data, run.augments, run.device, epoch=0, seed=0)) as all_of_them:
+    with closing(epoch_batches(run)) as all_of_them:
         return list(islice(all_of_them, count))
 
 
@@ -184,7 +190,7 @@ def data(args: argparse.Namespace) -> dict[str, float]:
 
 def drawn_one_by_one(run: Run) -> Iterator[Batch]:
     """A whole epoch's batches, none of which is kept."""
-    with closing(batches(run.data, run.augments, run.device, epoch=0, seed=0)) as all_of_them:
+    with closing(epoch_batches(run)) as all_of_them:
         yield from all_of_them
 
 
@@ -241,12 +247,18 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
 
 
 def epoch(run: Run) -> None:
-    """One epoch, always the first."""
-    images = 2 * run.data.sampler.identities_per_batch * run.data.sampler.images_per_modality
-    tracker = Tracker(num_epochs=1, steps_per_epoch=run.batches_per_epoch, images_per_step=images, device=run.device)
-    with closing(tracker):
-        train_one_epoch(run, tracker, CheckpointInterval(''), StopRequest())
-    run.progress.step = 0
+    """One epoch of the training loop, always the first."""
+    interval, stop = CheckpointInterval(''), StopRequest()
+    with closing(create_progress(run)) as progress:
+        start_epoch(run, progress)
+        for group in batch_groups(run):
+            for batch, result in zip(group, train_step(run, group), strict=True):
+                progress.add(result, batch.labels)
+            run.state.step = progress.step
+            progress.log_if_due(learning_rates(run))
+            save_if_due(run, progress, interval, stop)
+        progress.end_epoch(learning_rates(run))
+    run.state.step = 0
 
 
 def peers(args: argparse.Namespace) -> dict[str, float]:

@@ -33,7 +33,7 @@ from .models.dual_stream import BranchOutput as BranchOutput
 from .models.dual_stream import DualStreamResNet as DualStreamResNet
 from .retrieval.search import nearest as nearest
 from .training.config import TrainConfig as TrainConfig
+from .training.loop import TrainResult as TrainResult
+from .training.loop import train as train
 from .training.task import ViReIDTask as ViReIDTask
-from .training.train import TrainResult as TrainResult
-from .training.train import train as train
 from .version import __version__ as __version__

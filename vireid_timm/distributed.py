@@ -1,8 +1,9 @@
-"""Several processes (torchrun) that compute together."""
+"""Ranks that `torchrun` started together: join and leave, and the few things that they exchange."""
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -14,57 +15,57 @@ from .device import resolve_device
 _Result = TypeVar('_Result')
 
 
-def init_distributed(name: str = 'cuda') -> torch.device:
-    """Join the other processes if `torchrun` started this one, and choose this process's device.
+@contextmanager
+def process_group(name: str = 'cuda') -> Iterator[torch.device]:
+    """Join the other ranks if there are any, yield this rank's device, and leave at the end.
 
-    `torchrun --nproc-per-node N` starts N processes that differ in their environment alone. With GPUs each gets its own
-    and they talk by NCCL (and by Gloo about what is not on a GPU), else by Gloo. A process that was started alone only
-    resolves its device, and one that has joined already does not join again.
+    `torchrun` and SLURM's `srun` start ranks that differ only in their environment. With GPUs each rank gets its own;
+    they talk by NCCL, and by Gloo about what is not on a GPU. A process that runs alone only resolves its device. If a
+    group is joined already, it is neither joined nor left.
 
     Args:
-        name: As for `resolve_device`; among several processes the number of a GPU (`cuda:1`) is ignored.
+        name: As for `resolve_device`; with several ranks the number of a GPU (`cuda:1`) is ignored.
 
     Raises:
-        ValueError: A name that is no device, or more processes than GPUs.
+        ValueError: Not the name of a device, or more ranks than GPUs.
     """
     device = resolve_device(name)
-    # A shell of a SLURM allocation looks like one of several processes, but has nobody to meet.
+    # A shell of a SLURM allocation has the variables of a rank, but no address to meet at.
     if not is_distributed_env() or 'MASTER_ADDR' not in os.environ:
-        return device
+        yield device
+        return
     local_rank = world_info_from_env()[0]
-    if device.type == 'cuda' and local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f'process {local_rank} of this machine finds no GPU of its own among {torch.cuda.device_count()}: start no '
-            'more processes (--nproc-per-node) than there are GPUs, or compute on the CPU (--device cpu)'
-        )
+    if device.type == 'cuda':
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f'rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start at most '
+                'one process per GPU (--nproc-per-node), or use the CPU (--device cpu)'
+            )
+        device = torch.device('cuda', local_rank)
     if _has_joined():
-        return torch.device(device.type, local_rank) if device.type == 'cuda' else device
-    # A flag that is exchanged on the processor need not wait for what the GPU still has to do.
+        yield device
+        return
+    # Gloo for flags: exchanging one on the CPU does not wait for what the GPU still has to do.
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else None
-    return init_distributed_device(Namespace(device=device.type, dist_backend=backend))
-
-
-def end_distributed() -> None:
-    """Leave the other processes, if `init_distributed` joined any; to be called last, after an error too."""
-    if _has_joined():
+    device = init_distributed_device(Namespace(device=device.type, dist_backend=backend))
+    try:
+        yield device
+    finally:
         distributed.destroy_process_group()
 
 
-def process() -> tuple[int, int]:
-    """Number of this process, and of how many that compute together; (0, 1) where it computes alone."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks; (0, 1) where it runs alone."""
     return (distributed.get_rank(), distributed.get_world_size()) if _has_joined() else (0, 1)
 
 
-def is_primary() -> bool:
-    """Whether this process is the one that prints and writes, known before the processes have joined."""
-    return (process()[0] if _has_joined() else world_info_from_env()[1]) == 0
+def is_rank_zero() -> bool:
+    """Return whether this is the rank that logs and writes; known from the environment before ranks have joined."""
+    return (distributed.get_rank() if _has_joined() else world_info_from_env()[1]) == 0
 
 
-def any_process(flag: bool) -> bool:
-    """Whether it is so in at least one process; all of them have to ask, and wait for each other.
-
-    Cheap enough for every step: nothing waits for a GPU.
-    """
+def any_rank(flag: bool) -> bool:
+    """Return True on every rank if the flag is set on any. Collective; never waits for a GPU."""
     if not _has_joined():
         return flag
     flags = torch.tensor(int(flag), device=_exchange_device())
@@ -72,92 +73,85 @@ def any_process(flag: bool) -> bool:
     return bool(flags.item())
 
 
-def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Mean of the processes' values, the same in all of them: NaN everywhere if it is NaN in one.
-
-    Args:
-        values: Of any shape, the same one in every process; left as they are.
-    """
-    count = process()[1]
-    if count == 1:
-        return values
-    # Added up in the order of the processes, whatever the shape: an exchange that adds up divides its work by shape.
-    return sum(gather(values)) / count
-
-
 def gather(values: torch.Tensor) -> torch.Tensor:
-    """The values of all processes in their order, [world_size, ...], without gradients.
+    """Stack the values of all ranks, [world_size, ...], without gradients. Collective.
 
     Args:
-        values: Of one shape in every process.
+        values: Of the same shape on every rank.
     """
-    everyone = values.new_empty(process()[1], *values.shape)
-    distributed.all_gather(list(everyone.unbind()), values.contiguous())
+    everyone = values.new_empty(rank_and_world_size()[1], *values.shape)
+    if len(everyone) == 1:
+        return everyone.copy_(values.detach()[None])
+    distributed.all_gather(list(everyone.unbind()), values.detach().contiguous())
     return everyone
 
 
-def together(work: Callable[[], _Result]) -> _Result:
-    """Do what every process does at this point, and fail in all of them if it fails in one.
-
-    Otherwise those that succeeded would wait for the failed one at their next exchange, until a timeout ends them.
-    While nothing fails it costs no more than `any_process`.
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the ranks' values, bit for bit the same on all of them. Collective.
 
     Args:
-        work: This process's share; it must not exchange anything itself.
+        values: Of the same shape on every rank; NaN on one rank makes the mean NaN.
+    """
+    world_size = rank_and_world_size()[1]
+    # Added up in the order of the ranks: an all-reduce splits its work by shape, and the last bit depends on that.
+    return sum(gather(values)) / world_size if world_size > 1 else values
+
+
+def from_rank_zero(value: _Result) -> _Result:
+    """Return rank 0's value on every rank; it travels as a pickle. Collective."""
+    values = [value]
+    if _has_joined():
+        distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def all_ranks(work: Callable[[], _Result]) -> _Result:
+    """Run `work` on every rank, and raise on all of them if it fails on any. Collective.
+
+    It is for mistakes that most ranks find, such as a wrong setting: they end with one message instead of one per rank.
+
+    Args:
+        work: What to run. It must not exchange anything itself.
 
     Returns:
-        What the work returned here.
+        What `work` returned on this rank.
 
     Raises:
-        Exception: What the work raised here; `is_announced` says so of it.
-        ValueError: What it raised in another process, named by its number.
+        Exception: What `work` raised on this rank.
+        ValueError: What it raised on another rank, which the message names.
     """
-    number, count = process()
-    if count == 1:
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
         return work()
     result, error = None, None
     try:
         result = work()
-    except Exception as caught:  # raised again as soon as the others know
+    except Exception as caught:  # raised below, once every rank knows
         error = caught
-    if not any_process(error is not None):
+    if not any_rank(error is not None):
         return result
-    problems = [None] * count
+    problems = [None] * world_size
     distributed.all_gather_object(problems, None if error is None else str(error) or type(error).__name__)
     if error is None:
         other = next(other for other, problem in enumerate(problems) if problem is not None)
-        error = ValueError(f'process {other} of {count}: {problems[other]}')
-    error.announced = True
-    raise error
+        error = ValueError(f'rank {other} of {world_size}: {problems[other]}')
+    raise known_to_all(error)
 
 
-def on_primary(work: Callable[[], _Result]) -> _Result:
-    """Do what one process does for all of them, and fail in all of them if it fails.
-
-    Args:
-        work: What process 0 does while the others wait; it must not exchange anything itself.
-
-    Returns:
-        What the work returned there, in every process; it is sent as a pickle.
-
-    Raises:
-        Exception: What the work raised, in process 0.
-        ValueError: The same in the others, naming process 0.
-    """
-    result = [together(lambda: work() if is_primary() else None)]
-    if process()[1] > 1:
-        distributed.broadcast_object_list(result, src=0)
-    return result[0]
+def known_to_all(error: BaseException) -> BaseException:
+    """Mark an error that every rank raises, so that only rank 0 prints it."""
+    error.known_to_all = True
+    return error
 
 
-def is_announced(error: BaseException) -> bool:
-    """Whether every process knows of this error, so that it is enough if process 0 prints it."""
-    return getattr(error, 'announced', False)
+def is_reported_here(error: BaseException) -> bool:
+    """Return whether this rank prints the error: rank 0 always does, others if rank 0 may not know of it."""
+    return is_rank_zero() or not getattr(error, 'known_to_all', False)
 
 
-def has_lost_contact(error: BaseException) -> bool:
-    """Whether an exchange failed since another process is gone; that one knows why, if it had the time to say so."""
-    # torch has a type of its own for NCCL's errors only; Gloo's name the file that they come from.
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an exchange failed because another rank is gone; that rank has printed its own error."""
+    # torch has a type of its own for NCCL's errors only; Gloo's name the source file that they come from.
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and 'gloo/transport' in str(error)
     )
@@ -168,6 +162,6 @@ def _has_joined() -> bool:
 
 
 def _exchange_device() -> torch.device:
-    """Where small exchanges happen: on the CPU if the processes can, else on the device that they can use."""
+    """Return where flags are exchanged: on the CPU if the group can, else on the device that it can use."""
     kinds = [backend.split(':')[0] for backend in distributed.get_backend_config().split(',')]
     return torch.device('cpu' if 'cpu' in kinds else kinds[0])

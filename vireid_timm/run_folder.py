@@ -1,6 +1,5 @@
-"""What a training run leaves behind: its folder, checkpoints, log, summary and curves."""
+"""A training run's folder: the names in it, its log and lock, and reading its checkpoints."""
 
-import csv
 import errno
 import logging
 import zipfile
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from filelock import FileLock, Timeout
 
-from .files import lock, remove_leftovers, whole_file
+from .files import remove_leftovers
 
 _logger = logging.getLogger(__name__)
 
@@ -25,41 +24,96 @@ CONFIG = 'args.yaml'
 MODEL_CONFIG = 'config.json'
 CLASS_MAP = 'class_map.json'
 LOG = 'train.log'
+LOCK = '.lock'
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Make a state the run's `last` checkpoint and the one before it the `previous` one.
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has written a checkpoint there, damaged or not."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
-    Whenever the process dies, there is a whole checkpoint under one of the two names.
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a run has finished an epoch there, even if its checkpoints are gone."""
+    return has_checkpoint(folder) or (folder / BEST).exists() or (folder / SUMMARY).exists()
+
+
+def folder_of(path: str | Path) -> Path:
+    """Return the run's folder, given that folder or a checkpoint in it."""
+    path = Path(path)
+    return path.parent if path.name in (LAST, PREVIOUS) else path
+
+
+@contextmanager
+def open_run_folder(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process, and append what this package logs, from INFO on, to its `train.log`.
+
+    Removes half-written files that a killed process left.
 
     Raises:
-        OSError: It cannot be written, on a full disk for example; the checkpoint before it is intact.
+        ValueError: Another process is training there.
     """
-    with whole_file(folder / LAST, previous=folder / PREVIOUS) as temporary, open(temporary, 'wb') as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f'another process is training in {folder}; wait for it, or choose another --experiment'
+        ) from error
+    except (NotImplementedError, OSError):  # a file system without locks: nobody can know
+        pass
+    try:
+        remove_leftovers(folder, alone=lock.is_locked)
+        with _logging_to(folder / LOG):
+            yield
+    finally:
+        lock.release()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short, instead of a traceback for every line; checkpoints report the full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
         try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch hides what the disk said
-                raise error.__context__ from error
-            raise
+            super().close()
+        except OSError:  # what could not be written before cannot be written now
+            self.stream = None
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler, package = _LogFile(path, encoding='utf-8'), logging.getLogger(__package__)
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    level = package.level
+    package.addHandler(handler)
+    if package.getEffectiveLevel() > logging.INFO:
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint of this library on the CPU.
+    """Load a training checkpoint onto the CPU.
 
     Args:
-        path: A checkpoint, or a run's folder: its `last` one then, and where that is damaged, saying so, the
-            `previous` one.
+        path: A checkpoint, or a run's folder: its `last` one then, or the `previous` one if that is damaged.
 
     Raises:
-        ValueError: No such file, or none that is such a checkpoint and undamaged.
+        ValueError: No such file, or not an undamaged checkpoint of this library.
         OSError: It cannot be read just now, and may be whole.
     """
     return newest_checkpoint(Path(path))[1]
 
 
 def newest_checkpoint(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest undamaged checkpoint of a run, and where it was; arguments and errors as for `load_checkpoint`."""
+    """Return the path and the content of a run's newest undamaged checkpoint; arguments and errors as above."""
     if not source.is_dir():
         return source, _read_checkpoint(source)
     problems = []
@@ -75,34 +129,8 @@ def newest_checkpoint(source: Path) -> tuple[Path, dict[str, Any]]:
             _logger.warning(f'{problems[0]}; using {path.name}, the one before it')
         return path, state
     if problems:
-        raise ValueError(f'{"; ".join(problems)}; no whole checkpoint is left in {source}')
+        raise ValueError(f'{"; ".join(problems)}; {source} has no undamaged checkpoint left')
     raise ValueError(f'no checkpoint in {source}: a run writes the first one after an epoch or --checkpoint-interval')
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has written a checkpoint there, damaged or not."""
-    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run has trained there for an epoch, whatever has become of its checkpoints."""
-    return has_checkpoint(folder) or (folder / BEST).exists() or (folder / SUMMARY).exists()
-
-
-def folder_of(path: str | Path) -> Path:
-    """The folder of a run that is given by that or by one of its checkpoints."""
-    path = Path(path)
-    return path.parent if path.name in (LAST, PREVIOUS) else path
-
-
-def set_damaged_aside(used: Path) -> None:
-    """Rename a damaged `last` checkpoint if a run goes on from the `previous` one, which it would push out next."""
-    last = used.with_name(LAST)
-    if used.name == PREVIOUS and last.exists():
-        try:
-            _read_checkpoint(last)
-        except ValueError:
-            last.replace(used.with_name(DAMAGED))
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -112,7 +140,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         _check_archive(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
-        if _says_nothing_of_the_file(error):
+        if _may_be_whole(error):
             raise
         raise ValueError(f'{path} is damaged or not a checkpoint of this library: {error}') from error
     if not isinstance(state, dict) or not {'state_dict', 'epoch', 'arch'} <= set(state):
@@ -120,87 +148,19 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _says_nothing_of_the_file(error: Exception) -> bool:
-    """Whether a file that could not be read may be whole: no permission, a network or memory that is gone."""
+def _may_be_whole(error: Exception) -> bool:
+    """Return whether reading failed for a reason outside the file: permissions, a lost network, too little memory."""
     if isinstance(error, OSError):
-        return error.errno not in (None, errno.EINVAL)  # a damaged archive points to before its beginning
+        return error.errno not in (None, errno.EINVAL)  # EINVAL: a damaged archive points to before its beginning
     return isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error)
 
 
 def _check_archive(path: Path) -> None:
-    """What torch.load does not look at: the checksums, and whether each record is a file."""
+    """Check what torch.load does not: the checksums, and that each record is a file."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f'the checksum of {damaged} in it is wrong')
         folders = [record.filename for record in archive.infolist() if record.external_attr & 0x10]
-        if folders:  # torch would give back uninitialised memory
-            raise ValueError(f'{folders[0]} in it is no record')
-
-
-@contextmanager
-def run_folder(folder: Path) -> Iterator[None]:
-    """Make a run's folder this process's own as long as the block runs, and keep its `train.log`.
-
-    The log holds what this package logs, from INFO on. Half-written files of a process that was killed are removed.
-
-    Raises:
-        ValueError: Another process is training there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(folder / LOG, encoding='utf-8')
-    try:
-        locked = lock(handler.stream)
-        if locked is False:
-            raise ValueError(f'another process is training in {folder}; wait for it, or choose another --experiment')
-        remove_leftovers(folder, alone=locked is True)
-        with _logging_to(handler):
-            yield
-    finally:
-        handler.close()
-
-
-class _LogFile(logging.FileHandler):
-    """A log that a full disk leaves incomplete, instead of a traceback for every line; checkpoints report the disk."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        try:
-            super().close()
-        except OSError:  # what could not be written before cannot be now
-            self.stream = None
-
-
-@contextmanager
-def _logging_to(handler: logging.Handler) -> Iterator[None]:
-    package = logging.getLogger(__package__)
-    level = package.level
-    package.addHandler(handler)
-    if package.getEffectiveLevel() > logging.INFO:
-        package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-        package.removeHandler(handler)
-
-
-def save_config(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the resolved settings, usable as `--config`."""
-    with whole_file(folder / CONFIG) as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
-
-
-def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all epochs anew: timm's appending helper would keep rows of epochs that a resumed run repeats."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with whole_file(folder / SUMMARY) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, columns, restval='')
-        writer.writeheader()
-        writer.writerows(rows)
+        if folders:  # torch would return uninitialised memory for it
+            raise ValueError(f'{folders[0]} in it is not a record')

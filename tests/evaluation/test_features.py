@@ -20,7 +20,7 @@ from vireid_timm.constants import INFRARED, VISIBLE
 from vireid_timm.data.images import ImageError, load_image
 from vireid_timm.data.readers import create_dataset
 from vireid_timm.data.records import Records
-from vireid_timm.distributed import end_distributed, init_distributed, process
+from vireid_timm.distributed import process_group, rank_and_world_size
 from vireid_timm.evaluation.features import (
     Extraction,
     _gather,
@@ -327,8 +327,11 @@ def test_weights_fingerprint():
 def extract_with_another(folder):
     """What each of two processes does: all that can go right, or wrong in one. It writes down what happened."""
     logging.basicConfig(level=logging.INFO)
-    init_distributed('cpu')
-    number, _ = process()
+    with process_group('cpu'):
+        _extract_with_another(folder, rank_and_world_size()[0])
+
+
+def _extract_with_another(folder, number):
     model = timm.create_model('vireid_dml_r10t', num_classes=0)
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
@@ -363,7 +366,6 @@ def extract_with_another(folder):
         except ValueError as error:
             errors[name] = str(error)
     (folder / f'errors-{number}.json').write_text(json.dumps(errors))
-    end_distributed()
 
 
 @pytest.fixture(scope='module')
@@ -417,7 +419,7 @@ def test_what_fails_in_one_process_fails_in_all(by_two_processes, name, message)
 
 def test_every_process_says_whose_error_it_is(by_two_processes):
     first, second = (errors['damaged, read on the way'] for errors in by_two_processes[1])
-    assert first == f'process 1 of 2: {second}'
+    assert first == f'rank 1 of 2: {second}'
 
 
 def test_one_process_decodes_for_all(by_two_processes):

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 import vireid_timm
 from vireid_timm.hub.convert import SOURCES, _resnet_size, convert_checkpoint
 from vireid_timm.hub.folder import save_model_config
-from vireid_timm.run_folder import LAST, MODEL_CONFIG, save_checkpoint
+from vireid_timm.run_folder import LAST, MODEL_CONFIG
+from vireid_timm.training.checkpoint import write_checkpoint
 
 State = dict[str, torch.Tensor]
 RESNET50 = {'layer1': (3, 64), 'layer2': (4, 128), 'layer3': (6, 256), 'layer4': (3, 512)}  # blocks, width
@@ -415,7 +416,7 @@ def test_a_run_of_our_own(own, tmp_path):
     averaged = {key: value * 2 if key.endswith('.fc.weight') else value for key, value in own.state_dict().items()}
     people = {'Alice': 0}
     content = {'arch': 'vireid_dml_r10t', 'epoch': 3, 'state_dict': own.state_dict(), 'class_map': people}
-    save_checkpoint(tmp_path, content)
+    write_checkpoint(tmp_path, content)
     with pytest.raises(ValueError, match=r'from vireid: [0-9]+ tensors of another shape: fusion\.reduce\.0\.'):
         convert_checkpoint(tmp_path / LAST, 'vireid', model='vireid_dml_r10t.synthvi')
     save_model_config(own, tmp_path / MODEL_CONFIG)
@@ -423,7 +424,7 @@ def test_a_run_of_our_own(own, tmp_path):
     assert_same_network(conversion.model, own)
     assert conversion.dropped == {}
     assert conversion.notes == ['Not converted, beside the weights: arch, class_map, epoch.']
-    save_checkpoint(tmp_path, content | {'state_dict_ema': averaged})
+    write_checkpoint(tmp_path, content | {'state_dict_ema': averaged})
     with torch.inference_mode():
         doubled = convert_checkpoint(tmp_path / LAST, 'vireid').model.eval()(images(0))
         torch.testing.assert_close(doubled, 2 * own(images(0)))

@@ -19,11 +19,9 @@ from vireid_timm.run_folder import (
     has_checkpoint,
     load_checkpoint,
     newest_checkpoint,
-    run_folder,
-    save_checkpoint,
-    set_damaged_aside,
+    open_run_folder,
 )
-from vireid_timm.training.checkpoint import CheckpointInterval, resolved_config
+from vireid_timm.training.checkpoint import CheckpointInterval, resolved_config, set_damaged_aside, write_checkpoint
 from vireid_timm.training.config import TrainConfig
 
 
@@ -39,7 +37,7 @@ def _number(folder: Path) -> int:
 def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert not has_checkpoint(tmp_path)
     for number in range(3):
-        save_checkpoint(tmp_path, _state(number))
+        write_checkpoint(tmp_path, _state(number))
         assert has_checkpoint(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
     assert [load_checkpoint(tmp_path / name)['epoch'] for name in (LAST, PREVIOUS)] == [2, 1]
@@ -65,16 +63,16 @@ def test_wherever_the_process_ends_a_whole_checkpoint_is_left(
 
     saved = False
     monkeypatch.setattr(files.os, name, watched)
-    save_checkpoint(tmp_path, _state(0))
+    write_checkpoint(tmp_path, _state(0))
     saved = True
     for number in (1, 2, 3):
-        save_checkpoint(tmp_path, _state(number))
+        write_checkpoint(tmp_path, _state(number))
     assert len(seen) == 3 * 2 and set(seen) <= {0, 1, 2, 3}
     assert seen == sorted(seen)  # never older than the one before
 
 
 def test_any_changed_byte_is_seen_or_harmless(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, _state(1, size=8))
+    write_checkpoint(tmp_path, _state(1, size=8))
     content = (tmp_path / LAST).read_bytes()
     expected = load_checkpoint(tmp_path)
     damaged = 0
@@ -98,7 +96,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[bytes], bytes] | None
 ) -> None:
     for number in (1, 2):
-        save_checkpoint(tmp_path, _state(number))
+        write_checkpoint(tmp_path, _state(number))
     content = (tmp_path / LAST).read_bytes()
     middle = content.index(torch.full((3,), 2.0).numpy().tobytes())
     flipped = content[:middle] + b'\xff' + content[middle + 1 :]  # torch alone would load this
@@ -110,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert f'{tmp_path / LAST} is damaged' in caplog.text and PREVIOUS in caplog.text
 
     set_damaged_aside(path)  # else the next one would push the only good one out
-    save_checkpoint(tmp_path, _state(3))
+    write_checkpoint(tmp_path, _state(3))
     assert [load_checkpoint(tmp_path / name)['epoch'] for name in (LAST, PREVIOUS)] == [3, 1]
     assert (tmp_path / DAMAGED).exists()
 
@@ -125,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_damaged(
 ) -> None:
     """No file can be opened, as on a network file system that is gone; then memory is short."""
     for number in (1, 2):
-        save_checkpoint(tmp_path, _state(number))
+        write_checkpoint(tmp_path, _state(number))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
@@ -147,7 +145,7 @@ def _raise_memory_error(*args: Any, **options: Any) -> None:
 
 def test_a_whole_checkpoint_is_never_set_aside(tmp_path: Path) -> None:
     for number in (1, 2):
-        save_checkpoint(tmp_path, _state(number))
+        write_checkpoint(tmp_path, _state(number))
     set_damaged_aside(tmp_path / PREVIOUS)
     assert _number(tmp_path) == 2
 
@@ -155,30 +153,32 @@ def test_a_whole_checkpoint_is_never_set_aside(tmp_path: Path) -> None:
 def test_two_damaged_checkpoints_are_both_named(tmp_path: Path) -> None:
     for name in (LAST, PREVIOUS):
         _written(tmp_path / name, b'nothing')
-    with pytest.raises(ValueError, match=rf'{LAST} is damaged.*{PREVIOUS} is damaged.*no whole checkpoint is left'):
+    with pytest.raises(
+        ValueError, match=rf'{LAST} is damaged.*{PREVIOUS} is damaged.*has no undamaged checkpoint left'
+    ):
         load_checkpoint(tmp_path)
     with pytest.raises(ValueError, match='no checkpoint in'):
         load_checkpoint(tmp_path / '..')
 
 
 def test_a_process_that_died_between_the_renames_left_the_previous_one(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, _state(1))
+    write_checkpoint(tmp_path, _state(1))
     (tmp_path / LAST).rename(tmp_path / PREVIOUS)
     path, state = newest_checkpoint(tmp_path)
     assert (path.name, state['epoch'], has_checkpoint(tmp_path)) == (PREVIOUS, 1, True)
     set_damaged_aside(path)
-    save_checkpoint(tmp_path, _state(2))
+    write_checkpoint(tmp_path, _state(2))
     assert [load_checkpoint(tmp_path / name)['epoch'] for name in (LAST, PREVIOUS)] == [2, 1]
 
 
 def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     """The kernel refuses the write in its middle, as it does on a full disk."""
-    save_checkpoint(tmp_path, _state(1))
+    write_checkpoint(tmp_path, _state(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match='File too large') as caught:
-            save_checkpoint(tmp_path, _state(2, size=100_000))
+            write_checkpoint(tmp_path, _state(2, size=100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.filename == str(tmp_path / LAST)
@@ -188,7 +188,7 @@ def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(tmp_path: Pat
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / LOG).symlink_to('/dev/full')
     done = False
-    with run_folder(tmp_path):
+    with open_run_folder(tmp_path):
         logging.getLogger('vireid_timm').info('a line')
         done = True
     assert done and 'Traceback' not in capsys.readouterr().err
@@ -213,7 +213,7 @@ def test_settings_given_win_over_those_of_the_resumed_run(tmp_path: Path) -> Non
     run = tmp_path / 'runs/first'
     run.mkdir(parents=True)
     (run / 'args.yaml').write_text('model: vireid_base_r10t\nlr: 0.5\nepochs: 7\nexperiment: first\n')
-    save_checkpoint(run, _state(1))
+    write_checkpoint(run, _state(1))
     for given in ({'resume': str(run)}, {'resume': str(run / LAST)}):
         config = resolved_config({**given, 'epochs': 9})
         assert (config.model, config.lr, config.epochs, config.resume) == ('vireid_base_r10t', 0.5, 9, str(run))
@@ -221,7 +221,7 @@ def test_settings_given_win_over_those_of_the_resumed_run(tmp_path: Path) -> Non
     assert (automatic.resume, automatic.model, automatic.lr) == (str(run), 'vireid_base_r10t', 0.1)
     whole = TrainConfig(resume='auto', output=str(tmp_path / 'runs'), experiment='first')
     assert resolved_config(whole) == TrainConfig(resume=str(run), output=str(tmp_path / 'runs'), experiment='first')
-    save_checkpoint(run, _state(2))
+    write_checkpoint(run, _state(2))
     back = resolved_config({'resume': str(run / PREVIOUS)})
     assert (back.resume, back.lr) == (str(run / PREVIOUS), 0.5)
 
@@ -247,7 +247,7 @@ def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path: Path, caplog: p
         ({'resume': 'auto'}, '--experiment'),
         ({'resume': 'no/such/run'}, 'no/such/run.*args.yaml'),
         ({'resume': '{tmp}/empty'}, 'no checkpoint yet'),
-        ({'resume': '{tmp}/run/previous.pth'}, r'no such checkpoint.*--resume \S+/run$'),
+        ({'resume': '{tmp}/run/previous.pth'}, r'no such checkpoint; --resume \S+/run takes'),
         ({'resume': '{tmp}/run/epoch3.pth'}, r'epoch3\.pth.*give a run folder.*or last\.pth or previous\.pth in it'),
         ({'resume': '{tmp}/empty', 'epoch': 3}, "did you mean 'epochs'"),
     ],
@@ -256,6 +256,6 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path, given: dict[str, Any], 
     for name in ('empty', 'run'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'args.yaml').write_text('epochs: 7\n')
-    save_checkpoint(tmp_path / 'run', _state(1))
+    write_checkpoint(tmp_path / 'run', _state(1))
     with pytest.raises(ValueError, match=message):
         resolved_config({**given, 'resume': given['resume'].format(tmp=tmp_path)})

@@ -61,7 +61,7 @@ def test_it_says_what_there_is_and_writes_nothing(images: Path, here: Path, caps
         for modality in ('visible', 'infrared')
     }
     assert re.search(rf'to train on +5 +{counts["visible"]} +{counts["infrared"]}\n', said), said
-    assert f'left out, with images of one modality only: {people[0]}\n' in said
+    assert f'skipped, with images of one modality only: {people[0]}\n' in said
     for modality in counts:
         cameras = dict(re.findall(r'(\d+): (\d+)', re.search(rf'{modality} by camera: (.*)', said)[1]))
         for camera, count in cameras.items():
@@ -74,9 +74,9 @@ def test_it_says_what_there_is_and_writes_nothing(images: Path, here: Path, caps
     assert f'{per_epoch} per epoch, 7 epochs: {7 * per_epoch} batches, {7 * per_epoch} optimiser steps\n' in said
     model = timm.create_model('vireid_dml_r10t', num_classes=5)
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert re.search(rf'parameters +{count / 1e6:.2f} M +{4 * count / 1e6:.2f} MB\n', said)
-    assert re.search(rf'gradients +{4 * count / 1e6:.2f} MB\n', said)
-    assert re.search(rf'optimiser +sgd +{4 * count / 1e6:.2f} MB\n', said)  # momentum
+    assert re.search(rf'parameters +{count / 1e6:.2f} M +{4 * count / 1e6:.1f} MB\n', said)
+    assert re.search(rf'gradients +{4 * count / 1e6:.1f} MB\n', said)
+    assert re.search(rf'optimiser +sgd +{4 * count / 1e6:.1f} MB\n', said)  # momentum
     assert re.search(rf'[\d.]+ ms per optimiser step, [\d.,]+ images/s\n +[\d:]+ for {7 * per_epoch} steps', said)
     assert 'Nothing was trained, nothing was written.' in said
 
@@ -103,7 +103,7 @@ def test_held_out_people_accumulation_and_averages_are_counted(images: Path, cap
     sizes = {
         name: float(re.search(rf'{name}.* ([\d.]+) MB\n', said)[1]) for name in ('parameters', 'optimiser', 'average')
     }
-    assert sizes['optimiser'] == pytest.approx(2 * sizes['parameters'], rel=1e-3)  # AdamW keeps two values each
+    assert sizes['optimiser'] == pytest.approx(2 * sizes['parameters'], rel=0.01)  # AdamW keeps two values each
     assert sizes['average'] == pytest.approx(sizes['parameters'], rel=0.01)  # and its own batch norm statistics
 
 
@@ -134,7 +134,7 @@ def test_the_store_is_the_one_that_training_makes(images: Path, here: Path, caps
     capsys.readouterr()
     assert [path for path in (here / 'cache').iterdir() if path.is_dir()] == [Path(folder)]
     size_on_disk = (Path(folder) / 'pixels.bin').stat().st_size
-    assert size_on_disk == 3 * 64 * 32 * int(count) and float(size) == pytest.approx(size_on_disk / 1e6, abs=0.01)
+    assert size_on_disk == 3 * 64 * 32 * int(count) and float(size) == pytest.approx(size_on_disk / 1e6, abs=0.051)
     before = _files(here)
     other = _dry_run(capsys, *words, '--seed', '7', '--val-share', '0')  # of the same images, held out or not
     assert re.findall(line, other) == [(count, size, 'found in', folder)]
@@ -165,7 +165,7 @@ def test_a_resumed_run_is_told_what_is_left(images: Path, here: Path, capsys: py
     assert main(['train', '--dry-run', '--resume', str(here / 'runs/run'), '--epochs', '4']) == 0
     said = capsys.readouterr().out
     per_epoch = int(re.search(r'(\d+) per epoch, 4 epochs', said)[1])
-    assert f'{per_epoch} batches are done; it goes on in epoch 1\n' in said
+    assert f'{per_epoch} batches are done; it resumes in epoch 1\n' in said
     assert f'for {3 * per_epoch} steps' in said and f'go to {here / "runs/run"}.' in said
     assert _files(here) == before
     # As training would: the run is there already.
@@ -183,7 +183,7 @@ def test_broken_images_are_named(images: Path, here: Path, capsys: pytest.Captur
     broken.write_bytes(b'no image')
     for share in ('0', '0.25', '0.5'):  # whether it was to be trained on, or held out
         said = _dry_run(capsys, '--data-dir', copy, '--val-share', share, '--skip-broken')
-        assert re.search(rf'left out, 1 that cannot be read: {broken}', said)
+        assert re.search(rf'skipped, 1 that cannot be read: {broken}', said)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,6 @@ def test_a_recipe_is_a_dry_run_away_from_its_cost(images: Path, capsys: pytest.C
     recipe = Path(__file__).parents[2] / 'hub/fine_tune.yaml'
     assert main(['train', '--dry-run', '--config', str(recipe), '--data-dir', str(images), '--no-amp']) == 0
     said = capsys.readouterr()
-    assert 'all but the classifiers, which are new, for the 5 identities here' in said.err
+    assert 'except for the classifiers: these are new, for 5 identities' in said.err
     assert re.search(r'freeze_bn +True\n', said.out) and 'nobody is held out' in said.out
     assert '5 identities x (4 visible + 4 infrared) = 40 images per batch\n' in said.out

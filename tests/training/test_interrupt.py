@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from vireid_timm.training import interrupt as stopping
+from vireid_timm.training import interrupt
 from vireid_timm.training.interrupt import SIGNALS, Stopped, stop_signals
 
 
@@ -30,7 +30,7 @@ def test_a_signal_stops_at_once_where_nothing_is_to_be_saved(number: int, status
 def test_a_held_signal_is_seen_and_stops_at_the_end_of_the_block() -> None:
     seen = []
     with pytest.raises(Stopped), stop_signals() as stop:
-        with stop.held():
+        with stop.deferred():
             _send(signal.SIGTERM)
             seen.append(stop.signal)
         pytest.fail('the block should have ended here')
@@ -39,9 +39,9 @@ def test_a_held_signal_is_seen_and_stops_at_the_end_of_the_block() -> None:
 
 def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(stopping.time, 'monotonic', lambda: now)
+    monkeypatch.setattr(interrupt.time, 'monotonic', lambda: now)
     with stop_signals() as stop:
-        with pytest.raises(Stopped), stop.held():
+        with pytest.raises(Stopped), stop.deferred():
             _send(signal.SIGINT)
             now += 0.1
             _send(signal.SIGINT)  # what torchrun passes on of the same Ctrl-C
@@ -55,7 +55,7 @@ def test_other_threads_leave_the_signals_alone() -> None:
     inside = []
 
     def work() -> None:
-        with stop_signals() as stop, stop.held():
+        with stop_signals() as stop, stop.deferred():
             inside.extend(signal.getsignal(number) for number in SIGNALS)
 
     thread = threading.Thread(target=work)

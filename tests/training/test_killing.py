@@ -31,10 +31,10 @@ def test_a_run_that_is_killed_at_bad_moments_ends_as_one_that_was_not(tmp_path: 
         written = training.checkpoints()
         assert training.kill_when(partial(next, written), number) == status
         said = training.said()
-        assert f'Continuing {training.run} from epoch 0, step' in said
-        assert f'stopped by {name}: go on with: vireid train --resume {training.run}' in said
+        assert f'Resuming {training.run} from epoch 0, step' in said
+        assert f'stopped by {name}: resume with: vireid train --resume {training.run}' in said
         state = load_checkpoint(training.run)
-        places.append((state['epoch'], state['progress']['step']))
+        places.append((state['epoch'], state['state']['step']))
         assert f'Saved epoch 0, step {places[-1][1]}' in said
     assert places[0] < places[1] < (1, 0)
 

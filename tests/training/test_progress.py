@@ -1,6 +1,7 @@
 """Lines and curves of a run: rates, time left and memory against a hand-made clock, TensorBoard's files read back."""
 
 import logging
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ from processes import METHOD
 from torch.multiprocessing import start_processes
 
 from vireid_timm.device import peak_memory
-from vireid_timm.training.progress import Tracker, summary_writer_type
-from vireid_timm.training.train import train
+from vireid_timm.training.loop import train
+from vireid_timm.training.progress import NonFiniteLoss, Progress, summary_writer_type
 
 CPU = torch.device('cpu')
 TERMS = {'loss': 3.25, 'id_joint': 2.5, 'triplet': 0.75, 'accuracy': 0.125}
@@ -29,21 +30,29 @@ class Clock:
         return self.now
 
 
-def _tracker(clock: Clock, **settings: object) -> Tracker:
+def _progress(clock: Clock, **settings: object) -> Progress:
     defaults = dict(num_epochs=4, steps_per_epoch=40, images_per_step=64, device=CPU, log_interval=15, clock=clock)
-    return Tracker(**{**defaults, **settings})
+    return Progress(**{**defaults, **settings})
+
+
+def _add(progress: Progress, loss: float = TERMS['loss']) -> None:
+    """One batch with these terms, one of whose eight images is classified rightly."""
+    logits, labels = torch.eye(2)[[0] * 8], torch.tensor([0] + [1] * 7)
+    terms = {**TERMS, 'loss': loss}
+    del terms['accuracy']
+    progress.add({**{name: torch.tensor(value) for name, value in terms.items()}, 'output': logits}, labels)
 
 
 def _train(
-    tracker: Tracker, clock: Clock, epoch: int, seconds: list[float], first_step: int = 0, terms: dict = TERMS
+    progress: Progress, clock: Clock, epoch: int, seconds: list[float], first_step: int = 0, loss: float = TERMS['loss']
 ) -> float:
-    """One epoch whose steps take the given seconds, as the training loop goes about it."""
-    tracker.start(first_step)
-    for step, duration in enumerate(seconds, start=first_step + 1):
+    """One epoch whose steps take the given seconds; its images per second."""
+    progress.start_epoch(epoch, first_step, {name: first_step * value for name, value in TERMS.items()})
+    for duration in seconds:
         clock.now += duration
-        if tracker.due(step):
-            tracker.interval(epoch, step, terms, RATES)
-    return tracker.epoch_done(epoch, terms, RATES)
+        _add(progress, loss)
+        progress.log_if_due(RATES)
+    return progress.end_epoch(RATES)['train_images_per_second']
 
 
 def _found(pattern: str, caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -57,7 +66,7 @@ def info(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_line_says_what_timms_says_and_fits_a_log_file(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    assert _train(_tracker(clock), clock, 0, [2.0] * 40) == pytest.approx(32)
+    assert _train(_progress(clock), clock, 0, [2.0] * 40) == pytest.approx(32)
     memory = r'\d+\.\d\d GB'
     assert re.fullmatch(
         r'Train: 0 \[15/40 \( 38%\)\]  loss 3\.25 id_joint 2\.5 triplet 0\.75 accuracy 12\.5%  '
@@ -74,23 +83,23 @@ def test_a_line_says_what_timms_says_and_fits_a_log_file(caplog: pytest.LogCaptu
     assert not [line for line in caplog.messages if {'\r', '\n', '\x1b'} & set(line)]
 
 
-def test_no_line_is_lost_where_batches_are_accumulated() -> None:
+def test_no_line_is_lost_where_batches_are_accumulated(caplog: pytest.LogCaptureFixture) -> None:
     """Asked after every fourth batch: as soon as a step was passed that a line is due for."""
-    tracker = _tracker(Clock())
-    reported = []
+    progress = _progress(Clock())
     for epoch in range(2):
-        tracker.start()
-        for step in range(4, 40, 4):
-            if tracker.due(step):
-                reported.append(step)
-                tracker.interval(epoch, step, TERMS, RATES)
-        tracker.epoch_done(epoch, TERMS, RATES)
-    assert reported == [4, 12, 16, 32, 16, 32]
+        progress.start_epoch(epoch)
+        for step in range(40):
+            _add(progress)
+            if (step + 1) % 4 == 0:
+                progress.log_if_due(RATES)
+        progress.end_epoch(RATES)
+    assert _found(r'\[ ?(\d+)/40', caplog) == ['4', '12', '16', '32', '16', '32']
 
 
-def test_a_single_learning_rate_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    tracker = _tracker(Clock())
-    tracker.epoch_done(0, TERMS, {'new': 0.05, 'pretrained': 0.05})
+def test_a_single_learning_rate_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    progress = _progress(Clock())
+    _add(progress)
+    progress.end_epoch({'new': 0.05, 'pretrained': 0.05})
     assert 'accuracy 12.5% lr 0.05,' in caplog.messages[0]
 
 
@@ -98,9 +107,9 @@ def test_images_per_second_are_the_intervals_and_the_time_left_the_mean_of_all_b
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
-    tracker = _tracker(clock, num_epochs=2)
+    progress = _progress(clock, num_epochs=2)
     # A first step that compiles for a minute, then 9 at a second, then faster ones.
-    speed = _train(tracker, clock, 0, [60.0] + [1.0] * 9 + [0.5] * 30)
+    speed = _train(progress, clock, 0, [60.0] + [1.0] * 9 + [0.5] * 30)
     assert speed == pytest.approx(40 * 64 / 84)
     assert _found(r'([\d.]+) images/s', caplog) == ['1.1', '64.0', '128.0', '128.0', '30.5']
     left = {10: 70 * 1.0, 15: 65 * 11.5 / 14, 30: 50 * 19 / 29, 40: 40 * 24 / 39}
@@ -109,9 +118,9 @@ def test_images_per_second_are_the_intervals_and_the_time_left_the_mean_of_all_b
 
 def test_what_happens_between_epochs_counts_in_no_rate(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    tracker = _tracker(clock)
+    progress = _progress(clock)
     for epoch in range(4):
-        _train(tracker, clock, epoch, [1.0] * 40)
+        _train(progress, clock, epoch, [1.0] * 40)
         clock.now += 10_000.0  # validation
     assert set(_found(r'([\d.]+) images/s', caplog)) == {'64.0'}
     assert _found(r'took \S+ ETA (\S+)', caplog) == ['02:00', '01:20', '00:40', '00:00']
@@ -119,15 +128,15 @@ def test_what_happens_between_epochs_counts_in_no_rate(caplog: pytest.LogCapture
 
 def test_a_resumed_run_counts_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    tracker = _tracker(clock, num_epochs=3, steps_done=2 * 40 + 20)
-    assert _train(tracker, clock, 2, [4.0] * 20, first_step=20) == pytest.approx(16)
+    progress = _progress(clock, num_epochs=3, steps_done=2 * 40 + 20)
+    assert _train(progress, clock, 2, [4.0] * 20, first_step=20) == pytest.approx(16)
     assert _found(r'\[(\d+)/40', caplog) == ['21', '30']
     assert _found(r'ETA (\S+)', caplog) == ['?', '00:40', '00:00']
 
 
 def test_hours_and_days_can_be_read(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    _train(_tracker(clock, num_epochs=1001), clock, 0, [3.0] * 40)
+    _train(_progress(clock, num_epochs=1001), clock, 0, [3.0] * 40)
     assert _found(r'ETA (\S+)', caplog)[-1] == '33:20:00'
 
 
@@ -152,11 +161,11 @@ def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     clock = Clock()
-    tracker = _tracker(clock, tensorboard=tmp_path / 'tensorboard', num_epochs=2, steps_per_epoch=20)
+    progress = _progress(clock, tensorboard=tmp_path / 'tensorboard', num_epochs=2, steps_per_epoch=20)
     for epoch in range(2):
-        _train(tracker, clock, epoch, [2.0] * 20)
-        tracker.validated(epoch, {'mAP': 0.25 * (epoch + 1)})
-    tracker.close()
+        _train(progress, clock, epoch, [2.0] * 20)
+        progress.log_validation({'mAP': 0.25 * (epoch + 1)})
+    progress.close()
     scalars = _scalars(tmp_path / 'tensorboard')
     steps = [1, 10, 15, 35]
     assert scalars.pop('speed/memory_gb')
@@ -175,18 +184,18 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
 def test_tensorboard_forgets_what_a_run_does_again(tmp_path: Path, steps_done: int) -> None:
     """Killed in the second epoch; it goes on after the first one, or begins anew. Then it has other numbers here."""
     clock = Clock()
-    first = _tracker(clock, tensorboard=tmp_path, num_epochs=2, steps_per_epoch=20)
+    first = _progress(clock, tensorboard=tmp_path, num_epochs=2, steps_per_epoch=20)
     _train(first, clock, 0, [1.0] * 20)
-    first.start()
-    for step in range(1, 18):
+    first.start_epoch(1)
+    for _ in range(17):
         clock.now += 1.0
-        if first.due(step):
-            first.interval(1, step, TERMS, RATES)
+        _add(first)
+        first.log_if_due(RATES)
     first.close()
     assert _scalars(tmp_path)['train/loss'] == [(step, 3.25) for step in (1, 10, 15, 35)]
-    resumed = _tracker(clock, tensorboard=tmp_path, num_epochs=2, steps_per_epoch=20, steps_done=steps_done)
+    resumed = _progress(clock, tensorboard=tmp_path, num_epochs=2, steps_per_epoch=20, steps_done=steps_done)
     for epoch in range(steps_done // 20, 2):
-        _train(resumed, clock, epoch, [1.0] * 20, terms={**TERMS, 'loss': 1.5})
+        _train(resumed, clock, epoch, [1.0] * 20, loss=1.5)
     resumed.close()
     scalars = _scalars(tmp_path)
     if steps_done:
@@ -202,7 +211,7 @@ def test_a_missing_tensorboard_names_the_extra(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ValueError, match=r'vireid_timm\[tensorboard\]'):
         summary_writer_type()
     with pytest.raises(ValueError, match=r'vireid_timm\[tensorboard\]'):
-        _tracker(Clock(), tensorboard=tmp_path / 'tensorboard')
+        _progress(Clock(), tensorboard=tmp_path / 'tensorboard')
     assert not (tmp_path / 'tensorboard').exists()
 
 
@@ -225,3 +234,69 @@ def test_a_run_tells_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     for series, column in (('epoch/loss', 'train_loss'), ('validation/mAP', 'eval_mAP')):
         expected = [(per_epoch * (epoch + 1), float(row[column])) for epoch, row in enumerate(result.summary)]
         assert scalars[series] == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def _results(count: int) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for _ in range(count):
+        terms = torch.rand(2, generator=generator)
+        logits, labels = torch.rand(6, 3, generator=generator), torch.randint(3, (6,), generator=generator)
+        results.append(({'loss': terms.sum(), 'a': terms[0], 'b': terms[1], 'output': logits}, labels))
+    return results
+
+
+def _naive(results: list[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> dict[str, float]:
+    means = {name: sum(float(result[name]) for result, _ in results) / len(results) for name in ('loss', 'a', 'b')}
+    hits = [sum(int(row.argmax() == label) for row, label in zip(r['output'], labels)) / 6 for r, labels in results]
+    return {**means, 'accuracy': sum(hits) / len(hits)}
+
+
+def _of(steps: int) -> Progress:
+    return Progress(num_epochs=1, steps_per_epoch=steps + 1, images_per_step=6, device=CPU, log_interval=10**6)
+
+
+def test_means_are_those_of_a_loop(caplog: pytest.LogCaptureFixture) -> None:
+    results, progress = _results(15), _of(15)
+    for number, (result, labels) in enumerate(results, start=1):
+        progress.add(result, labels)
+        if number in (1, 10):
+            progress.log_if_due(RATES)
+            assert progress.means() == pytest.approx(_naive(results[:number]), rel=1e-12, abs=1e-7)
+    losses = [_naive(part)['loss'] for part in (results[:1], results[1:10])]  # a line has the means since the last one
+    assert _found(r'loss ([\d.]+)', caplog) == [f'{loss:.4g}' for loss in losses]
+    row = progress.end_epoch(RATES)
+    naive = _naive(results)
+    assert {name: row[f'train_{name}'] for name in naive} == pytest.approx(naive, rel=1e-12, abs=1e-7)
+    assert row['lr'] == 0.1
+
+
+def test_when_it_is_read_and_resumed_changes_no_bit() -> None:
+    results = _results(50)
+    often, once = _of(50), _of(50)
+    for number, (result, labels) in enumerate(results):
+        often.add(result, labels)
+        once.add(result, labels)
+        if number % 7 == 0:
+            often.read()
+        if number == 30:
+            often.read()
+            step, sums = often.step, often.sums
+            often = _of(50)
+            often.start_epoch(0, step, sums)
+    often.read()
+    once.read()
+    assert often.sums == once.sums and often.step == once.step == 50
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_found_by_its_step(bad: float) -> None:
+    progress = _of(20)
+    progress.start_epoch(0, 10)
+    for number, (result, labels) in enumerate(_results(6)):
+        progress.add({**result, 'loss': torch.tensor(bad) if number in (4, 5) else result['loss']}, labels)
+        if number == 2:
+            progress.read()
+    with pytest.raises(NonFiniteLoss) as caught:
+        progress.read()
+    assert caught.value.step == 14 and caught.value.own

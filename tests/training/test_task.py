@@ -175,7 +175,7 @@ def test_synchronised_batch_norm_keeps_the_weights_and_saves_a_normal_model(
     model = _model()
     model.forward_branches(*_images())  # statistics that are not those of a fresh network
     plain = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(task_module, 'process', lambda: (0, 2))
+    monkeypatch.setattr(task_module, 'rank_and_world_size', lambda: (0, 2))
     task = ViReIDTask(model, device=torch.device('cuda'), verbose=False)
     task.convert_sync_batchnorm()
 

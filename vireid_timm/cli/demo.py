@@ -19,7 +19,7 @@ from ..files import save_json, whole_file
 from ..hub.folder import load_model
 from ..retrieval.search import nearest
 from ..run_folder import LAST
-from ..training.train import train
+from ..training.loop import train
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ..data.layouts import LAYOUT_NAMES, write_layout
 from ..data.readers import READERS, create_dataset
 from ..data.store import CACHES
 from ..device import autocast_dtype, keep_memory, resolve_device
-from ..distributed import end_distributed, has_lost_contact, init_distributed, is_announced, is_primary
+from ..distributed import is_lost_rank, is_rank_zero, is_reported_here, process_group
 from ..evaluation.compare import compare
 from ..evaluation.evaluate import RERANKINGS, evaluate
 from ..evaluation.features import CROPS, FEATURES
@@ -27,7 +27,7 @@ from ..synthvi.render import SPECTRA
 from ..training.config import add_arguments, load_yaml
 from ..training.dry_run import dry_run
 from ..training.interrupt import Stopped
-from ..training.train import train
+from ..training.loop import train
 from ..version import __version__
 from .demo import run_demo
 
@@ -48,22 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter('%(message)s'))
     logger.addHandler(handler)
-    # Of several processes under torchrun, one speaks.
-    level, logger.level = logger.level, logging.INFO if is_primary() else logging.ERROR
+    # Only rank 0 logs.
+    level, logger.level = logger.level, logging.INFO if is_rank_zero() else logging.ERROR
     try:
         command(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        if is_primary() or not is_announced(error):
+        if is_reported_here(error):
             print(f'vireid: error: {error}', file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not has_lost_contact(error):
+        if not is_lost_rank(error):
             raise
-        if is_primary():
-            print('vireid: error: another process is gone; its own message says why', file=sys.stderr)
+        if is_rank_zero():
+            print('vireid: error: another rank is gone; its own message says why', file=sys.stderr)
         return 1
     except Stopped as stopped:
-        if is_primary():
+        if is_reported_here(stopped):
             print(f'vireid: {stopped}', file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
@@ -109,11 +109,11 @@ def _train(args: dict[str, Any]) -> None:
     settings = {**(load_yaml(config) if config else {}), **args}
     if dry:
         said = dry_run(settings)
-        if is_primary():
+        if is_rank_zero():
             print(said)
         return
     result = train(settings)
-    if is_primary():
+    if is_rank_zero():
         print(f'Run: {result.folder}')
         print(f'Model: {result.best}')
 
@@ -162,12 +162,9 @@ def _eval(args: dict[str, Any]) -> None:
     if args['compare']:
         print(compare(*map(Report.load, args['compare'])))
         return
-    try:
-        device = init_distributed(args['device'])
+    with process_group(args['device']) as device:
         report = _evaluate(args, device)
-    finally:
-        end_distributed()
-    if is_primary():
+    if is_rank_zero():
         _show(report, args)
 
 

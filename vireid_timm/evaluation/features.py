@@ -20,7 +20,7 @@ from ..data.records import Records
 from ..data.store import CACHES, ImageStore, image_store
 from ..data.workers import in_order
 from ..device import named_device
-from ..distributed import is_primary, process, together
+from ..distributed import all_ranks, is_rank_zero, rank_and_world_size
 
 FEATURES = ('after-bn', 'before-bn')
 CROPS = (1, 5)
@@ -153,7 +153,7 @@ def open_store(model: nn.Module, records: Records, extraction: Extraction) -> Im
         ImageError: If an image is broken, unless such images are to be skipped.
         OSError: If the store cannot be written.
     """
-    return together(
+    return all_ranks(
         lambda: image_store(
             records,
             image_size(model, extraction),
@@ -193,13 +193,13 @@ def extract(
         ValueError: On an image that cannot be read or has features that are not finite, and if processes were given
             different things to extract or another of them failed.
     """
-    number, count = process()
+    number, count = rank_and_world_size()
     if count > 1:
         _check_agreement(model, records, extraction)
     batches = _batches(records, extraction.batch_size)[number::count]
     device = extraction.device or next(model.parameters()).device
     table = torch.zeros(len(records), model.num_features, device=device)
-    together(lambda: _fill(table, model, batches, store, store_rows, extraction))
+    all_ranks(lambda: _fill(table, model, batches, store, store_rows, extraction))
     if count > 1:
         _gather(table, [row for _, rows in batches for row in rows.tolist()])
     # Not batch by batch: each look at the values would make the processor wait for the GPU.
@@ -304,7 +304,7 @@ def _fill(
 ) -> None:
     """Extract the batches into their rows of the table [N, D]."""
     total = sum(len(rows) for _, rows in batches)
-    hidden = None if extraction.progress and is_primary() else True  # None: unless the output is a terminal
+    hidden = None if extraction.progress and is_rank_zero() else True  # None: unless the output is a terminal
     bar = tqdm(total=total, desc='features', unit='img', disable=hidden)
     # Two threads read ahead while the network computes.
     loaded = in_order(store.__getitem__, [store_rows[rows] for _, rows in batches], workers=2)
@@ -370,7 +370,7 @@ def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:
     """Make sure that all processes are about to extract the same, or their features would not belong together."""
     images = '\n'.join([*records.path.tolist(), *records.modality.tolist()])
-    number, count = process()
+    number, count = rank_and_world_size()
     own = {
         'weights': weights_fingerprint(model),
         'images': hashlib.sha256(images.encode('utf-8', 'surrogatepass')).hexdigest(),

@@ -1,9 +1,9 @@
-"""What `vireid train` would do with the same settings: measured on one step, with nothing trained and nothing kept."""
+"""What `vireid train` would do with the same settings, measured on one step; nothing is trained or written."""
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -15,26 +15,23 @@ from ..constants import INFRARED, MODALITIES, UNKNOWN_CAMERA, VISIBLE
 from ..data.records import Records
 from ..data.store import StorePlan, plan_store
 from ..data.workers import default_workers
-from ..device import peak_memory
-from ..distributed import end_distributed, init_distributed, process
-from ..text import aligned
-from .batches import Batch, batches
+from ..device import peak_memory, seeded_torch
+from ..distributed import from_rank_zero, process_group, rank_and_world_size
+from ..text import aligned, format_bytes, format_list
 from .checkpoint import resolved_config, resume
 from .config import TrainConfig
-from .loop import train_step, training_mode
-from .run import Run, set_up
-from .train import lent
+from .loop import epoch_batches, train_step, training_mode
+from .run import Run, create_run, run_folder_of
 
 NAMED = 10  # identities or images that a line names
 TIMED_STEPS = 2
 
 
 def dry_run(settings: Mapping[str, Any]) -> str:
-    """What `vireid train --dry-run` prints; nothing is trained, and nothing is written.
+    """Return what `vireid train --dry-run` prints; trains and writes nothing. Collective.
 
-    The images of one optimiser step are decoded (with `skip_broken` all of them, to know which are broken) and
-    stepped on a few times, so that what is said of memory and time is measured. Under `torchrun` all processes take
-    part.
+    The images of one optimiser step are decoded (with `skip_broken` all images, to find the broken ones), and the step
+    is run a few times, so memory and time are measured.
 
     Args:
         settings: As for `train`.
@@ -46,16 +43,15 @@ def dry_run(settings: Mapping[str, Any]) -> str:
         ValueError: What `train` would raise.
     """
     config = resolved_config(settings)
-    joined = process()[1] > 1
-    device = init_distributed(config.device)
-    try:
-        with lent(config, device):
-            run = set_up(dataclasses.replace(config, cache='off'), device)
+    with process_group(config.device) as device:
+        config, folder = from_rank_zero((config, run_folder_of(config)))
+        with seeded_torch(config.seed, config.deterministic, device):
+            run = create_run(dataclasses.replace(config, cache='off'), folder, device)
             if config.resume:
                 resume(run)
             plan = plan_store(run.data.dataset.train, run.size[1:], cache=config.cache, device=run.device)
             measured = _measure(run)
-            parts = (
+            sections = (
                 _settings(config),
                 _resolved(run, plan),
                 _data(run),
@@ -64,15 +60,12 @@ def dry_run(settings: Mapping[str, Any]) -> str:
                 _memory(run, measured),
                 _time(run, measured),
             )
-            return '\n\n'.join('\n'.join(lines) for lines in parts)
-    finally:
-        if not joined:
-            end_distributed()
+            return '\n\n'.join('\n'.join(lines) for lines in sections)
 
 
 @dataclasses.dataclass
 class _Measured:
-    """One optimiser step: seconds for reading its images and for itself, and bytes at its peak."""
+    """One optimiser step: seconds to read its images and to run it, and the peak memory in bytes."""
 
     reading: float
     images: int
@@ -81,57 +74,65 @@ class _Measured:
 
 
 def _measure(run: Run) -> _Measured:
-    epoch, config = min(run.progress.epoch, run.num_epochs - 1), run.config
-    run.data.sampler.set_epoch(epoch)
-    rows = [row for batch in islice(run.data.sampler, config.grad_accum_steps) for row in batch]
+    count = run.config.grad_accum_steps
+    run.data.sampler.set_epoch(run.state.epoch)
+    rows = [row for batch in islice(run.data.sampler, count) for row in batch]
     start = time.perf_counter()
-    run.data.store[run.data.store.intact()[rows]]  # before anything else reads them, and the system keeps them
+    run.data.store[rows]  # before anything else reads them, and the system caches them
     reading = time.perf_counter() - start
-    drawn = batches(run.data, run.augments, run.device, epoch=epoch, seed=config.seed)
-    with closing(drawn):
-        group: list[Batch] = list(islice(drawn, config.grad_accum_steps))
+    with closing(epoch_batches(run)) as batches:
+        group = list(islice(batches, count))
     if run.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(run.device)
     training_mode(run)
-    train_step(run, group)  # what is compiled, allocated and tuned in it is not part of the others
-    _wait_for(run.device)
+    train_step(run, group)  # compiles, allocates and tunes
+    _synchronize(run.device)
     start = time.perf_counter()
     for _ in range(TIMED_STEPS):
         train_step(run, group)
-    _wait_for(run.device)
+    _synchronize(run.device)
     step = (time.perf_counter() - start) / TIMED_STEPS
     return _Measured(reading, len(rows), step, peak_memory(run.device))
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != 'cpu':
         torch.get_device_module(device).synchronize()
 
 
 def _settings(config: TrainConfig) -> list[str]:
     defaults = dataclasses.asdict(TrainConfig())
-    given = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
-    rows = [[f'  {name}', _value(value)] for name, value in given.items()]
-    return ['Settings that are not the defaults (`vireid train --help` has those):', *aligned(rows, left=(0, 1))]
+    rows = [(name, value) for name, value in dataclasses.asdict(config).items() if value != defaults[name]]
+    return ['Settings that are not the defaults (`vireid train --help-all` lists those):', *_table(rows)]
 
 
 def _resolved(run: Run, plan: StorePlan) -> list[str]:
-    """What the settings came to that are unset by default, or depend on the machine."""
+    """Return what unset settings, and those that depend on the machine, came to."""
     config = run.config
-    rows = [['  learning rate', _rates(run, config.lr)]]
+    rows = [('learning rate', _rates(run, config.lr))]
     if run.scheduler is not None and config.warmup_epochs:
-        rows += [['  warm-up', f'{config.warmup_epochs} epochs from {_rates(run, run.scheduler.warmup_lr_init)}']]
+        rows.append(('warm-up', f'{config.warmup_epochs} epochs from {_rates(run, run.scheduler.warmup_lr_init)}'))
     rows += [
-        ['  input size', _value(run.size)],
-        ['  device', f'{run.device}, computing in {_precision(run)}'],
-        ['  cache', plan.cache],
-        ['  workers', _value(default_workers() if config.workers is None else config.workers)],
+        ('input size', run.size),
+        ('device', f'{run.device}, computing in {_precision(run)}'),
+        ('cache', plan.cache),
+        ('workers', default_workers() if config.workers is None else config.workers),
     ]
-    return ['What these and the defaults come to here', *aligned(rows, left=(0, 1))]
+    return ['What these and the defaults come to here', *_table(rows)]
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:
+    return aligned([[f'  {name}', _value(value)] for name, value in rows], left=(0, 1))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ' '.join(f'{name}={_value(entry)}' for name, entry in value.items())
+    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _rates(run: Run, lr: float) -> str:
-    """The learning rates of both parameter groups; it is timm's schedulers that scale them."""
+    """Return the learning rates of both parameter groups, which timm's schedulers scale."""
     scales = [1.0 if run.scheduler is None else group['lr_scale'] for group in run.optimizer.param_groups]
     pretrained, new = (f'{scale * lr:g}' for scale in scales)
     return new if pretrained == new else f'{new}, of what was pretrained {pretrained}'
@@ -141,85 +142,64 @@ def _precision(run: Run) -> str:
     return str(run.dtype or torch.float32).removeprefix('torch.')
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return ' '.join(f'{name}={_value(entry)}' for name, entry in value.items())
-    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
 def _data(run: Run) -> list[str]:
     data = run.data
-    named = ', '.join(f'{name}={_value(value)}' for name, value in data.dataset.options.items())
+    options = f' ({_value(data.dataset.options).replace(" ", ", ")})' if data.dataset.options else ''
     used = data.records[(data.labels >= 0).numpy()]
     held_out = data.validation.test if data.validation is not None else used[:0]
     rows = [['', 'identities', VISIBLE, INFRARED]]
-    rows += [_counts('  to train on', used), _counts('  held out for validation', held_out)]
-    lines = [f'Data: {data.dataset.name}{f" ({named})" if named else ""}', *aligned(rows)]
+    for name, records in (('  to train on', used), ('  held out for validation', held_out)):
+        counts = (len(records.identities()), *((records.modality == modality).sum() for modality in MODALITIES))
+        rows.append([name, *(f'{count:,}' for count in counts)])
+    lines = [f'Data: {data.dataset.name}{options}', *aligned(rows)]
     lines += [f'  {modality} by camera: {_by_camera(used, modality)}' for modality in MODALITIES]
-    lines += [
-        f'  held out: {_some(held_out.identities())}'
-        if len(held_out)
-        else '  nobody is held out: the model of the last epoch is kept'
-    ]
+    if len(held_out):
+        lines.append(f'  held out: {format_list(held_out.identities(), NAMED)}')
+    else:
+        lines.append("  nobody is held out: the last epoch's model is kept")
     if data.sampler.skipped:
-        lines += [f'  left out, with images of one modality only: {_some(data.sampler.skipped)}']
-    broken = [*data.store.broken.values(), *data.validation_store.broken.values()]
-    if broken:
-        lines += [f'  left out, {len(broken)} that cannot be read: {_some(broken)}']
+        lines.append(f'  skipped, with images of one modality only: {format_list(data.sampler.skipped, NAMED)}')
+    if data.broken:
+        lines.append(f'  skipped, {len(data.broken)} that cannot be read: {format_list(data.broken, NAMED)}')
     return lines
-
-
-def _counts(name: str, records: Records) -> list[str]:
-    counts = (len(records.identities()), *((records.modality == modality).sum() for modality in MODALITIES))
-    return [name, *(f'{count:,}' for count in counts)]
 
 
 def _by_camera(records: Records, modality: str) -> str:
     count = Counter(records.camera[records.modality == modality].tolist())
-    cameras = {'unknown' if camera == UNKNOWN_CAMERA else f'{camera}': count[camera] for camera in sorted(count)}
-    return ', '.join(f'{camera}: {images:,}' for camera, images in cameras.items())
-
-
-def _some(names: list[str]) -> str:
-    more = f', and {len(names) - NAMED} more' if len(names) > NAMED else ''
-    return f'{", ".join(names[:NAMED])}{more}'
+    names = {camera: 'unknown' if camera == UNKNOWN_CAMERA else camera for camera in sorted(count)}
+    return ', '.join(f'{name}: {count[camera]:,}' for camera, name in names.items())
 
 
 def _batches(run: Run) -> list[str]:
-    sampler, config = run.data.sampler, run.config
-    people, each, accumulated = sampler.identities_per_batch, sampler.images_per_modality, config.grad_accum_steps
+    sampler, accumulated, ranks = run.data.sampler, run.config.grad_accum_steps, rank_and_world_size()[1]
+    people, each, steps = sampler.identities_per_batch, sampler.images_per_modality, run.batches_per_epoch
     count = 2 * people * each
     line = f'  {people} identities x ({each} visible + {each} infrared) = {count} images per batch'
-    ranks = process()[1]
     if ranks > 1:
-        line += f', {ranks} processes: {ranks * count}'
+        line += f', {ranks} ranks: {ranks * count}'
     if accumulated > 1:
         line += f', {accumulated} batches accumulated: {accumulated * ranks * count} per optimiser step'
-    steps = run.batches_per_epoch
     lines = [
         'Batches',
         line,
         f'  {steps:,} per epoch, {run.num_epochs:,} epochs: {steps * run.num_epochs:,} batches, '
         f'{run.updates_per_epoch * run.num_epochs:,} optimiser steps',
     ]
-    done = _batches_done(run)
-    return [*lines, f'  {done:,} batches are done; it goes on in epoch {run.progress.epoch}'] if done else lines
-
-
-def _batches_done(run: Run) -> int:
-    return run.progress.epoch * run.batches_per_epoch + run.progress.step
+    done = run.state.epoch * steps + run.state.step
+    return [*lines, f'  {done:,} batches are done; it resumes in epoch {run.state.epoch}'] if done else lines
 
 
 def _store(run: Run, plan: StorePlan, measured: _Measured) -> list[str]:
     height, width = run.data.store.size
     count = len(run.data.dataset.train)
+    on_disk = f'{"found in" if plan.found else "would be written to"} {plan.folder}'
     where = {
-        'disk': f'{"found in" if plan.found else "would be written to"} {plan.folder}',
-        'device': f'{"found in" if plan.found else "would be written to"} {plan.folder}, and held on {run.device}',
+        'disk': on_disk,
+        'device': f'{on_disk}, and held on {run.device}',
         'ram': f'would be held in memory{f" ({plan.reason})" if plan.reason else ""}',
         'off': 'decoded whenever they are needed',
     }[plan.cache]
-    lines = [f'Decoded images of {height}x{width}', f'  {count:,}, {_bytes(plan.num_bytes)}, {where}']
+    lines = [f'Decoded images of {height}x{width}', f'  {count:,}, {format_bytes(plan.num_bytes)}, {where}']
     if not plan.found:
         speed = measured.images / measured.reading
         lines.append(f'  read here at {speed:,.0f} images/s: {tqdm.format_interval(count / speed)} for {count:,}')
@@ -231,27 +211,29 @@ def _memory(run: Run, measured: _Measured) -> list[str]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     state = [value for values in run.optimizer.state.values() for value in values.values()]
     rows = [
-        ['  parameters', f'{sum(p.numel() for p in parameters) / 1e6:.2f} M', _bytes(_size(parameters))],
-        ['  gradients', '', _bytes(_size(trained))],
-        ['  optimiser', run.config.opt, _bytes(_size(state))],
+        ['  parameters', f'{sum(p.numel() for p in parameters) / 1e6:.2f} M', _size(parameters)],
+        ['  gradients', '', _size(trained)],
+        ['  optimiser', run.config.opt, _size(state)],
     ]
     if run.task.has_ema():
-        rows += [['  average of the weights', '', _bytes(_size(run.task.get_trainable_module(ema=True).parameters()))]]
+        rows.append(['  average of the weights', '', _size(run.task.get_trainable_module(ema=True).parameters())])
     if measured.peak is not None:
-        rows += [['  at most in a step, all in all', '', _bytes(measured.peak)]]
-    if run.device.type == 'cuda':
-        rows += [['  there is', '', _bytes(torch.cuda.get_device_properties(run.device).total_memory)]]
-    of = f'of {run.device}' if run.device.type == 'cuda' else 'of this process'
-    return [f'Memory {of}, computing in {_precision(run)}', *aligned(rows, left=(0, 1))]
+        rows.append(['  peak of a step, everything included', '', format_bytes(measured.peak)])
+    on_gpu = run.device.type == 'cuda'
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(run.device).total_memory
+        rows.append(['  available', '', format_bytes(memory)])
+    of = run.device if on_gpu else 'this process'
+    return [f'Memory of {of}, computing in {_precision(run)}', *aligned(rows, left=(0, 1))]
 
 
-def _size(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+def _size(tensors: Iterable[Any]) -> str:
+    return format_bytes(sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
 
 
 def _time(run: Run, measured: _Measured) -> list[str]:
     updates = run.updates_per_epoch * run.num_epochs - run.num_updates
-    speed = measured.images * process()[1] / measured.step
+    speed = measured.images * rank_and_world_size()[1] / measured.step
     return [
         f'Time on {run.device}',
         f'  {1000 * measured.step:,.1f} ms per optimiser step, {speed:,.1f} images/s',
@@ -259,7 +241,3 @@ def _time(run: Run, measured: _Measured) -> list[str]:
         '',
         f'Everything would go to {run.folder}. Nothing was trained, nothing was written.',
     ]
-
-
-def _bytes(count: int) -> str:
-    return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.2f} MB'

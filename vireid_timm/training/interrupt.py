@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, stop."""
+"""Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop."""
 
 import signal
 import threading
@@ -7,41 +7,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..distributed import any_process
+from ..distributed import any_rank, known_to_all
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun passes a Ctrl-C on to processes that the terminal has told already: this soon it is no second one.
-_SAME_STOP = 1.0  # seconds
+# torchrun forwards a Ctrl-C that the terminal has sent to every rank already: a signal this soon is the same request.
+_SAME_REQUEST = 1.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was told to stop and did so.
+    """Training stopped because a signal asked for it.
 
     Attributes:
         signal: The signal's number.
-        status: The exit status that says so by the shells' convention, 130 after Ctrl-C and 143 after SIGTERM.
+        status: The shell's exit status for it: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self, number: int, outcome: str = '') -> None:
-        """Say what became of the run.
+        """Describe what happened.
 
         Args:
-            number: Of the signal.
-            outcome: What was saved, and how to go on.
+            number: The signal's number.
+            outcome: What was saved, and how to resume.
         """
         self.signal = number
         self.status = 128 + number
         by = 'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name
         super().__init__(f'stopped by {by}{": " + outcome if outcome else ""}')
 
+    def with_outcome(self, outcome: str) -> 'Stopped':
+        """Return the same with what was saved and how to resume, also of what ranks know of it."""
+        stopped = Stopped(self.signal, outcome)
+        stopped.__dict__.update(self.__dict__)
+        return stopped
+
 
 class StopRequest:
-    """What the signals have asked for so far.
+    """What signals have asked for so far.
 
     Attributes:
-        signal: The first signal's number; None as long as there was none.
-        at_once: Whether a signal raises `Stopped` where it finds the program, because there is nothing to save;
-            otherwise it waits to be looked at.
+        signal: Number of the first signal; None before there was one.
+        at_once: Whether a signal raises `Stopped` right away, because there is nothing to save. Otherwise `check` does.
     """
 
     def __init__(self) -> None:
@@ -50,38 +55,42 @@ class StopRequest:
         self._since = 0.0
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """What a signal does; a second one stops at once whatever is being done."""
-        again = self.signal is not None and time.monotonic() - self._since > _SAME_STOP
+        """Handle a signal; a second one always stops at once."""
+        again = self.signal is not None and time.monotonic() - self._since > _SAME_REQUEST
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
         if self.at_once or again:
             raise Stopped(self.signal)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let signals wait within the block. One that has waited, in any process, stops all of them at its end."""
+    def deferred(self) -> Iterator[None]:
+        """Let signals wait for a `check`, the last one at the end of the block. Collective."""
         self.at_once = False
         yield
         self.check()
         self.at_once = True
-        if self.signal is not None:  # since the check
+        if self.signal is not None:  # it came after the check
             raise Stopped(self.signal)
 
-    def check(self) -> None:
-        """Stop if any process was told to; all of them have to ask.
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Within `deferred`: let signals stop at once within the block, where nothing can be lost. Collective."""
+        self.check()
+        self.at_once = True
+        if self.signal is not None:
+            raise Stopped(self.signal)
+        yield
+        self.at_once = False
 
-        Raises:
-            Stopped: In every process.
-        """
-        if any_process(self.signal is not None):
-            stopped = Stopped(self.signal or signal.SIGTERM)
-            stopped.announced = True
-            raise stopped
+    def check(self) -> None:
+        """Raise `Stopped` on every rank if a signal asked any of them to stop. Collective."""
+        if any_rank(self.signal is not None):
+            raise known_to_all(Stopped(self.signal or signal.SIGTERM))
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Take Ctrl-C and SIGTERM as requests as long as the block runs; outside the main thread they are left alone."""
+    """Turn Ctrl-C and SIGTERM into requests within the block. Outside the main thread signals are left alone."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

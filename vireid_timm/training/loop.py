@@ -1,100 +1,279 @@
 """The training loop: a thin one over timm's task, optimisers, schedulers, scaler and averaging.
 
-The host waits for the device only where something is reported or saved, and for the loss scaling of float16.
+`train` sets a run up or resumes it, `_fit` goes through the epochs, `train_step` is one optimiser step.
 """
 
+import csv
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from PIL import Image
 from timm.utils import dispatch_clip_grad
 
-from ..distributed import any_process, mean_over_processes, process, together
-from .batches import Batch, batches, step_seed
-from .checkpoint import AGAINST_NAN, CheckpointInterval, save
-from .diverged import save_batch
-from .interrupt import StopRequest
-from .meter import Meter, NonFiniteLoss
-from .progress import Tracker
-from .run import Run, frozen_norms
+from ..constants import MODALITIES
+from ..data.augment import Augment
+from ..data.loader import Batch, load_batches, step_seed
+from ..device import seeded_torch
+from ..distributed import (
+    any_rank,
+    from_rank_zero,
+    gather,
+    is_lost_rank,
+    is_rank_zero,
+    known_to_all,
+    process_group,
+    rank_and_world_size,
+)
+from ..evaluation.evaluate import evaluate
+from ..evaluation.report import Report
+from ..figures.curves import plot_curves
+from ..files import save_json, whole_file, whole_folder
+from ..hub.folder import read_config, save_model_config, save_model_folder
+from ..run_folder import BEST, CLASS_MAP, CONFIG, MODEL_CONFIG, SUMMARY, has_checkpoint, open_run_folder
+from .checkpoint import (
+    AGAINST_NAN,
+    CheckpointInterval,
+    resolved_config,
+    resume,
+    save_checkpoint,
+    set_damaged_aside,
+)
+from .config import TrainConfig
+from .interrupt import Stopped, StopRequest, stop_signals
+from .progress import TENSORBOARD, NonFiniteLoss, Progress
+from .run import Run, create_run, frozen_norms, model_args, run_folder_of
 
 _logger = logging.getLogger(__name__)
 
 
-def train_one_epoch(
-    run: Run,
-    tracker: Tracker,
-    interval: CheckpointInterval,
-    stop: StopRequest,
-) -> dict[str, float]:
-    """The rest of the current epoch: all of it, unless the run was resumed in the middle.
+@dataclass
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        folder: The run's folder.
+        best: The Hub-ready folder of the best epoch's model; of the last epoch's without validation.
+        best_epoch: That epoch, from 0.
+        best_mAP: Its mAP on the validation identities, mean over both directions; None without validation.
+        summary: One row per epoch, as in `summary.csv`.
+    """
+
+    folder: Path
+    best: Path
+    best_epoch: int
+    best_mAP: float | None
+    summary: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
+    """Train a network; what `vireid train` does.
+
+    Ranks that `torchrun` started train together, each with its own part of every batch. In the main thread Ctrl-C and
+    SIGTERM end the training after the current step and a checkpoint.
 
     Args:
-        run: The run; its progress follows.
-        tracker: Reports what was read back.
-        interval: When to save.
-        stop: Looked at after every optimiser step.
+        config: A `TrainConfig`, or settings by name over its defaults. With `resume` given as a setting, those of the
+            resumed run are the defaults.
 
     Returns:
-        Means of loss, its terms and accuracy, prefixed `train_`, the images per second and the learning rate.
+        Where the run's folder and best model are, and how it went; the same on every rank.
 
     Raises:
-        FloatingPointError: A loss or weight that is not finite.
-        Stopped: On request, after saving.
+        ValueError: A setting or data that cannot work; the message says which and what to do.
+        OSError: Something cannot be written or read; the last checkpoint is intact.
+        FloatingPointError: The loss became NaN or infinite; the last checkpoint is from before.
+        Stopped: Ctrl-C or SIGTERM, a KeyboardInterrupt; the message says how to resume.
     """
-    config, task, progress = run.config, run.task, run.progress
+    config = resolved_config(config)
+    with process_group(config.device) as device:
+        config, folder = from_rank_zero((config, run_folder_of(config)))
+        with seeded_torch(config.seed, config.deterministic, device), stop_signals() as stop:
+            try:
+                run = create_run(config, folder, device)
+                with open_run_folder(folder) if is_rank_zero() else nullcontext():
+                    if config.resume:
+                        checkpoint = resume(run)
+                        if is_rank_zero():
+                            set_damaged_aside(checkpoint)
+                    return _fit(run, stop)
+            except NonFiniteLoss as error:
+                raise _diverged(run, error) from None
+            except Stopped as stopped:
+                raise stopped.with_outcome(_how_to_resume(folder)) from None
+            except RuntimeError as error:  # another rank has stopped already
+                if stop.signal is None or not is_lost_rank(error):
+                    raise
+                raise Stopped(stop.signal, _how_to_resume(folder)) from None
+
+
+def _how_to_resume(folder: Path) -> str:
+    if not has_checkpoint(folder):
+        return 'nothing was trained yet'
+    command = 'vireid' if rank_and_world_size()[1] == 1 else 'torchrun ... -m vireid_timm'
+    return f'resume with: {command} train --resume {folder}'
+
+
+def _fit(run: Run, stop: StopRequest) -> TrainResult:
+    """Train: for each epoch, for each batch: step, log, checkpoint; then validate and keep the best model."""
+    config, state, folder = run.config, run.state, run.folder
+    _settle_last_epoch(run)
+    if is_rank_zero():
+        _write_settings(run)
+    _log_start(run)
+    interval = CheckpointInterval(config.checkpoint_interval)
+    with closing(create_progress(run)) as progress, stop.deferred():
+        while state.epoch < run.num_epochs:
+            is_validated = run.data.validation is not None and (
+                (state.epoch + 1) % config.val_interval == 0 or state.epoch + 1 == run.num_epochs
+            )
+            if state.row is None:  # else it was resumed after its batches
+                start_epoch(run, progress)
+                for group in batch_groups(run):
+                    for batch, result in zip(group, train_step(run, group), strict=True):
+                        progress.add(result, batch.labels)
+                    state.step = progress.step
+                    progress.log_if_due(learning_rates(run))
+                    if state.step < run.batches_per_epoch:
+                        save_if_due(run, progress, interval, stop)
+                run.task.share_running_statistics(config.dist_bn)
+                state.row = {'epoch': state.epoch, **progress.end_epoch(learning_rates(run))}
+                # Also before the first results are written: a folder with results but no checkpoint is refused.
+                if is_validated or state.epoch == 0:
+                    save_checkpoint(run)
+            report = None
+            if is_validated:
+                with stop.immediate():
+                    report = _validate(run)
+            _end_epoch(run, report, progress)
+            interval.restart()
+            stop.check()
+    if is_rank_zero():
+        plot_curves(folder, state.summary)
+    best = state.best
+    _logger.info(f'Done: {folder} (best model in {folder / BEST}, from epoch {best["epoch"]})')
+    return TrainResult(folder, folder / BEST, best['epoch'], best.get('eval_mAP'), state.summary)
+
+
+def _settle_last_epoch(run: Run) -> None:
+    """Let a run that is resumed with fewer epochs end like any other: with a whole epoch, validated or kept."""
+    state = run.state
+    begun = state.epoch + (state.step > 0 or state.row is not None)
+    if begun > run.num_epochs:
+        _logger.info(f'{begun} epochs have begun already: the run ends with these, not with {run.num_epochs}')
+        run.num_epochs = begun
+    if state.epoch == run.num_epochs and not _is_kept(run):
+        state.row = state.summary.pop()  # back to where its batches are done
+
+
+def _is_kept(run: Run) -> bool:
+    """Return whether the last epoch was validated, or without validation whether `best` holds its model."""
+    last = run.state.summary[-1]
+    if run.data.validation is not None:
+        return 'eval_mAP' in last
+    try:
+        return read_config(run.folder / BEST)['vireid']['epoch'] == last['epoch']
+    except (ValueError, KeyError):
+        return False
+
+
+def _write_settings(run: Run) -> None:
+    with whole_file(run.folder / CONFIG) as temporary:  # usable as --config
+        settings = {**asdict(run.config), 'resume': ''}
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
+    save_json(run.folder / CLASS_MAP, run.data.class_map)
+    save_model_config(run.eval_model, run.folder / MODEL_CONFIG, model_args=model_args(run.config), input_size=run.size)
+
+
+def _log_start(run: Run) -> None:
+    config, data = run.config, run.data
+    held_out = len(data.validation.test.identities()) if data.validation is not None else 0
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    precision = str(run.dtype or torch.float32).removeprefix('torch.')
+    world_size = rank_and_world_size()[1]
+    _logger.info(
+        f'{config.model}, {parameters / 1e6:.2f} M parameters, images {run.size[1]}x{run.size[2]}, '
+        f'on {run.device} in {precision}{f", {world_size} ranks" if world_size > 1 else ""}'
+    )
+    _logger.info(
+        f'{len(data.records):,} images of {len(data.class_map):,} identities to train on, {held_out} identities held '
+        f'out for validation; {run.batches_per_epoch} batches of {data.sampler.identities_per_batch} identities x '
+        f'({config.images_per_modality} visible + {config.images_per_modality} infrared) per epoch'
+        f'{" on each rank" if world_size > 1 else ""}'
+    )
+    _logger.info(f'Everything goes to {run.folder}')
+    if run.state.epoch >= run.num_epochs:
+        _logger.info(f'All {run.num_epochs} epochs are done already; to continue, give more --epochs')
+
+
+def create_progress(run: Run) -> Progress:
+    """Return the progress of a run that starts or resumes."""
+    config, sampler = run.config, run.data.sampler
+    return Progress(
+        num_epochs=run.num_epochs,
+        steps_per_epoch=run.batches_per_epoch,
+        images_per_step=2 * sampler.identities_per_batch * sampler.images_per_modality * sampler.world_size,
+        device=run.device,
+        log_interval=config.log_interval,
+        tensorboard=run.folder / TENSORBOARD if config.tensorboard and is_rank_zero() else None,
+        steps_done=run.state.epoch * run.batches_per_epoch + run.state.step,
+    )
+
+
+def start_epoch(run: Run, progress: Progress) -> None:
+    """Prepare network, schedule and progress for the current epoch, or the rest of it."""
     training_mode(run)
     if run.scheduler is not None:
-        run.scheduler.step(progress.epoch)
+        run.scheduler.step(run.state.epoch)
     run.optimizer.zero_grad()
-    meter = Meter(progress.step, progress.sums)
-    tracker.start(progress.step)
-    drawn = batches(
-        run.data, run.augments, run.device, epoch=progress.epoch, first_step=progress.step, seed=config.seed
-    )
-    try:
-        with closing(drawn):
-            while group := together(lambda: list(islice(drawn, config.grad_accum_steps))):
-                for batch, result in zip(group, train_step(run, group), strict=True):
-                    meter.add(result, batch.labels)
-                progress.step += len(group)
-                if tracker.due(progress.step):
-                    meter.read()
-                    tracker.interval(progress.epoch, progress.step, meter.recent(), _rates(run.optimizer))
-                if progress.step < run.batches_per_epoch:
-                    _save_if_wanted(run, meter, interval, stop)
-        meter.read()
-    except NonFiniteLoss as error:
-        step, culprits = error.step, _those_with(error.own)
-        together(lambda: _fail(run, step, culprits))
-    task.share_running_statistics(config.dist_bn)
-    speed = tracker.epoch_done(progress.epoch, meter.means(), _rates(run.optimizer))
-    return {
-        **{f'train_{name}': value for name, value in meter.means().items()},
-        'train_images_per_second': speed,
-        'lr': max(_rates(run.optimizer).values()),
-    }
+    progress.start_epoch(run.state.epoch, run.state.step, run.state.sums)
 
 
 def training_mode(run: Run) -> None:
-    """Network and losses in training mode, except for batch norm that --freeze-bn holds."""
+    """Set network and losses to training mode, except for batch norm that --freeze-bn holds."""
     run.task.train()
     for norm in frozen_norms(run.config, run.model):
         norm.eval()
 
 
+def epoch_batches(run: Run, first_step: int = 0) -> Iterator[Batch]:
+    """Yield this rank's augmented batches of the current epoch; close the iterator to end its threads."""
+    data, config = run.data, run.config
+    return load_batches(
+        data.store,
+        data.labels,
+        data.sampler,
+        run.augments,
+        run.device,
+        epoch=run.state.epoch,
+        first_step=first_step,
+        seed=config.seed,
+    )
+
+
+def batch_groups(run: Run) -> Iterator[list[Batch]]:
+    """Yield the rest of the epoch's batches, those of one optimiser step together."""
+    with closing(epoch_batches(run, run.state.step)) as batches:
+        while group := list(islice(batches, run.config.grad_accum_steps)):
+            yield group
+
+
 def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
-    """One optimiser step; the device is not waited for.
+    """Run one optimiser step; does not wait for the device.
 
     Args:
-        run: The run; its progress is that before the step.
+        run: The run; its state is that before the step.
         group: The batches whose gradients are averaged for it.
 
     Returns:
-        What the task returned for each of them, without gradients.
+        What the task returned for each batch, without gradients.
 
     Raises:
         ValueError: The device has too little memory.
@@ -112,13 +291,13 @@ def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]
 def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
     task = run.task
     results = []
-    for batch, joined in zip(group, _joined_triplet(run, group), strict=True):
-        last = batch is group[-1]
-        with nullcontext() if last else task.no_sync():
+    for batch, joined in zip(group, _joined_triplets(run, group), strict=True):
+        is_last = batch is group[-1]
+        with nullcontext() if is_last else task.no_sync():
             _seed(run, batch)
             with _autocast(run):
                 result = task(batch.inputs, batch.labels, joined=joined)
-            _backward(run, result['loss'] / len(group), last)
+            _backward(run, result['loss'] / len(group), update=is_last)
         results.append({name: value.detach() for name, value in result.items()})
     run.optimizer.zero_grad()
     number = run.num_updates + 1
@@ -128,8 +307,8 @@ def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor
     return results
 
 
-def _joined_triplet(run: Run, group: Sequence[Batch]) -> list[Any]:
-    """With --cached-triplet each batch's part in a triplet loss over all of them, else None for each."""
+def _joined_triplets(run: Run, group: Sequence[Batch]) -> list[Any]:
+    """Return each batch's part in a triplet loss over all of them with --cached-triplet, else None for each."""
     if not run.config.cached_triplet:
         return [None] * len(group)
     features = []
@@ -141,7 +320,7 @@ def _joined_triplet(run: Run, group: Sequence[Batch]) -> list[Any]:
 
 
 def _seed(run: Run, batch: Batch) -> None:
-    torch.manual_seed(step_seed(run.config.seed, run.progress.epoch, batch.step, process()[0]))
+    torch.manual_seed(step_seed(run.config.seed, run.state.epoch, batch.step, rank_and_world_size()[0]))
 
 
 def _autocast(run: Run) -> torch.autocast:
@@ -149,61 +328,149 @@ def _autocast(run: Run) -> torch.autocast:
 
 
 def _backward(run: Run, loss: torch.Tensor, update: bool) -> None:
-    config = run.config
-    parameters = run.task.get_clip_parameters() if config.clip_grad is not None else None
+    clip, mode = run.config.clip_grad, run.config.clip_mode
+    parameters = run.task.get_clip_parameters() if clip is not None else None
     if run.scaler is not None:
-        run.scaler(
-            loss,
-            run.optimizer,
-            clip_grad=config.clip_grad,
-            clip_mode=config.clip_mode,
-            parameters=parameters,
-            need_update=update,
-        )
+        run.scaler(loss, run.optimizer, clip_grad=clip, clip_mode=mode, parameters=parameters, need_update=update)
         return
     loss.backward()
     if update:
-        if config.clip_grad is not None:
-            dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+        if clip is not None:
+            dispatch_clip_grad(parameters, clip, mode=mode)
         run.optimizer.step()
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    pretrained, new = (group['lr'] for group in optimizer.param_groups)
+def learning_rates(run: Run) -> dict[str, float]:
+    """Return the current learning rates: `new` of what was initialised, `pretrained` of what was loaded."""
+    pretrained, new = (group['lr'] for group in run.optimizer.param_groups)
     return {'new': new, 'pretrained': pretrained}
 
 
-def _save_if_wanted(run: Run, meter: Meter, interval: CheckpointInterval, stop: StopRequest) -> None:
-    """A checkpoint if one is due or the run is to stop; in all processes if in one."""
-    if not any_process(stop.signal is not None or interval.due(run.num_updates)):
+def save_if_due(run: Run, progress: Progress, interval: CheckpointInterval, stop: StopRequest) -> None:
+    """Save a checkpoint within an epoch if one is due or the run is to stop, on all ranks if on any."""
+    if not any_rank(stop.signal is not None or interval.due(run.num_updates)):
         return
-    meter.read()  # raises if a loss was not finite: nothing from after that is saved
-    run.progress.sums = dict(meter.sums)
-    save(run)
+    progress.read()  # raises if a loss was not finite: nothing from after that is saved
+    run.state.sums = dict(progress.sums)
+    save_checkpoint(run)
     interval.restart()
-    _logger.info(f'Saved epoch {run.progress.epoch}, step {run.progress.step} of {run.batches_per_epoch}')
+    _logger.info(f'Saved epoch {run.state.epoch}, step {run.state.step} of {run.batches_per_epoch}')
     stop.check()
 
 
-def _those_with(flag: bool) -> list[int]:
-    """Numbers of the processes for which it is so; of all of them if for none."""
-    number, count = process()
-    flags = torch.zeros(count)
-    flags[number] = flag
-    return mean_over_processes(flags).nonzero().flatten().tolist() or list(range(count))
-
-
-def _fail(run: Run, step: int, culprits: list[int]) -> None:
-    """End a training whose loss is not finite, with what helps to find out why."""
-    epoch, (number, count) = run.progress.epoch, process()
-    where = f', in process {", ".join(map(str, culprits))} of {count}' if count > 1 else ''
-    images = f'Its images are in {run.folder / f"nan-epoch{epoch}-step{step}"}{"-process*" if count > 1 else ""}'
-    if number in culprits:
-        try:
-            save_batch(run, epoch, step)
-        except (OSError, ValueError) as error:
-            images = f'Its images could not be saved ({error})'
-    raise FloatingPointError(
-        f'the loss became NaN or infinite in epoch {epoch} at step {step}{where}; what was saved is from before. '
-        f'{images}. {AGAINST_NAN}'
+def _validate(run: Run) -> Report:
+    data = run.data
+    return evaluate(
+        run.eval_model,
+        data.validation,
+        device=run.device,
+        size=run.size[1:],
+        amp_dtype=run.dtype,
+        store=data.validation_store,
     )
+
+
+def _scores(report: Report) -> dict[str, float]:
+    """Return the means over the protocols, which are the two directions."""
+    results = report.protocols.values()
+    return {
+        metric: sum(result.mean[metric] for result in results) / len(results) for metric in ('rank1', 'mAP', 'mINP')
+    }
+
+
+def _end_epoch(run: Run, report: Report | None, progress: Progress) -> None:
+    """Count the epoch as done, keep its model if it is the best so far, and write the table and a checkpoint."""
+    state, is_last = run.state, run.state.epoch + 1 == run.num_epochs
+    # Rank 0's: on other hardware a last bit may differ, and all ranks have to decide the same.
+    scores = {} if report is None else from_rank_zero(_scores(report))
+    if scores:
+        progress.log_validation(scores)
+    row = {**state.row, **{f'eval_{name}': value for name, value in scores.items()}}
+    state.summary.append(row)
+    state.step, state.sums, state.row = 0, {}, None
+    if is_rank_zero():
+        if state.best is row and (scores or is_last):
+            _save_best(run, scores, report)
+        _write_summary(run)
+    save_checkpoint(run)
+
+
+def _save_best(run: Run, scores: Mapping[str, float], report: Report | None) -> None:
+    facts = {
+        'dataset': run.data.dataset.name,
+        'dataset_options': run.data.dataset.options,
+        'identities': len(run.data.class_map),
+        'epoch': run.state.summary[-1]['epoch'],
+        'validation': dict(scores),
+        'num_features': run.eval_model.num_features,
+        'training': asdict(run.config),
+    }
+    save_model_folder(
+        run.eval_model,
+        run.folder / BEST,
+        facts=json.loads(json.dumps(facts, default=str)),  # data roots may be paths
+        model_args=model_args(run.config),
+        table='' if report is None else f'On held-out training identities (validation):\n\n{report}',
+        input_size=run.size,
+    )
+
+
+def _write_summary(run: Run) -> None:
+    """Write all epochs anew: timm's `update_summary` appends, and would keep epochs that a resumed run repeats."""
+    rows = run.state.summary
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with whole_file(run.folder / SUMMARY) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, columns, restval='')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _diverged(run: Run, error: NonFiniteLoss) -> FloatingPointError:
+    """Return the error that ends a run whose loss is not finite, and save the images of the batch. Collective."""
+    rank, world_size = rank_and_world_size()
+    flags = gather(torch.tensor(error.own))
+    culprits = flags.nonzero().flatten().tolist() or list(range(world_size))
+    where = f', on rank {", ".join(map(str, culprits))} of {world_size}' if world_size > 1 else ''
+    folder = run.folder / f'nan-epoch{run.state.epoch}-step{error.step}'
+    images = f'Its images are in {folder}{"-rank*" if world_size > 1 else ""}'
+    if rank in culprits:
+        try:
+            _save_batch(run, error.step, Path(f'{folder}-rank{rank}') if world_size > 1 else folder)
+        except (OSError, ValueError) as problem:
+            images = f'Its images could not be saved ({problem})'
+    return known_to_all(
+        FloatingPointError(
+            f'the loss became NaN or infinite in epoch {run.state.epoch} at step {error.step}{where}; the last '
+            f'checkpoint is from before. {images}. {AGAINST_NAN}'
+        )
+    )
+
+
+def _save_batch(run: Run, step: int, folder: Path) -> None:
+    """Make a batch of this epoch again and save it: the augmented images, and in `batch.json` what each one is."""
+    with closing(epoch_batches(run, step)) as batches:
+        batch = next(batches)
+    records = run.data.records
+    with whole_folder(folder) as temporary:
+        about = []
+        for modality, images in zip(MODALITIES, batch.inputs, strict=True):
+            for image in _denormalized(images, run.augments[modality]):
+                row, name = batch.rows[len(about)], f'{len(about):03d}-{modality}.png'
+                Image.fromarray(image.numpy()).save(temporary / name)
+                about.append(
+                    {
+                        'file': name,
+                        'identity': str(records.identity[row]),
+                        'path': str(records.path[row]),
+                        'modality': modality,
+                        'label': batch.labels[len(about)].item(),
+                    }
+                )
+        save_json(temporary / 'batch.json', about)
+
+
+def _denormalized(images: torch.Tensor, augment: Augment) -> torch.Tensor:
+    """Network input [B, 3, H, W] as bytes [B, H, W, 3] on the CPU."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (augment.mean, augment.std))
+    values = images.cpu().float() * std + mean
+    return values.nan_to_num(0).mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()

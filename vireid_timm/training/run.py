@@ -7,22 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
+from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..constants import INFRARED, VISIBLE
 from ..data.augment import Augment
-from ..data.records import Dataset
+from ..data.readers import create_dataset, split_identities
+from ..data.records import Dataset, Records, class_map_of
+from ..data.sampler import IdentityModalitySampler
+from ..data.store import ImageStore, image_store
 from ..device import autocast_dtype
-from ..distributed import on_primary, together
+from ..distributed import all_ranks, rank_and_world_size
 from ..models.dual_stream import DualStreamResNet
 from ..run_folder import folder_of, has_checkpoint, holds_run
-from .batches import TrainData, create_augments, load_data
 from .config import TrainConfig
 from .progress import summary_writer_type
 from .task import ViReIDTask
@@ -31,28 +36,60 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Progress:
-    """How far a run is: what a checkpoint holds beside weights and optimiser.
+class TrainState:
+    """How far a run is: what a checkpoint holds besides weights and optimiser.
 
-    Batches, augmentation and dropout follow from seed, epoch and step, so that no generator has a state to keep.
+    Batches, augmentation and dropout follow from seed, epoch and step, so no generator has a state to save.
 
     Attributes:
-        epoch: Epochs that are complete, validation included.
-        step: Batches of the next epoch that are done; always between two optimiser steps.
+        step: Batches of the current epoch that are done; always between two optimiser steps.
         sums: Sums of the loss terms over these batches.
-        row: The epoch's row of `summary.csv`, once all of its batches are done.
-        best_epoch: Whose model was kept; -1 before there is one.
-        best_mAP: Its mAP on the validation identities; None without validation.
-        summary: Rows of the complete epochs.
+        row: The current epoch's row of the table, once all of its batches are done.
+        summary: The table of complete epochs, as in `summary.csv`.
     """
 
-    epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     row: dict[str, Any] | None = None
-    best_epoch: int = -1
-    best_mAP: float | None = None
     summary: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Number of complete epochs, which is the number of the current one."""
+        return len(self.summary)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the epoch with the best mAP, the first of equals; of the last epoch if none was validated."""
+        validated = [row for row in self.summary if 'eval_mAP' in row]
+        return max(validated, key=lambda row: row['eval_mAP']) if validated else next(reversed(self.summary), None)
+
+
+@dataclass
+class TrainData:
+    """The images of a run.
+
+    Attributes:
+        dataset: As read.
+        records: Images to train on, those that can be read.
+        store: Their pixels; row i of the store is row i of `records`.
+        labels: Class label of each, [N] long; -1 for identities that batches skip.
+        class_map: Identity name -> class label.
+        sampler: Batches of rows.
+        validation: Held-out identities as a dataset of their own; None if there are none.
+        validation_store: Their pixels.
+        broken: What is wrong with each image that is skipped because it cannot be read.
+    """
+
+    dataset: Dataset
+    records: Records
+    store: ImageStore
+    labels: torch.Tensor
+    class_map: dict[str, int]
+    sampler: IdentityModalitySampler
+    validation: Dataset | None
+    validation_store: ImageStore
+    broken: list[str]
 
 
 @dataclass
@@ -71,7 +108,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype | None
     scaler: NativeScaler | None
-    progress: Progress = field(default_factory=Progress)
+    state: TrainState = field(default_factory=TrainState)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -83,8 +120,8 @@ class Run:
 
     @property
     def num_updates(self) -> int:
-        """Optimiser steps that are done."""
-        return self.progress.epoch * self.updates_per_epoch + _num_updates(self.progress.step, self.config)
+        """Number of optimiser steps that are done."""
+        return self.state.epoch * self.updates_per_epoch + _num_updates(self.state.step, self.config)
 
     @property
     def model(self) -> nn.Module:
@@ -97,66 +134,72 @@ class Run:
         return self.task.get_eval_model(ema=self.config.model_ema)
 
 
-def set_up(config: TrainConfig, device: torch.device) -> Run:
-    """Everything that training needs, from the settings; nothing is written but the image store.
+def run_folder_of(config: TrainConfig) -> Path:
+    """Return the folder of the run that the settings describe; the name of a new one may hold the time."""
+    if config.resume:
+        return folder_of(config.resume)
+    model = config.model.rstrip('/').split('/')[-1].replace(':', '-')
+    return Path(config.output) / (
+        config.experiment or f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}-{config.dataset}'
+    )
 
-    The initial weights are drawn from torch's global generators, which the caller seeds. Several processes make this
-    call together.
+
+def create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
+    """Create everything that training needs; writes nothing but the image store. Collective.
+
+    The initial weights are drawn from torch's global generators, which the caller seeds.
 
     Args:
         config: The settings.
+        folder: The run's folder.
         device: Where to train.
 
     Raises:
-        ValueError: A setting or data that cannot work; the text says which and what to do.
+        ValueError: A setting or data that cannot work; the message says which and what to do.
     """
-    run = together(lambda: _set_up(config, device))
-    run.folder = on_primary(lambda: run.folder)  # its name may hold the time
+    run = all_ranks(lambda: _create_run(config, folder, device))
     run.task.prepare_distributed()
     return run
 
 
-def _set_up(config: TrainConfig, device: torch.device) -> Run:
-    """One process's share, in which it exchanges nothing with the others."""
+def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     # Before the data are read: a wrong name or argument should not cost minutes.
     _check_settings(config)
     probe = _probe_model(config)
     create_scheduler(config, create_optimizer(config, probe, fused=False), num_batches=10**6)  # enough for any
     size = tuple(config.input_size or probe.pretrained_cfg['input_size'])
     data = load_data(config, size, device)
-    folder = _run_folder(config, data.dataset)
     model = _create_model(config, len(data.class_map)).to(device)
-    task = _create_task(config, model, device)
     dtype = autocast_dtype(device, config.amp, config.amp_dtype)
     scaler = NativeScaler(device.type) if dtype == torch.float16 else None
-    # Fused SGD takes part of a step that the scaler skips: its momentum is lost, and the weights with it.
+    # Not fused with a scaler: where it skips a step, fused SGD has already changed the momentum.
     optimizer = create_optimizer(config, model, fused=scaler is None)
     scheduler, num_epochs = create_scheduler(config, optimizer, data.sampler.batches_per_epoch)
     return Run(
-        config,
-        folder,
-        data,
-        size,
-        task,
-        create_augments(config, model),
-        optimizer,
-        scheduler,
-        num_epochs,
-        device,
-        dtype,
-        scaler,
+        config=config,
+        folder=folder,
+        data=data,
+        size=size,
+        task=_create_task(config, model, device),
+        augments=create_augments(config, model),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        device=device,
+        dtype=dtype,
+        scaler=scaler,
     )
 
 
 def _check_settings(config: TrainConfig) -> None:
-    """Settings that do not go together, or not with what is there."""
+    """Refuse settings that contradict each other, or what is on the disk."""
     folder = Path(config.output) / config.experiment
     if config.experiment and not config.resume and holds_run(folder):
         if has_checkpoint(folder):
-            way = f'continue it with --resume {folder}, or choose another name'
+            fix = f'resume it with --resume {folder}, or choose another name'
         else:
-            way = 'its checkpoints are gone, so choose another name, or move that folder away'
-        raise ValueError(f'{folder} holds a run already; {way}')
+            fix = 'its checkpoints are gone, so choose another name, or move that folder away'
+        raise ValueError(f'{folder} holds a run already; {fix}')
     if config.input_size and config.input_size[0] != 3:
         raise ValueError(
             f'--input-size is channels, height and width; images have 3 channels, not {config.input_size[0]}'
@@ -171,8 +214,58 @@ def _check_settings(config: TrainConfig) -> None:
         summary_writer_type()
 
 
+def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.device) -> TrainData:
+    """Read the records, hold out validation identities, decode the images and set up the sampler.
+
+    Args:
+        config: The settings.
+        size: Channels, height and width of the network's input.
+        device: Where batches will be needed.
+
+    Raises:
+        ValueError: Data that cannot be trained on.
+        OSError: The image store cannot be written.
+    """
+    rank, world_size = rank_and_world_size()
+    dataset = create_dataset(config.dataset, config.data_dir or None, **config.dataset_kwargs)
+    records, held_out = split_identities(dataset.train, config.val_share, config.seed)
+    # One store for every --seed and --val-share: images held out by one are trained on with another.
+    store = image_store(
+        dataset.train,
+        size[1:],
+        cache=config.cache,
+        device=device,
+        skip_broken=config.skip_broken,
+        workers=config.workers,
+    )
+    is_held_out = np.isin(dataset.train.identity, held_out.identities())
+    intact = np.isin(np.arange(len(store)), store.intact())
+    records = records[intact[~is_held_out]]
+    sampler = IdentityModalitySampler(
+        records.identity,
+        records.modality,
+        identities_per_batch=config.identities_per_batch,
+        images_per_modality=config.images_per_modality,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    class_map = class_map_of(records[~np.isin(records.identity, sampler.skipped)])
+    return TrainData(
+        dataset=dataset,
+        records=records,
+        store=store.select(np.flatnonzero(intact & ~is_held_out)),
+        labels=torch.tensor([class_map.get(name, -1) for name in records.identity.tolist()]),
+        class_map=class_map,
+        sampler=sampler,
+        validation=Dataset('validation', dataset.root, records[:0], held_out) if len(held_out) else None,
+        validation_store=store.select(np.flatnonzero(is_held_out)),
+        broken=list(store.broken.values()),
+    )
+
+
 def model_args(config: TrainConfig) -> dict[str, Any]:
-    """Arguments of the model that the settings give in one way or another."""
+    """Return the model's arguments that the settings give in one way or another."""
     args = dict(config.model_kwargs)
     if config.drop:
         args['drop_rate'] = config.drop
@@ -182,7 +275,7 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
 
 
 def _probe_model(config: TrainConfig) -> DualStreamResNet:
-    """The model, built without weights or memory."""
+    """Create the model on the meta device: without weights and without memory."""
     names = ', '.join(timm.list_models('vireid_*'))
     try:
         for args in ({}, model_args(config)):
@@ -203,9 +296,9 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
     except (RuntimeError, OSError) as error:
         raise ValueError(f'cannot load the weights of {config.model!r}: {error}') from error
     if pretrained and not _has_imagenet_weights(model):
-        model.reset_classifier(num_classes)  # as many identities are not the same ones
+        model.reset_classifier(num_classes)  # even as many identities are other ones
         _logger.info(
-            f'Weights of {config.model}: all but the classifiers, which are new, for the {num_classes} identities here'
+            f'Weights of {config.model} loaded, except for the classifiers: these are new, for {num_classes} identities'
         )
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -232,19 +325,37 @@ def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) ->
     return task
 
 
+def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]:
+    """Return the training augmentation of each modality, with the model's own normalisation."""
+    data_config = resolve_model_data_config(model)
+    return {
+        modality: Augment(
+            modality,
+            data_config['mean'],
+            data_config['std'],
+            pad=config.pad,
+            flip=config.hflip,
+            channel_combination=config.channel_combination,
+            erasing_probability=config.reprob,
+            erasing_fill='random' if config.erasing_fill is None else config.erasing_fill,
+        )
+        for modality in (VISIBLE, INFRARED)
+    }
+
+
 def _has_imagenet_weights(model: nn.Module) -> bool:
     return (model.pretrained_cfg.get('tag') or '').endswith('in1k')
 
 
 def _is_pretrained(model: nn.Module) -> Callable[[str], bool]:
-    """Which names the weights of the model's tag fill: ImageNet's stem and trunk, re-ID's all but the classifiers."""
+    """Return which names the tag's weights fill: ImageNet's stem and trunk, a re-ID model's all but the classifiers."""
     if _has_imagenet_weights(model):
         return lambda name: name.startswith(('stem.', 'layer'))
     return lambda name: '.fc.' not in name
 
 
 def frozen_norms(config: TrainConfig, model: nn.Module) -> list[nn.Module]:
-    """The batch norms that keep their statistics: with --freeze-bn those that were loaded."""
+    """Return the batch norms that keep their statistics: with --freeze-bn those that were loaded."""
     if not config.freeze_bn:
         return []
     is_pretrained = _is_pretrained(model)
@@ -256,10 +367,10 @@ def frozen_norms(config: TrainConfig, model: nn.Module) -> list[nn.Module]:
 
 
 def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, in torch's fused form, if wanted, where there is one.
+    """Create timm's optimiser of that name, in torch's fused form where there is one.
 
     Raises:
-        ValueError: No such optimiser, not with these arguments, or not for this training loop.
+        ValueError: No such optimiser, not with these arguments, or not usable here.
     """
 
     def create(**options: Any) -> torch.optim.Optimizer:
@@ -277,12 +388,12 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
     try:
         try:
             optimizer = create(fused=True) if fused else create()
-        except (TypeError, RuntimeError):  # fused: not this optimiser, or not on this device
+        except (TypeError, RuntimeError):  # not fused: this optimiser, or this device
             optimizer = create()
     except (TypeError, KeyError, ValueError, AssertionError, ImportError, RuntimeError) as error:
         raise ValueError(
             f'cannot create the optimiser {config.opt!r}: {error}; --opt is one of timm.optim.list_optimizers(), and '
-            '--opt-kwargs are its arguments but lr, momentum and weight_decay, which have flags'
+            '--opt-kwargs are its arguments except lr, momentum and weight_decay, which have flags'
         ) from error
     if getattr(optimizer, 'is_second_order', False):
         raise ValueError(f'--opt {config.opt} needs second derivatives, which are not computed here; choose another')
@@ -296,7 +407,7 @@ def _backbone_lr_scale(config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:
-    """What was pretrained at a scaled learning rate (AGW's recipe), everything new at the full one.
+    """Return two groups: pretrained parameters at a scaled learning rate (AGW's recipe), new ones at the full rate.
 
     The scale is timm's `lr_scale`, which its schedulers apply, warm-up included.
     """
@@ -313,7 +424,7 @@ def create_scheduler(
     optimizer: torch.optim.Optimizer,
     num_batches: int,
 ) -> tuple[Scheduler | None, int]:
-    """timm's scheduler of that name and the epochs that it takes; None for `none`."""
+    """Create timm's scheduler of that name, None for `none`, and return it with the number of epochs that it takes."""
     return create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -331,13 +442,5 @@ def create_scheduler(
 
 
 def _num_updates(num_batches: int, config: TrainConfig) -> int:
-    """Optimiser steps that so many batches of an epoch take; the last one may have fewer batches."""
+    """Return the optimiser steps for that many batches of an epoch; the last step may have fewer batches."""
     return -(-num_batches // config.grad_accum_steps)
-
-
-def _run_folder(config: TrainConfig, dataset: Dataset) -> Path:
-    if config.resume:
-        return folder_of(config.resume)
-    model = config.model.rstrip('/').split('/')[-1].replace(':', '-')
-    name = config.experiment or f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}-{dataset.name}'
-    return Path(config.output) / name

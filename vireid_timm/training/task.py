@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,46 +14,21 @@ from torch import distributed
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed import gather, process
+from ..distributed import rank_and_world_size
 from ..loss.identity import identity_losses
 from ..loss.mutual_learning import MutualLearningLoss
 from ..loss.triplet import WeightedRegularizedTriplet
 from ..models.dual_stream import BranchOutput, DualStreamResNet
+from .joined_triplet import JoinedTriplet, join_triplets
 
 _logger = logging.getLogger(__name__)
 
-# How several processes settle on the same running statistics of batch norm: their mean, or those of process 0.
+# How ranks agree on the running statistics of batch norm: their mean, or those of rank 0. timm's words.
 DIST_BN = ('reduce', 'broadcast')
 
 
-class JoinedTriplet(NamedTuple):
-    """The part of one batch in a triplet loss that compares across several batches.
-
-    Attributes:
-        value: The loss over all of them, a scalar.
-        gradient: Its gradient with respect to the features of this batch, times the number of batches, since the
-            batches' gradients are averaged afterwards; [2 B, D].
-    """
-
-    value: torch.Tensor
-    gradient: torch.Tensor
-
-
-class _KnownLoss(torch.autograd.Function):
-    """A loss that was computed elsewhere, with its gradient, made a function of the features that it belongs to."""
-
-    @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grad * ctx.saved_tensors[0], None, None
-
-
 class BranchForward(nn.Module):
-    """Makes `forward_branches` the forward of the module that DDP wraps: gradients would not be averaged around it."""
+    """Make `forward_branches` the forward of the module that DDP wraps: around DDP, gradients are not averaged."""
 
     def __init__(self, model: DualStreamResNet) -> None:
         super().__init__()
@@ -79,22 +54,22 @@ class ViReIDTask(TrainingTask):
         device: torch.device | None = None,
         verbose: bool = True,
     ) -> None:
-        """Set up the losses.
+        """Create the losses.
 
         Args:
             model: A network with a classifier.
-            id_branches: Branches with an identity loss (L_id of table 3); all of the model's when None.
-            mutual: Which pairs learn from each other (table 4); without effect on a model of one branch.
+            id_branches: Branches with an identity loss (L_id of table 3); None for all branches of the model.
+            mutual: Which pairs learn from each other (table 4); ignored by a model with one branch.
             global_weight: theta_1 of eq. 9.
             fusion_weight: theta_2 of eq. 10.
             triplet_weight: Weight of WRT on the features before BN.
             smoothing: Label smoothing of the identity losses.
-            gather_features: Whether the triplet loss compares the images of all processes.
+            gather_features: Whether the triplet loss compares the images of all ranks.
             device: Where the model is.
             verbose: As in timm.
 
         Raises:
-            ValueError: A model without classifier, or a branch that it does not have.
+            ValueError: A model without a classifier, or a branch that it does not have.
         """
         super().__init__(device=device, verbose=verbose)
         if model.num_classes < 1:
@@ -108,47 +83,44 @@ class ViReIDTask(TrainingTask):
         self.smoothing = smoothing
         self.triplet_weight = triplet_weight
         self.gather_features = gather_features
-        self._batch_size: int | None = None  # of all processes, once they have compared theirs
+        self._batch_size: int | None = None  # of all ranks, once they have compared theirs
         mode = mutual if len(model.branches) > 1 else 'none'
         self.mutual_learning = MutualLearningLoss(mode, global_weight, fusion_weight)
         self.triplet = WeightedRegularizedTriplet()
 
     def convert_sync_batchnorm(self) -> None:
-        """Let batch norm see the batches of all processes; before averaging, compiling and `prepare_distributed`.
+        """Let batch norm see the batches of all ranks; call it before averaging, compiling and `prepare_distributed`.
 
-        Names and values of the weights stay. Nothing happens in a process that computes alone.
+        Names and values of the weights stay. Does nothing on a single rank.
 
         Raises:
-            ValueError: Several processes on the CPU, where torch has no such batch norm.
+            ValueError: Several ranks on the CPU, where torch has no such batch norm.
         """
-        if process()[1] == 1:
+        if rank_and_world_size()[1] == 1:
             return
         if self.device.type == 'cpu':
-            raise ValueError(
-                'synchronised batch norm (--sync-bn) needs a GPU for each process: leave it out on the CPU'
-            )
+            raise ValueError('synchronised batch norm (--sync-bn) needs a GPU for each rank: leave it out on the CPU')
         convert_sync_batchnorm(self.trainable_module)  # replaces the modules in place
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'ViReIDTask':
-        """Average gradients over the processes, if there are several; to be called last, after `compile`.
+        """Wrap the network in DistributedDataParallel if there are several ranks; call it last, after `compile`.
 
-        Parameters that no loss reaches are frozen: the processes would wait for their gradients forever. After
-        `compile`, torch's setting `torch._dynamo.config.optimize_ddp` is switched off for this process.
+        Freezes parameters that no loss reaches: ranks would wait for their gradients forever. After `compile`, it sets
+        `torch._dynamo.config.optimize_ddp` to False for this process.
 
         Args:
             device_ids: As in timm; the task's own device if it is a GPU.
             ddp_kwargs: Further arguments of DistributedDataParallel.
         """
-        if process()[1] == 1:
+        if rank_and_world_size()[1] == 1:
             return self
         self._freeze_unreached()
         if unwrap_model(self.trainable_module) is not self.trainable_module:
-            # A graph that was compiled stays whole: torch 2.5 cannot divide one with functions of our own among the
-            # buckets that are exchanged, and ends with an error.
+            # Keep the compiled graph whole: torch 2.5 fails to split one with custom autograd functions by buckets.
             torch._dynamo.config.optimize_ddp = False
         if device_ids is None and self.device.type != 'cpu':
             device_ids = [self.device]
-        # The gradients live in the buffers that are exchanged: no second copy of them.
+        # The gradients live in the buffers that are exchanged, without a second copy.
         ddp_kwargs = {'gradient_as_bucket_view': True, **ddp_kwargs}
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         self._settle_buffers()
@@ -167,14 +139,14 @@ class ViReIDTask(TrainingTask):
             _logger.info(f'No loss reaches {len(unreached)} parameters ({", ".join(modules)}): they are not trained')
 
     def _settle_buffers(self) -> None:
-        """Let DistributedDataParallel arrange its buffers now, which it does after its first backward pass.
+        """Let DistributedDataParallel arrange its buffers now: it does so after its first backward pass.
 
-        The arrangement decides in which order gradients are added up. A resumed run would otherwise begin with another
-        one than the run that was not interrupted has at that step, and go on to weights that differ in the last digit.
+        The arrangement decides the order in which gradients are added up. A resumed run would otherwise start with
+        another one than an uninterrupted run has at that step, and its weights would differ in the last digit.
         """
         parallel = self.trainable_module
         compiled = parallel.module
-        parallel.module = unwrap_model(compiled)  # nothing is compiled for the trial's small images
+        parallel.module = unwrap_model(compiled)  # compile nothing for the trial's small images
         with self._trial(parallel) as loss:
             loss.backward()
         parallel.module = compiled
@@ -182,7 +154,7 @@ class ViReIDTask(TrainingTask):
 
     @contextmanager
     def _trial(self, forward: Callable[[torch.Tensor, torch.Tensor], BranchOutput]) -> Iterator[torch.Tensor]:
-        """The loss of four small black images, without a trace in dropout's draws and batch norm's statistics."""
+        """Yield the loss of four small black images; dropout's draws and batch norm's statistics stay as they are."""
         model = self.get_eval_model()
         images = torch.zeros(2, model.in_chans, 32, 32, device=self.device, dtype=next(model.parameters()).dtype)
         labels = torch.zeros(4, dtype=torch.int64, device=self.device)
@@ -190,23 +162,22 @@ class ViReIDTask(TrainingTask):
             yield sum(self._terms(forward(images, images), labels, None).values())
 
     def share_running_statistics(self, dist_bn: str = 'reduce') -> None:
-        """Make the running statistics of batch norm the same in all processes, as before evaluating and saving.
+        """Make the running statistics of batch norm equal on all ranks, before evaluating and saving. Collective.
 
         Args:
-            dist_bn: As timm's flag: `reduce` takes the mean over the processes, `broadcast` those of process 0.
+            dist_bn: As timm's flag: `reduce` takes the mean over the ranks, `broadcast` rank 0's.
 
         Raises:
             ValueError: Neither of these.
         """
         if dist_bn not in DIST_BN:
             raise ValueError(f'unknown dist_bn {dist_bn!r}; expected one of {", ".join(DIST_BN)}')
-        count = process()[1]
+        count = rank_and_world_size()[1]
         if count == 1:
             return
         distribute_bn(self.get_eval_model(), count, reduce=dist_bn == 'reduce')
         if self.has_ema():
-            # Always those of process 0: what the others have averaged is in no checkpoint, so a mean over it would
-            # differ in a run that was resumed.
+            # Always rank 0's: no checkpoint holds the others' averages, so a mean would differ in a resumed run.
             distribute_bn(self.get_eval_model(ema=True), count, reduce=False)
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
@@ -215,12 +186,12 @@ class ViReIDTask(TrainingTask):
         return self.trainable_module
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The network itself, without the wrappers around it."""
+        """Return the network itself, without the wrappers around it."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         return unwrap_model(module).model if module is not None else None
 
     def cache_features(self, input: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """The features that `forward` compares, [2 B, D], without gradients and without a trace in the network.
+        """Return the features that `forward` compares, [2 B, D], without gradients; the network stays as it is.
 
         Batch norm takes the batch's own statistics, as in training, but does not record them.
 
@@ -230,8 +201,8 @@ class ViReIDTask(TrainingTask):
         module = self.trainable_module
         module = module.module if isinstance(module, DistributedDataParallel) else module
         kind = self.device.type
-        # Without autocast's memory of converted weights: what it takes up here has no gradient, and `forward` within
-        # the same block would go on with that.
+        # Without autocast's cache of converted weights: those cached here have no gradient, and `forward` within the
+        # same block would use them.
         uncached = torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         )
@@ -243,11 +214,10 @@ class ViReIDTask(TrainingTask):
         features: Sequence[torch.Tensor],
         labels: Sequence[torch.Tensor],
     ) -> list[JoinedTriplet]:
-        """The triplet loss across several batches, without holding their activations (GradCache, arXiv:2101.06983).
+        """Compute the triplet loss over several batches, see `joined_triplet.py`.
 
-        `forward` with the part of each batch, and the mean over the batches of the losses (over processes too with
-        `gather_features`), give the gradients of the joined batch's triplet loss: the batches' features are constants
-        for each other, and every batch adds the gradient that belongs to its own.
+        `forward` with the part of each batch, averaged over the batches (and with `gather_features` over the ranks),
+        gives the gradients of the joined batch's triplet loss.
 
         Args:
             features: Those of each batch from `cache_features`, [2 B, D] each.
@@ -257,28 +227,14 @@ class ViReIDTask(TrainingTask):
             The part of each batch.
 
         Raises:
-            ValueError: Batches of different sizes, here or among the processes.
+            ValueError: Batches of different sizes, here or among the ranks.
         """
         sizes = {len(batch) for batch in features}
         if len(sizes) != 1:
             raise ValueError(f'a joined triplet loss needs batches of one size, got {sorted(sizes)} rows')
-        rows, identities, count, first = torch.cat(list(features)).detach(), torch.cat(list(labels)), len(features), 0
-        own = len(rows)
         if self._gathers:
             self._check_batch_size(len(features[0]))
-            number, processes = process()
-            rows, identities, count, first = (
-                gather(rows).flatten(0, 1),
-                gather(identities).flatten(),
-                count * processes,
-                number * own,
-            )
-        with torch.enable_grad():
-            rows.requires_grad_()
-            value = self.triplet(rows, identities)
-            (gradient,) = torch.autograd.grad(value, rows)
-        parts = (gradient[first : first + own] * count).split(len(features[0]))
-        return [JoinedTriplet(value.detach(), part) for part in parts]
+        return join_triplets(self.triplet, features, labels, across_ranks=self._gathers)
 
     def forward(
         self,
@@ -287,16 +243,16 @@ class ViReIDTask(TrainingTask):
         *,
         joined: JoinedTriplet | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Forward pass of both modalities and all losses.
+        """Run both modalities through the network and compute all losses.
 
         Args:
             input: Normalised visible [B, 3, H, W] and infrared [B, 3, H, W] images.
             target: Class labels of the visible rows, then of the infrared ones, [2 B].
-            joined: This batch's part of a triplet loss across several batches; over the batch itself if None.
+            joined: This batch's part of a triplet loss over several batches; None for a loss over the batch alone.
 
         Returns:
-            `loss`, its terms `id_<branch>`, `mutual` and `triplet` as they enter the sum, and `output`, the logits
-            of the branch that retrieval uses, [2 B, C].
+            `loss`, its terms `id_<branch>`, `mutual` and `triplet` with their weights, and `output`, the logits of the
+            branch that retrieval uses, [2 B, C].
         """
         branches = self.trainable_module(*input)
         if joined is None and self._gathers:
@@ -310,7 +266,7 @@ class ViReIDTask(TrainingTask):
         target: torch.Tensor,
         joined: JoinedTriplet | None,
     ) -> dict[str, torch.Tensor]:
-        """The losses by name, as they enter the sum."""
+        """Return the loss terms by name, with their weights (eq. 13)."""
         features, logits = branches
         terms = {
             f'id_{branch}': value
@@ -319,21 +275,21 @@ class ViReIDTask(TrainingTask):
         if self.mutual_learning.mode != 'none':
             terms['mutual'] = self.mutual_learning(logits)
         if self.triplet_weight:
-            triplet = self.triplet(features, target) if joined is None else _KnownLoss.apply(features, *joined)
+            triplet = self.triplet(features, target) if joined is None else joined.loss(features)
             terms['triplet'] = self.triplet_weight * triplet
         return terms
 
     @property
     def _gathers(self) -> bool:
-        return self.gather_features and self.triplet_weight != 0 and process()[1] > 1
+        return self.gather_features and self.triplet_weight != 0 and rank_and_world_size()[1] > 1
 
     def _check_batch_size(self, size: int) -> None:
-        """One size in all processes, or features would be mixed up: compared once, and here from then on."""
+        """Check that all ranks have batches of one size: once by an exchange, then against that size."""
         if self._batch_size is None:
-            sizes = [0] * process()[1]
+            sizes = [0] * rank_and_world_size()[1]
             distributed.all_gather_object(sizes, size)
             if len(set(sizes)) != 1:
-                raise ValueError(f'gathering features needs batches of one size in all processes, got {sizes} rows')
+                raise ValueError(f'gathering features needs batches of one size on all ranks, got {sizes} rows')
             self._batch_size = size
         if size != self._batch_size:
             raise ValueError(
@@ -343,7 +299,7 @@ class ViReIDTask(TrainingTask):
 
 @contextmanager
 def _unrecorded(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics of batch norm alone, though batches are normalised as in training."""
+    """Keep the running statistics of batch norm as they are; batches are normalised as in training."""
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

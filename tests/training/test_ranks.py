@@ -21,12 +21,14 @@ import pytest
 import timm
 import torch
 import yaml
-from processes import METHOD
+from processes import METHOD, start_two
 from torch import distributed
 from torch.multiprocessing import start_processes
 
 import vireid_timm
 from vireid_timm.cli.main import main
+from vireid_timm.data.loader import load_batches
+from vireid_timm.distributed import rank_and_world_size
 from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 from vireid_timm.models.dual_stream import DualStreamResNet
 from vireid_timm.run_folder import load_checkpoint
@@ -245,7 +247,7 @@ def _errors(rank: int, _: Path) -> dict[str, str]:
 
 
 def _runs(rank: int, folder: Path) -> dict[str, Any]:
-    """The command itself: from start to end, stopped and resumed, with data that fail in one process, diverged."""
+    """The command itself: from start to end, stopped and resumed, diverged, with a mistake."""
     command = ['train', '--config', str(folder / 'settings.yaml'), '--output', str(folder / 'runs')]
     found = {}
 
@@ -260,20 +262,11 @@ def _runs(rank: int, folder: Path) -> dict[str, Any]:
             signal.raise_signal(signal.SIGTERM)
         return train_step(*arguments)
 
-    def fail(*arguments: Any, **options: Any) -> Iterator[Any]:
-        drawn = batches(*arguments, **options)
-        yield next(drawn)
-        if rank == 1:
-            raise OSError('the images are gone')
-        yield from drawn
-
-    train_step, batches = loop.train_step, loop.batches
+    train_step = loop.train_step
     run('whole', '--experiment', 'whole')
     with mock.patch.object(loop, 'train_step', stop):
         run('stopped', '--experiment', 'stopped')
     run('resumed', '--resume', str(folder / 'runs' / 'stopped'))
-    with mock.patch.object(loop, 'batches', fail):
-        run('failed', '--experiment', 'failed')
     run('diverged', '--experiment', 'diverged', '--lr', '1e30')
     run('mistaken', '--experiment', 'mistaken', '--model', 'vireid_dml_r51')
     return found
@@ -439,7 +432,7 @@ def test_a_run_of_several_processes_has_one_folder_and_one_voice(found: list[dic
     assert (folder / 'best' / 'model.safetensors').is_file()
     assert f'Run: {folder}' in first['out'] and 'epoch 1: loss' in first['err']
     assert first['written']
-    assert '3 processes' in first['err']
+    assert '3 ranks' in first['err']
     # Validation compares the weights of the processes, running statistics included, and would have failed.
     assert 'validation: rank1' in first['err']
 
@@ -448,7 +441,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_same_weigh
     found: list[dict[str, Any]],
 ) -> None:
     first = _assert_one_voice(found, 'stopped', status=128 + signal.SIGTERM)
-    assert 'Saved epoch 0, step 2 of 3' in first['err'] and 'go on with: torchrun' in first['err']
+    assert 'Saved epoch 0, step 2 of 3' in first['err'] and 'resume with: torchrun' in first['err']
 
     folder = found[0]['folder'] / 'runs'
     assert 'from epoch 0, step 2' in _assert_one_voice(found, 'resumed', status=0)['err']
@@ -462,14 +455,33 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_same_weigh
     assert resumed == whole
 
 
-def test_another_number_of_processes_cannot_resume(found: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match=r'another number of processes \(3, now 1\)'):
+def test_another_number_of_ranks_cannot_resume(found: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r'another number of ranks \(3, now 1\)'):
         vireid_timm.train({'resume': str(found[0]['folder'] / 'runs' / 'whole'), 'epochs': 3})
 
 
-def test_an_error_in_one_process_ends_all_with_one_message(found: list[dict[str, Any]]) -> None:
-    said = _assert_one_voice(found, 'failed', status=1)['err']
-    assert said.count('error') == 1 and said.endswith('vireid: error: process 1 of 3: the images are gone\n')
+def _train_with_images_that_vanish_on_one_rank(folder: Path) -> int:
+    def vanish(*arguments: Any, **options: Any) -> Iterator[Any]:
+        batches = load_batches(*arguments, **options)
+        yield next(batches)
+        if rank_and_world_size()[0] == 1:
+            raise OSError('the images are gone')
+        yield from batches
+
+    with mock.patch.object(loop, 'load_batches', vanish):
+        return main(['train', '--config', str(folder / 'settings.yaml'), '--output', str(folder)])
+
+
+def test_an_error_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> None:
+    """Both are real processes: the other one finds its partner gone."""
+    (tmp_path / 'settings.yaml').write_text(yaml.safe_dump(SETTINGS))
+    statuses, said = start_two(_train_with_images_that_vanish_on_one_rank, tmp_path, folder=tmp_path)
+    assert statuses == [1, 1], said
+    errors = [line for line in said.splitlines() if line.startswith('vireid: error: ')]
+    assert sorted(errors) == [
+        'vireid: error: another rank is gone; its own message says why',
+        'vireid: error: the images are gone',
+    ]
 
 
 @pytest.mark.parametrize(('name', 'message'), [('diverged', 'NaN or infinite'), ('mistaken', 'vireid_dml_r51')])

@@ -18,11 +18,12 @@ from vireid_timm.data import store as images_module
 from vireid_timm.data.augment import Augment
 from vireid_timm.data.images import ImageError, load_image
 from vireid_timm.data.layouts import write_layout
+from vireid_timm.data.loader import Batch, load_batches, step_seed
 from vireid_timm.data.store import CACHES, ImageStore
 from vireid_timm.evaluation.evaluate import evaluate
-from vireid_timm.training import batches as batches_module
-from vireid_timm.training.batches import Batch, TrainData, batches, load_data, step_seed
+from vireid_timm.training import run as run_module
 from vireid_timm.training.config import TrainConfig
+from vireid_timm.training.run import TrainData, load_data
 
 CPU = torch.device('cpu')
 SIZE = (3, 32, 16)
@@ -52,7 +53,8 @@ def data(tmp_path: Path) -> TrainData:
 
 def draw(data: TrainData, device: torch.device = CPU, **options: Any) -> Iterator[Batch]:
     augments = {modality: Augment(modality, *STATISTICS, pad=3) for modality in MODALITIES}
-    return batches(data, augments, device, **{'epoch': 1, 'seed': 5, **options})
+    options = {'epoch': 1, 'seed': 5, **options}
+    return load_batches(data.store, data.labels, data.sampler, augments, device, **options)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -146,7 +148,8 @@ def test_broken_images_are_left_out_on_both_sides(tmp_path: Path) -> None:
     Path(broken[0]).write_bytes(b'no image')
     rest = load(tmp_path, **settings, skip_broken=True)
     assert rest.records.path.tolist() == [path for path in whole.records.path.tolist() if path not in broken]
-    assert (list(rest.store.broken), list(rest.validation_store.broken)) == ([3], [4])
+    assert (list(rest.store.broken), list(rest.validation_store.broken)) == ([], [4])
+    assert all(any(path in reason for reason in rest.broken) for path in broken) and len(rest.broken) == 2
     assert rest.validation.test.path.tolist() == whole.validation.test.path.tolist()
     assert_same_images(rest.store, rest.records.path)
     model = timm.create_model('vireid_dml_r10t', num_classes=0, img_size=SIZE[1:])
@@ -168,11 +171,11 @@ def test_seeds_are_their_own_for_every_step_rank_and_stream() -> None:
     assert step_seed(1, 2, 3, 4) == step_seed(1, 2, 3, 4, stream=0)
 
 
-def test_processes_share_the_batches_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_batches_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = list(draw(load(tmp_path, identities_per_batch=6)))
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(batches_module, 'process', lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(run_module, 'rank_and_world_size', lambda rank=rank: (rank, 2))
         shares.append(list(draw(load(tmp_path))))
     for whole, first, second in zip(alone, *shares, strict=True):
         assert first.rows[:6] + second.rows[:6] + first.rows[6:] + second.rows[6:] == whole.rows
@@ -222,7 +225,7 @@ def test_a_store_that_is_cut_short_is_an_error_of_the_loop(tmp_path: Path) -> No
     assert threading.active_count() == before
 
 
-def test_a_image_that_vanishes_is_an_error_of_the_loop(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_is_an_error_of_the_loop(tmp_path: Path) -> None:
     data = load(tmp_path, cache='off')
     data.store._paths = np.full(len(data.store), str(tmp_path / 'gone.png'))
     before = threading.active_count()

@@ -30,16 +30,25 @@ import vireid_timm
 from vireid_timm.cli.main import main
 from vireid_timm.data.images import load_image
 from vireid_timm.data.layouts import write_layout
+from vireid_timm.data.loader import load_batches
 from vireid_timm.data.store import ImageStore
-from vireid_timm.run_folder import load_checkpoint, run_folder
-from vireid_timm.training import checkpoint as checkpoints
+from vireid_timm.run_folder import load_checkpoint, open_run_folder
 from vireid_timm.training import loop
-from vireid_timm.training import train as train_module
-from vireid_timm.training.batches import batches, create_augments, load_data
+from vireid_timm.training.checkpoint import save_checkpoint
 from vireid_timm.training.config import TrainConfig
-from vireid_timm.training.meter import Meter
-from vireid_timm.training.run import Run, create_optimizer, create_scheduler, frozen_norms, parameter_groups, set_up
-from vireid_timm.training.train import train
+from vireid_timm.training.loop import train
+from vireid_timm.training.progress import Progress
+from vireid_timm.training.run import (
+    Run,
+    TrainData,
+    create_augments,
+    create_optimizer,
+    create_run,
+    create_scheduler,
+    frozen_norms,
+    load_data,
+    parameter_groups,
+)
 
 SMALL = {
     'dataset': 'synthetic',
@@ -72,7 +81,7 @@ def test_a_run_learns_and_leaves_a_model_that_timm_loads(tmp_path: Path) -> None
     losses = [row['train_id_joint'] for row in result.summary]
     assert losses[-1] < 0.8 * losses[0]
     names = {path.name for path in result.folder.iterdir()}
-    files = 'args.yaml best class_map.json config.json curves.png last.pth previous.pth summary.csv train.log'
+    files = '.lock args.yaml best class_map.json config.json curves.png last.pth previous.pth summary.csv train.log'
     assert names == set(files.split())
     assert 'epoch 5: loss' in (result.folder / 'train.log').read_text()
     assert json.loads((result.folder / 'class_map.json').read_text()) == {f'{i:05d}': i for i in range(8)}
@@ -98,20 +107,20 @@ class _Killed(Exception):
     """Stands for the end of the process."""
 
 
-def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any], module: Any = loop) -> Path:
-    """Start a run and end it right after a checkpoint within its epochs, or `train_module` between them; its folder."""
+def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any]) -> Path:
+    """Start a run and end it right after that many checkpoints; return its folder."""
     folder = Path(settings['output']) / settings['experiment']
     left = saves
 
     def save(run: Run) -> None:
         nonlocal left
-        checkpoints.save(run)
+        save_checkpoint(run)
         left -= 1
         if left == 0:
             raise _Killed
 
     with monkeypatch.context() as patched, pytest.raises(_Killed):
-        patched.setattr(module, 'save', save)
+        patched.setattr(loop, 'save_checkpoint', save)
         train(settings)
     return folder
 
@@ -121,7 +130,7 @@ def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[st
     [
         (1, dict(model_ema=True, model_ema_decay=0.9, drop=0.1, sched='step', decay_epochs=1)),
         (4, dict(model_ema=True, model_ema_warmup=True, drop=0.1, opt='lookahead_adamw', sched_on_updates=True)),
-        (3, dict(grad_accum_steps=2, cached_triplet=True, drop=0.1, clip_grad=1.0, opt='lamb', sched='none')),
+        (5, dict(grad_accum_steps=2, cached_triplet=True, drop=0.1, clip_grad=1.0, opt='lamb', sched='none')),
         (2, dict(amp=True, amp_dtype='float16', grad_accum_steps=2, epochs=1)),
     ],
 )
@@ -136,7 +145,7 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
     folder = _killed_after(monkeypatch, saves, {**common, 'experiment': 'killed'})
     resumed = train({'resume': str(folder)})
     states = [load_checkpoint(folder) for folder in (whole.folder, resumed.folder)]
-    assert states[0]['epoch'] == len(states[0]['progress']['summary']) == common['epochs']
+    assert states[0]['epoch'] == len(states[0]['state']['summary']) == common['epochs']
     assert equal(*states)
     lines = [(run.folder / 'summary.csv').read_text().splitlines() for run in (whole, resumed)]
     assert len(lines[0]) == len(lines[1]) == common['epochs'] + 1
@@ -153,16 +162,16 @@ def test_more_epochs_continue_a_finished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ('module', 'saves', 'val_share', 'epochs'),
-    [(train_module, 2, 0.0, 1), (train_module, 2, 0.25, 1), (loop, 3, 0.0, 2)],
+    ('interval', 'saves', 'val_share', 'epochs'),
+    [('', 2, 0.0, 1), ('', 2, 0.25, 1), ('1', 5, 0.0, 2)],
 )
 def test_a_run_that_is_to_have_fewer_epochs_ends_as_one_that_was_begun_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, saves: int, val_share: float, epochs: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: str, saves: int, val_share: float, epochs: int
 ) -> None:
     """After the first of three epochs, and within the second one, which is brought to its end."""
     settings = {**SMALL, 'output': str(tmp_path), 'val_share': val_share, 'model_kwargs': THIN}
-    settings['checkpoint_interval'] = '1' if module is loop else ''
-    folder = _killed_after(monkeypatch, saves, {**settings, 'experiment': 'killed', 'epochs': 3}, module)
+    settings['checkpoint_interval'] = interval
+    folder = _killed_after(monkeypatch, saves, {**settings, 'experiment': 'killed', 'epochs': 3})
     assert not (folder / 'best').exists()
     resumed = train({'resume': str(folder), 'epochs': 1})
     whole = train({**settings, 'experiment': 'whole', 'epochs': epochs})
@@ -181,7 +190,7 @@ def test_a_run_goes_back_to_its_previous_checkpoint_if_told_so(
     assert loaded and all(torch.equal(value, previous['state_dict'][name]) for name, value in loaded.items())
     with caplog.at_level(logging.INFO, 'vireid_timm'):
         train({'resume': str(first.folder / 'previous.pth'), 'lr': 0.001})
-    assert f'Continuing {first.folder} from epoch 1 (previous.pth)' in caplog.text
+    assert f'Resuming {first.folder} from epoch 1 (previous.pth)' in caplog.text
     now, before = (load_checkpoint(first.folder / name) for name in ('last.pth', 'previous.pth'))
     assert now['epoch'] == 2 and not equal(now['state_dict'], last['state_dict']) and equal(before, last)
     assert not (first.folder / 'damaged.pth').exists()
@@ -195,7 +204,7 @@ def test_averaging_and_loss_scaling_can_be_switched_on_and_off_when_resuming(
     on = dict(model_ema=True, model_ema_decay=1.0, amp=True, amp_dtype='float16')  # an average that never moves
     with caplog.at_level(logging.INFO, 'vireid_timm'):
         train({'resume': str(first.folder), 'epochs': 2, **on})
-    assert 'The run had no average of the weights: it begins with those of the checkpoint' in caplog.text
+    assert 'The run had no average of the weights: it starts from those of the checkpoint' in caplog.text
     state = load_checkpoint(first.folder)
     assert state['amp_scaler'] and not equal(state['state_dict'], begun)
     for name in ('layer4.0.conv1.weight', 'joint_head.fc.weight'):
@@ -256,13 +265,17 @@ def _initial_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def _drawn(data: TrainData, augments: dict[str, Any], device: torch.device, seed: int) -> list[Any]:
+    return list(load_batches(data.store, data.labels, data.sampler, augments, device, epoch=0, seed=seed))
+
+
 def _gradients_by_hand(config: TrainConfig, start: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, dict]:
     model = timm.create_model('vireid_dml_r10t', num_classes=8, in_chans=3, img_size=(64, 32)).train()
     model.load_state_dict(start)
     model = model.to(memory_format=torch.channels_last)
     task = vireid_timm.ViReIDTask(model, verbose=False)
     data = load_data(config, (3, 64, 32), torch.device('cpu'))
-    drawn = list(batches(data, create_augments(config, model), torch.device('cpu'), epoch=0, seed=config.seed))
+    drawn = _drawn(data, create_augments(config, model), torch.device('cpu'), config.seed)
     assert len(drawn) == 3
     gradients: dict[str, torch.Tensor] = {}
     for group in (drawn[:2], drawn[2:]):  # the last group is smaller
@@ -337,7 +350,7 @@ def test_a_nan_loss_names_its_step_saves_its_images_and_never_a_checkpoint(
     monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=1, step=1))
     with pytest.raises(FloatingPointError, match=r'epoch 1 at step 1;.*nan-epoch1-step1.*--lr'):
         _train(tmp_path, **settings)
-    assert (load_checkpoint(folder)['epoch'], load_checkpoint(folder)['progress']['step']) == (1, 1)
+    assert (load_checkpoint(folder)['epoch'], load_checkpoint(folder)['state']['step']) == (1, 1)
     about = json.loads((folder / 'nan-epoch1-step1/batch.json').read_text())
     assert [record['modality'] for record in about] == ['visible'] * 8 + ['infrared'] * 8
     assert len({record['identity'] for record in about}) == 4
@@ -375,7 +388,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
     monkeypatch.setattr(loop, 'train_step', train_step)
     with pytest.raises(FloatingPointError, match='weights became NaN or infinite in epoch 1 before step 2'):
         _train(tmp_path, experiment='run', val_share=0.0, checkpoint_interval='1', model_kwargs=THIN)
-    assert load_checkpoint(tmp_path / 'run')['progress']['step'] == 1
+    assert load_checkpoint(tmp_path / 'run')['state']['step'] == 1
 
 
 @pytest.mark.parametrize(
@@ -395,7 +408,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'opt': 'sgdx'}, "cannot create the optimiser 'sgdx'.*list_optimizers"),
         ({'opt': 'lookahead_adahessian'}, 'needs second derivatives'),
         ({'opt_kwargs': {'foo': 1}}, "cannot create the optimiser 'sgd'.*foo.*--opt-kwargs"),
-        ({'opt_kwargs': {'lr': 1}}, '--opt-kwargs.* but lr'),
+        ({'opt_kwargs': {'lr': 1}}, '--opt-kwargs.* except lr'),
         ({'sched': 'plateau'}, 'would never decay'),
         ({'input_size': [1, 64, 32]}, 'images have 3 channels, not 1'),
         ({'sched': 'cosin'}, "'cosin'"),
@@ -419,8 +432,8 @@ def test_a_run_is_resumed_only_as_what_it_is(tmp_path: Path, caplog: pytest.LogC
         ({'identities_per_batch': 2}, r'identities per batch \(4, now 2\)'),
         ({'grad_accum_steps': 2}, r'batches per optimiser step \(1, now 2\)'),
         ({'opt': 'adamw'}, r'another optimiser \(sgd, now adamw\)'),
-        ({'val_share': 0.0}, 'the training identities are not those'),
-        ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'the training images are not those'),
+        ({'val_share': 0.0}, r'another training identities \(6, now 8\)'),
+        ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'another training images'),
     ):
         with pytest.raises(ValueError, match=message):
             train({'resume': str(first.folder), **settings})
@@ -455,7 +468,7 @@ def test_a_run_that_is_killed_while_it_ends_its_first_epoch_goes_on(
 
     settings = dict(experiment='run', model_kwargs=THIN, epochs=1, val_share=0.0, resume='auto')
     with monkeypatch.context() as patched, pytest.raises(_Killed):
-        patched.setattr(train_module, 'write_summary', write_summary)
+        patched.setattr(loop, '_write_summary', write_summary)
         _train(tmp_path, **settings)
     assert (tmp_path / 'run/best').is_dir()
     result = _train(tmp_path, **settings)
@@ -500,8 +513,8 @@ def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
     (first.folder / '.last.pth.0123abcd.part').write_bytes(b'half')
     (first.folder / '.best.0123abcd.old').mkdir()
     before = load_checkpoint(first.folder)
-    with run_folder(first.folder):
-        assert not [path for path in first.folder.iterdir() if path.name.startswith('.')]  # of a killed process
+    with open_run_folder(first.folder):
+        assert [path.name for path in first.folder.glob('.*')] == ['.lock']  # nothing of a killed process
         with pytest.raises(ValueError, match='another process is training in'):
             train({'resume': str(first.folder), 'epochs': 2})
     assert equal(load_checkpoint(first.folder), before)
@@ -524,7 +537,7 @@ def test_a_failure_in_the_background_stops_the_run_with_its_reason(
     with pytest.raises(FileNotFoundError, match='pixels.bin'):
         _train(tmp_path, experiment='run', epochs=4, val_share=0.0, checkpoint_interval='1', model_kwargs=THIN)
     state = load_checkpoint(tmp_path / 'run')
-    assert 3 * state['epoch'] + state['progress']['step'] >= 4  # what was read ahead was not needed yet
+    assert 3 * state['epoch'] + state['state']['step'] >= 4  # what was read ahead was not needed yet
     monkeypatch.undo()
     assert len(train({'resume': str(tmp_path / 'run')}).summary) == 4
 
@@ -567,7 +580,7 @@ def test_drawing_batches_never_waits_for_the_device() -> None:
     config, meta = TrainConfig.from_mapping({**SMALL, 'val_share': 0.0}), torch.device('meta')
     data = load_data(config, (3, 64, 32), torch.device('cpu'))
     augments = create_augments(config, timm.create_model('vireid_dml_r10t', num_classes=8))
-    drawn = list(batches(data, augments, meta, epoch=0, seed=config.seed))
+    drawn = _drawn(data, augments, meta, config.seed)
     assert len(drawn) == 3
     for batch in drawn:
         assert all(images.is_meta and images.shape == (8, 3, 64, 32) for images in batch.inputs)
@@ -584,17 +597,17 @@ def test_drawing_batches_never_waits_for_the_device() -> None:
 def test_the_host_never_waits_for_the_device_within_a_step(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = TrainConfig.from_mapping({**SMALL, 'output': str(tmp_path), 'val_share': 0.0, **settings})
     with torch.random.fork_rng():
-        run = set_up(config, torch.device('cpu'))
+        run = create_run(config, tmp_path, torch.device('cpu'))
         loop.training_mode(run)
-        meter = Meter()
-        drawn = list(batches(run.data, run.augments, run.device, epoch=0, seed=config.seed))[:2]
+        progress = Progress(num_epochs=1, steps_per_epoch=3, images_per_step=16, device=run.device)
+        drawn = _drawn(run.data, run.augments, run.device, config.seed)[:2]
         with _no_waiting():
             for group in ([drawn[0]], [drawn[1]]) if config.grad_accum_steps == 1 else (drawn,):
                 for batch, result in zip(group, loop.train_step(run, group)):
-                    meter.add(result, batch.labels)
-                run.progress.step += len(group)
-        meter.read()
-    assert meter.count == 2 and np.isfinite(meter.means()['loss'])
+                    progress.add(result, batch.labels)
+                run.state.step += len(group)
+        progress.read()
+    assert progress.step == 2 and np.isfinite(progress.means()['loss'])
 
 
 def test_too_little_memory_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,7 +663,7 @@ def test_fine_tuning_makes_a_new_classifier_and_can_hold_batch_norm(
             _weights(_train(tmp_path, experiment=f'second-{freeze}', freeze_bn=freeze, **settings).folder)
             for freeze in (True, False)
         )
-    assert 'all but the classifiers, which are new, for the 8 identities here' in caplog.text
+    assert 'except for the classifiers: these are new, for 8 identities' in caplog.text
     start = _weights(first.folder)
     for name, value in start.items():
         if '.fc.' in name:
@@ -672,7 +685,7 @@ def test_freezing_leaves_norms_alone_that_imagenet_weights_do_not_fill() -> None
 
 
 def _two_runs(rank: int, folder: str) -> None:
-    """One of two processes: ranks whose scores differ in a last bit, a loss that only one cannot compute, SIGTERM."""
+    """One of two ranks: scores differ in a last bit, a loss that only one cannot compute, SIGTERM."""
     torch.set_num_threads(1)
     meeting, patience = f'file://{folder}/meeting', timedelta(minutes=2)
     distributed.init_process_group('gloo', init_method=meeting, rank=rank, world_size=2, timeout=patience)
@@ -696,27 +709,30 @@ def _two_runs(rank: int, folder: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return real(*args, **options)
 
-    calls, real = [], train_module.evaluate
-    with mock.patch.object(train_module, '_scores', scores):
+    calls, real = [], loop.evaluate
+    with mock.patch.object(loop, '_scores', scores):
         run('differ')
     with mock.patch.object(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=0, step=0 if rank == 1 else 1000)):
         run('diverged', log_interval=1)
-    with mock.patch.object(train_module, 'evaluate', evaluate):
+    with mock.patch.object(loop, 'evaluate', evaluate):
         run('stopped')
     (Path(folder) / f'{rank}.json').write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 
-def test_two_processes_decide_as_one_and_each_says_what_only_it_knows(tmp_path: Path) -> None:
+def test_two_ranks_decide_as_one_and_each_says_what_only_it_knows(tmp_path: Path) -> None:
     start_processes(_two_runs, (str(tmp_path),), nprocs=2, start_method=METHOD)
     first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
     assert first['differ'][0] == second['differ'][0] == 0, (first['differ'], second['differ'])
-    assert load_checkpoint(tmp_path / 'differ')['progress']['best_epoch'] == 0
+    assert load_checkpoint(tmp_path / 'differ')['epoch'] == 2
 
     assert first['diverged'][0] == second['diverged'][0] == 1
-    assert 'at step 0, in process 1 of 2; what' in first['diverged'][1]
-    assert f'images are in {tmp_path / "diverged" / "nan-epoch0-step0-process*"}' in first['diverged'][1]
-    assert [path.name for path in (tmp_path / 'diverged').glob('nan-*')] == ['nan-epoch0-step0-process1']
+    assert 'at step 0, on rank 1 of 2; the last' in first['diverged'][1]
+    assert f'images are in {tmp_path / "diverged" / "nan-epoch0-step0-rank*"}' in first['diverged'][1]
+    assert [path.name for path in (tmp_path / 'diverged').glob('nan-*')] == ['nan-epoch0-step0-rank1']
 
-    assert second['stopped'] == [128 + signal.SIGTERM, 'process 1: stopped by SIGTERM\n']
-    assert first['stopped'][0] == 1 and 'another process is gone; its own message says why' in first['stopped'][1]
+    assert second['stopped'] == [
+        128 + signal.SIGTERM,
+        f'vireid: stopped by SIGTERM: resume with: torchrun ... -m vireid_timm train --resume {tmp_path / "stopped"}\n',
+    ]
+    assert first['stopped'][0] == 1 and 'another rank is gone; its own message says why' in first['stopped'][1]
