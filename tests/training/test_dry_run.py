@@ -74,9 +74,7 @@ def test_it_says_what_there_is_and_writes_nothing(images: Path, here: Path, caps
     assert f'{per_epoch} per epoch, 7 epochs: {7 * per_epoch} batches, {7 * per_epoch} optimiser steps\n' in said
     model = timm.create_model('vireid_dml_r10t', num_classes=5)
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert re.search(rf'parameters +{count / 1e6:.2f} M +{4 * count / 1e6:.1f} MB\n', said)
-    assert re.search(rf'gradients +{4 * count / 1e6:.1f} MB\n', said)
-    assert re.search(rf'optimiser +sgd +{4 * count / 1e6:.1f} MB\n', said)  # momentum
+    assert re.search(rf'{count / 1e6:.2f} M parameters; memory: [\d.]+ [MG]B at the peak of a step', said)
     assert re.search(rf'[\d.]+ ms per optimiser step, [\d.,]+ images/s\n +[\d:]+ for {7 * per_epoch} steps', said)
     assert 'Nothing was trained, nothing was written.' in said
 
@@ -91,8 +89,8 @@ def test_only_settings_that_are_not_the_defaults_are_listed(images: Path, capsys
     }
 
 
-def test_held_out_people_accumulation_and_averages_are_counted(images: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ('--val-share', '0.4', '--grad-accum-steps', '3', '--model-ema', '--opt', 'adamw', '--lr', '0.001')
+def test_held_out_people_and_accumulation_are_counted(images: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ('--val-share', '0.4', '--grad-accum-steps', '3')
     said = _dry_run(capsys, '--data-dir', images, *words)
     held_out = re.search(r'held out: (.*)', said)[1].split(', ')
     assert re.search(r'to train on +3 ', said) and re.search(r'held out for validation +2 ', said)
@@ -100,11 +98,6 @@ def test_held_out_people_accumulation_and_averages_are_counted(images: Path, cap
     assert '3 batches accumulated: 36 per optimiser step\n' in said
     batches, steps = map(int, re.search(r': (\d+) batches, (\d+) optimiser steps', said).groups())
     assert steps == 7 * -(-(batches // 7) // 3)
-    sizes = {
-        name: float(re.search(rf'{name}.* ([\d.]+) MB\n', said)[1]) for name in ('parameters', 'optimiser', 'average')
-    }
-    assert sizes['optimiser'] == pytest.approx(2 * sizes['parameters'], rel=0.01)  # AdamW keeps two values each
-    assert sizes['average'] == pytest.approx(sizes['parameters'], rel=0.01)  # and its own batch norm statistics
 
 
 def test_unset_settings_are_shown_with_what_they_come_to(images: Path, capsys: pytest.CaptureFixture) -> None:

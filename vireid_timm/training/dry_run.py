@@ -37,7 +37,7 @@ def dry_run(settings: Mapping[str, Any]) -> str:
         settings: As for `train`.
 
     Returns:
-        Settings, data, batches, memory and time, as text.
+        Settings, data, batches, store, memory and time, as text.
 
     Raises:
         ValueError: What `train` would raise.
@@ -57,8 +57,7 @@ def dry_run(settings: Mapping[str, Any]) -> str:
                 _data(run),
                 _batches(run),
                 _store(run, plan, measured),
-                _memory(run, measured),
-                _time(run, measured),
+                _cost(run, measured),
             )
             return '\n\n'.join('\n'.join(lines) for lines in sections)
 
@@ -206,36 +205,16 @@ def _store(run: Run, plan: StorePlan, measured: _Measured) -> list[str]:
     return lines
 
 
-def _memory(run: Run, measured: _Measured) -> list[str]:
-    parameters = list(run.task.trainable_module.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    state = [value for values in run.optimizer.state.values() for value in values.values()]
-    rows = [
-        ['  parameters', f'{sum(p.numel() for p in parameters) / 1e6:.2f} M', _size(parameters)],
-        ['  gradients', '', _size(trained)],
-        ['  optimiser', run.config.opt, _size(state)],
-    ]
-    if run.task.has_ema():
-        rows.append(['  average of the weights', '', _size(run.task.get_trainable_module(ema=True).parameters())])
-    if measured.peak is not None:
-        rows.append(['  peak of a step, everything included', '', format_bytes(measured.peak)])
-    on_gpu = run.device.type == 'cuda'
-    if on_gpu:
-        memory = torch.cuda.get_device_properties(run.device).total_memory
-        rows.append(['  available', '', format_bytes(memory)])
-    of = run.device if on_gpu else 'this process'
-    return [f'Memory of {of}, computing in {_precision(run)}', *aligned(rows, left=(0, 1))]
-
-
-def _size(tensors: Iterable[Any]) -> str:
-    return format_bytes(sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
-
-
-def _time(run: Run, measured: _Measured) -> list[str]:
+def _cost(run: Run, measured: _Measured) -> list[str]:
     updates = run.updates_per_epoch * run.num_epochs - run.num_updates
     speed = measured.images * rank_and_world_size()[1] / measured.step
+    memory = [] if measured.peak is None else [f'{format_bytes(measured.peak)} at the peak of a step']
+    if run.device.type == 'cuda':
+        memory.append(f'{format_bytes(torch.cuda.get_device_properties(run.device).total_memory)} available')
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
     return [
-        f'Time on {run.device}',
+        f'Cost on {run.device}, computing in {_precision(run)}',
+        f'  {parameters / 1e6:.2f} M parameters; memory: {", ".join(memory) or "unknown"}',
         f'  {1000 * measured.step:,.1f} ms per optimiser step, {speed:,.1f} images/s',
         f'  {tqdm.format_interval(updates * measured.step)} for {updates:,} steps, without decoding and validation',
         '',

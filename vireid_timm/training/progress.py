@@ -66,8 +66,7 @@ class Progress:
             device: Whose memory is reported.
             log_interval: Steps between log lines.
             tensorboard: The folder for TensorBoard's files; None writes none.
-            steps_done: Batches of the run that were done before this process. TensorBoard drops what an earlier process
-                wrote about later ones.
+            steps_done: Batches that are done. TensorBoard drops what a killed process wrote about later ones.
             clock: Seconds from an arbitrary origin.
 
         Raises:

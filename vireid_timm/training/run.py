@@ -12,8 +12,8 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -116,12 +116,13 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        return _num_updates(self.batches_per_epoch, self.config)
+        """Optimiser steps per epoch; the last one may have fewer batches."""
+        return -(-self.batches_per_epoch // self.config.grad_accum_steps)
 
     @property
     def num_updates(self) -> int:
         """Number of optimiser steps that are done."""
-        return self.state.epoch * self.updates_per_epoch + _num_updates(self.state.step, self.config)
+        return self.state.epoch * self.updates_per_epoch + -(-self.state.step // self.config.grad_accum_steps)
 
     @property
     def model(self) -> nn.Module:
@@ -166,29 +167,19 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     # Before the data are read: a wrong name or argument should not cost minutes.
     _check_settings(config)
     probe = _probe_model(config)
-    create_scheduler(config, create_optimizer(config, probe, fused=False), num_batches=10**6)  # enough for any
+    create_scheduler(config, create_optimizer(config, probe, fused=False), updates_per_epoch=10**6)
     size = tuple(config.input_size or probe.pretrained_cfg['input_size'])
     data = load_data(config, size, device)
     model = _create_model(config, len(data.class_map)).to(device)
+    task = _create_task(config, model, device)
     dtype = autocast_dtype(device, config.amp, config.amp_dtype)
     scaler = NativeScaler(device.type) if dtype == torch.float16 else None
     # Not fused with a scaler: where it skips a step, fused SGD has already changed the momentum.
     optimizer = create_optimizer(config, model, fused=scaler is None)
-    scheduler, num_epochs = create_scheduler(config, optimizer, data.sampler.batches_per_epoch)
-    return Run(
-        config=config,
-        folder=folder,
-        data=data,
-        size=size,
-        task=_create_task(config, model, device),
-        augments=create_augments(config, model),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        num_epochs=num_epochs,
-        device=device,
-        dtype=dtype,
-        scaler=scaler,
-    )
+    augments = create_augments(config, model)
+    run = Run(config, folder, data, size, task, augments, optimizer, None, config.epochs, device, dtype, scaler)
+    run.scheduler, run.num_epochs = create_scheduler(config, optimizer, run.updates_per_epoch)
+    return run
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -372,17 +363,11 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
     Raises:
         ValueError: No such optimiser, not with these arguments, or not usable here.
     """
+    scale = config.backbone_lr_scale if config.backbone_lr_scale is not None else 0.1 if config.pretrained else 1.0
 
     def create(**options: Any) -> torch.optim.Optimizer:
-        return create_optimizer_v2(
-            parameter_groups(model, _backbone_lr_scale(config)),
-            opt=config.opt,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            **options,
-            **config.opt_kwargs,
-        )
+        groups = parameter_groups(model, scale)
+        return create_optimizer_v2(groups, **optimizer_kwargs(config), **options, **config.opt_kwargs)
 
     fused = fused and not {'fused', 'foreach'} & set(config.opt_kwargs)
     try:
@@ -398,12 +383,6 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
     if getattr(optimizer, 'is_second_order', False):
         raise ValueError(f'--opt {config.opt} needs second derivatives, which are not computed here; choose another')
     return optimizer
-
-
-def _backbone_lr_scale(config: TrainConfig) -> float:
-    if config.backbone_lr_scale is not None:
-        return config.backbone_lr_scale
-    return 0.1 if config.pretrained else 1.0
 
 
 def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:
@@ -422,25 +401,10 @@ def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[st
 def create_scheduler(
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
-    num_batches: int,
+    updates_per_epoch: int,
 ) -> tuple[Scheduler | None, int]:
     """Create timm's scheduler of that name, None for `none`, and return it with the number of epochs that it takes."""
-    return create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        decay_epochs=config.decay_epochs,
-        decay_milestones=config.decay_milestones,
-        cooldown_epochs=config.cooldown_epochs,
-        decay_rate=config.decay_rate,
-        min_lr=config.min_lr,
-        warmup_lr=0.1 * config.lr if config.warmup_lr is None else config.warmup_lr,
-        warmup_epochs=config.warmup_epochs,
-        step_on_epochs=not config.sched_on_updates,
-        updates_per_epoch=_num_updates(num_batches, config),
-    )
-
-
-def _num_updates(num_batches: int, config: TrainConfig) -> int:
-    """Return the optimiser steps for that many batches of an epoch; the last step may have fewer batches."""
-    return -(-num_batches // config.grad_accum_steps)
+    kwargs = scheduler_kwargs(config)
+    if config.warmup_lr is None:
+        kwargs['warmup_lr'] = 0.1 * config.lr
+    return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
