@@ -147,7 +147,7 @@ def test_offline_a_cached_model_loads_and_another_is_an_error(
 ) -> None:
     hub.publish(NAME, files)
     _assert_loads(model)
-    check_model(NAME)
+    check_model(f'hf-hub:{NAME}')
     hub.requests.clear()
     program = f"""if True:
         import sys
@@ -188,8 +188,8 @@ def test_what_the_hub_does_not_have_is_named(hub: HubServer, files: dict[str, by
     hub.publish('someone/no-reference', {CONFIG: files[CONFIG], WEIGHTS: files[WEIGHTS]})
     for source, load_says, check_says in (
         ('someone/nothing', 'Not Found', 'no such model on the Hub'),
-        (f'{NAME}@v9', 'v9', "no revision 'v9'"),
-        (f'{NAME}@{40 * "0"}', 40 * '0', 'no revision'),
+        (f'{NAME}@v9', 'v9', f'{NAME}@v9: the Hub has no such revision'),
+        (f'{NAME}@{40 * "0"}', 40 * '0', 'no such revision'),
         ('someone/no-weights', 'pytorch_model.bin', WEIGHTS),
         ('someone/no-config', CONFIG, CONFIG),
         ('someone/no-reference', '', REFERENCE),
@@ -198,7 +198,7 @@ def test_what_the_hub_does_not_have_is_named(hub: HubServer, files: dict[str, by
             with pytest.raises(ValueError, match=f'{re.escape(source)}(.|\n)*{load_says}'):
                 load_model(f'hf-hub:{source}')
         with pytest.raises(ValueError, match=check_says):
-            check_model(source)
+            check_model(f'hf-hub:{source}')
 
 
 def test_a_private_model_needs_a_token(
@@ -256,7 +256,7 @@ def test_a_hub_that_does_not_answer_is_named(hub: HubServer, files: dict[str, by
     hub.publish(NAME, files)
     hub.fault('GET')
     with pytest.raises(ValueError, match=rf'{NAME}: .* \(asking {re.escape(hub.url)}\)'):
-        check_model(NAME)
+        check_model(f'hf-hub:{NAME}')
 
 
 def test_a_file_that_arrived_damaged_is_an_error_and_not_kept(
@@ -397,8 +397,8 @@ def test_a_pushed_folder_is_published_whole_and_loads(
     assert metadata.library_name == 'timm' and metadata.pipeline_tag == 'image-feature-extraction'
     _assert_equal(timm.create_model(f'hf-hub:{NAME}', pretrained=True), model)
     _assert_loads(model)
-    for name in (NAME, f'hf-hub:{NAME}', f'{NAME}@main', f'{NAME}@{hub.repositories[NAME].heads["main"]}'):
-        assert any('reference' in line for line in check_model(name))
+    for revision in ('', '@main', f'@{hub.repositories[NAME].heads["main"]}'):
+        assert any('reference' in line for line in check_model(f'hf-hub:{NAME}{revision}'))
     # All of it was one commit after the one that a repository starts with, and nothing new is no commit.
     push_folder(folder, NAME)
     assert len(hub.repositories[NAME].commits) == 2

@@ -77,7 +77,7 @@ SPOILED = {
     'broken configuration': (lambda folder: (folder / 'config.json').write_text('[]'), 'no pretrained_cfg'),
     'truncated weights': (
         lambda folder: (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:999]),
-        'damaged or exchanged',
+        'damaged or replaced',
     ),
     'truncated reference': (lambda folder: (folder / REFERENCE).write_bytes(b'1234'), 'cannot read reference'),
     'another architecture': (_configured('architecture', 'resnet18'), "'resnet18' is not an architecture"),
@@ -86,7 +86,7 @@ SPOILED = {
     'another normalisation': (_configured('pretrained_cfg.mean', [0.5, 0.5, 0.5]), 'does not compute the features'),
     'another image size': (
         _configured('pretrained_cfg.input_size', [3, 96, 32]),
-        r'no visible images of .* 96, 32',
+        r'no images of shape .* 96, 32',
     ),
     'cropped images': (_configured('pretrained_cfg.crop_mode', 'center'), 'crop_mode'),
     'other weights': (
@@ -105,7 +105,7 @@ SPOILED = {
         _with_reference(lambda reference: reference['infrared_before_bn'].mul_(1.01)),
         'does not compute the features',
     ),
-    'features left out': (_with_reference(lambda reference: reference.pop('visible_after_bn')), 'differ by inf'),
+    'features left out': (_with_reference(lambda reference: reference.pop('visible_after_bn')), 'visible_after_bn'),
 }
 
 
@@ -124,9 +124,11 @@ def test_check_refuses(copy: Path, spoiled: str, capsys: pytest.CaptureFixture) 
     ('name', 'message'),
     [
         ('local-dir:no/such', 'no folder no/such'),
-        ('nothing', 'there is no folder nothing, and names on the Hub are OWNER/NAME'),
-        ('someone/nothing', 'someone/nothing'),
-        ('a/b/c', 'a/b/c'),
+        ('vireid_dml_r50', 'no folder vireid_dml_r50; give hf-hub:OWNER/NAME or a folder'),
+        ('nothing', 'no file, folder or model .nothing.'),
+        ('someone/nothing', 'hf-hub:someone/nothing.*local-dir:someone/nothing'),
+        ('hf-hub:someone/nothing', 'someone/nothing'),
+        ('hf-hub:a/b/c', 'a/b/c'),
     ],
 )
 def test_check_names_what_is_not_there(name: str, message: str) -> None:
@@ -137,7 +139,7 @@ def test_check_names_what_is_not_there(name: str, message: str) -> None:
 @pytest.mark.parametrize('private', ['last.pth', 'class_map.json', 'best', 'weights.bin'])
 def test_push_refuses_what_is_not_for_others(copy: Path, private: str) -> None:
     (copy / private).touch()
-    with pytest.raises(ValueError, match=f'{private}.* not for others'):
+    with pytest.raises(ValueError, match=f'{private}.* must not be published'):
         push_folder(copy, 'someone/model')
 
 

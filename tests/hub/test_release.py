@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
+import torch
 import yaml
 from hub_server import HubServer
 
@@ -176,6 +178,22 @@ def test_the_models_of_several_trials_are_averaged_and_the_first_is_saved(
         assert f'{100 * scores["mean"]["mAP"]:.2f} ± {100 * scores["std"]["mAP"]:.2f}' in card
     facts = json.loads((work / 'model/config.json').read_text())['vireid']['evaluation']
     assert facts['weights'] == reports[0].weights and 'Mean and deviation of the models of trials 2, 3' in card
+
+
+def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> None:
+    release = runpy.run_path(str(HUB / 'release.py'))
+    model = timm.create_model('vireid_dml_r10t', num_classes=5).eval()
+    release['save_embedded_weights'](model, tmp_path / 'weights.safetensors')
+    saved = safetensors.torch.load_file(tmp_path / 'weights.safetensors')
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float16}
+    assert not [name for name in saved if '.fc.' in name]
+    loaded = timm.create_model(
+        'vireid_dml_r10t', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.safetensors'))
+    )
+    model.reset_classifier(0)
+    images = torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
