@@ -1,4 +1,4 @@
-"""What a model card says, and that the Hub can read it."""
+"""The content of model cards, and that the Hub can read them."""
 
 import json
 

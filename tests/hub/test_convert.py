@@ -1,4 +1,4 @@
-"""Conversions against a naive AGW network, written from its paper and from what its published code is known to do."""
+"""Conversions against a naive AGW network, written from the paper and from what the published code does."""
 
 import argparse
 import json
@@ -85,7 +85,7 @@ def is_used(key: str) -> bool:
 
 
 def hollow(shape: tuple[int, ...], value: float = 0.0) -> torch.Tensor:
-    """One value in all places, which takes no room in a file."""
+    """One value everywhere, which takes no space in a file."""
     return torch.tensor(value).expand(shape)
 
 
@@ -191,7 +191,7 @@ def agw_state(one_thread) -> State:
 
 @pytest.fixture(scope='module')
 def agw_file(agw_state, tmp_path_factory) -> Iterator[Path]:
-    """As AGW's code writes it, with NumPy's numbers beside the weights."""
+    """As AGW's code writes it, with NumPy values next to the weights."""
     path = tmp_path_factory.mktemp('agw') / 'sysu_agw_best.t'
     measured = {'cmc': np.linspace(0.4, 0.9, 20), 'mAP': np.float64(0.47), 'mINP': np.float32(0.35), 'epoch': 40}
     torch.save({'net': agw_state, **measured}, path)

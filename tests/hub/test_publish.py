@@ -1,4 +1,4 @@
-"""Checking Hub-ready folders and refusing to publish unfit ones; what goes over the wire is in test_hub_server.py."""
+"""Check Hub-ready folders and refuse to publish unfit ones; test_hub_server.py tests the transfer."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def test_check_says_what_it_checked(saved: Path, capsys: pytest.CaptureFixture) 
 
 
 def _rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Other weights by somebody who knows that the configuration has their SHA-256."""
+    """Replace the weights and the SHA-256 in the configuration."""
     state = safetensors.torch.load_file(folder / 'model.safetensors')
     change(state)
     safetensors.torch.save_file(state, folder / 'model.safetensors')

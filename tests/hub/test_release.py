@@ -1,4 +1,4 @@
-"""The release script: from a recipe to a folder, in small, resumed and repeated."""
+"""The release script: a small recipe to a folder and the Hub, resumed and repeated."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ from vireid_timm.training.config import TrainConfig, load_yaml
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
-    # The client, up to 2.4 at least, hands large files to its HTTP library in a way that this deprecates.
+    # The Hub client, up to 2.4 at least, passes large files to its HTTP library in a deprecated way.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
 ]
 
@@ -90,7 +90,7 @@ def test_a_release_goes_through_its_stages_once(
     assert _stages_done_already(said) == ['train', 'evaluate', 'save']
     assert before == {path: path.stat().st_mtime_ns for path in sorted(work.rglob('*')) if path.is_file()}
 
-    # Interrupted: the run goes on from its last epoch, the later stages are made anew.
+    # Interrupted: the run resumes from its last epoch, and the later stages are repeated.
     for name in ('trained.json', 'report.json', 'model/config.json', 'model/model.safetensors'):
         (work / name).unlink()
     for path in (work / 'model').iterdir():
@@ -114,7 +114,7 @@ def test_a_release_is_pushed_loaded_back_and_compared(
     words = (recipe, '--output', tmp_path / 'out', '--push', 'someone/small')
     work = tmp_path / 'out/small'
 
-    # The Hub fails after everything else was done. The same command goes on from there.
+    # The Hub fails after everything else is done. The same command resumes from there.
     hub.fault('POST', '/commit/main', status=500)
     with pytest.raises(SystemExit, match='release: error: someone/small'):
         _release(monkeypatch, *words)
@@ -138,7 +138,7 @@ def test_a_release_is_pushed_loaded_back_and_compared(
     assert _stages_done_already(said) == ['train', 'evaluate', 'save', 'push'] and 'verify: ' in said
     assert {method for method, _ in hub.requests} <= {'GET', 'HEAD'}
 
-    # What others put there in between is not this model, even if it is a sound one.
+    # A different model that somebody else pushed is an error, even if it is valid.
     other = tmp_path / 'other'
     save_model_folder(timm.create_model('vireid_base_r10t', num_classes=4), other, input_size=(3, 64, 32))
     hub.publish('someone/small', {path.name: path.read_bytes() for path in other.iterdir()})
@@ -174,7 +174,7 @@ def test_the_models_of_several_trials_are_averaged_and_the_first_is_saved(
             one, other = (report[protocol].mean[metric] for report in reports)
             assert scores['mean'][metric] == pytest.approx((one + other) / 2)
             assert scores['std'][metric] == pytest.approx(abs(one - other) / 2)
-        # The card says both: what this model scored, which is what the Hub shows, and the mean.
+        # The card has both the scores of this model, which the Hub shows, and the mean.
         assert f'{100 * scores["mean"]["mAP"]:.2f} ± {100 * scores["std"]["mAP"]:.2f}' in card
     facts = json.loads((work / 'model/config.json').read_text())['vireid']['evaluation']
     assert facts['weights'] == reports[0].weights and 'Mean and deviation of the models of trials 2, 3' in card

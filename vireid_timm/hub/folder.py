@@ -92,10 +92,9 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
             raise ValueError(f'there is no file, folder or model {name!r}; models of this library: {known}')
         return f'{prefix}:{identifier}' if prefix else name, None
     folder = path if path.is_dir() else path.parent
-    has_best = (folder / BEST).is_dir()
-    if path.suffix == '.pth' or (has_checkpoint(path) and not has_best):
-        return f'local-dir:{folder}', path
-    folder = folder / BEST if has_best else folder
+    folder = folder / BEST if (folder / BEST).is_dir() else folder
+    if path.suffix == '.pth' or (has_checkpoint(path) and not (folder / WEIGHTS).is_file()):
+        return f'local-dir:{path if path.is_dir() else path.parent}', path
     if not (folder / MODEL_CONFIG).is_file():
         raise ValueError(f'{folder} has no {MODEL_CONFIG}; give a run folder or a Hub-ready folder')
     return f'local-dir:{folder}', None
