@@ -187,9 +187,9 @@ def test_what_the_hub_does_not_have_is_named(hub: HubServer, files: dict[str, by
     hub.publish('someone/no-config', {WEIGHTS: files[WEIGHTS]})
     hub.publish('someone/no-reference', {CONFIG: files[CONFIG], WEIGHTS: files[WEIGHTS]})
     for source, load_says, check_says in (
-        ('someone/nothing', 'Not Found', 'no such model on the Hub'),
-        (f'{NAME}@v9', 'v9', f'{NAME}@v9: the Hub has no such revision'),
-        (f'{NAME}@{40 * "0"}', 40 * '0', 'no such revision'),
+        ('someone/nothing', 'Not Found', 'someone/nothing: .* Not Found'),
+        (f'{NAME}@v9', 'v9', f'{NAME}@v9: .* Not Found'),
+        (f'{NAME}@{40 * "0"}', 40 * '0', f'{NAME}@{40 * "0"}: .* Not Found'),
         ('someone/no-weights', 'pytorch_model.bin', WEIGHTS),
         ('someone/no-config', CONFIG, CONFIG),
         ('someone/no-reference', '', REFERENCE),

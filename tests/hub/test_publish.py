@@ -159,7 +159,7 @@ def test_push_refuses_what_does_not_pass_the_check(copy: Path, capsys: pytest.Ca
 
 
 def test_push_without_a_hub_says_so(copy: Path) -> None:
-    with pytest.raises(ValueError, match='someone/model: HF_HUB_OFFLINE is set'):
+    with pytest.raises(ValueError, match='someone/model: .*HF_HUB_OFFLINE'):
         push_folder(copy, 'hf-hub:someone/model')
     with pytest.raises(ValueError, match='not a name'):
         push_folder(copy, 'not a name')

@@ -28,13 +28,10 @@ def evaluation_facts(report: Report) -> dict[str, Any]:
         'skipped_images': report.skipped_images,
         'protocols': {
             name: {
-                'direction': result.direction,
-                'draw': result.draw,
+                **{key: getattr(result, key) for key in ('direction', 'draw', 'mean', 'std')},
                 'trials': len(result.trials),
                 'queries': result.num_valid_queries,
                 'gallery': result.gallery_size,
-                'mean': result.mean,
-                'std': result.std,
                 'intervals': {metric: list(interval) for metric, interval in result.intervals.items()},
             }
             for name, result in report.protocols.items()

@@ -5,14 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from timm.models import parse_model_name
 
 from ..run_folder import BEST, CLASS_MAP
@@ -23,13 +16,6 @@ PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
 
 # The Hub client's errors derive from those of its HTTP library, which differs between versions.
 _HUB_ERRORS = (OSError, RuntimeError, EntryNotFoundError, HfHubHTTPError.__bases__[0])
-_REASONS = {
-    OfflineModeIsEnabled: 'HF_HUB_OFFLINE is set, but this needs the Hub',
-    RevisionNotFoundError: 'the Hub has no such revision; create the branch first',
-    RepositoryNotFoundError: 'there is no such model on the Hub, or you may not see it; check the name, or log in with '
-    '`hf auth login`',
-    LocalEntryNotFoundError: 'it is not in the cache, and the Hub did not answer',
-}
 
 
 def push_folder(
@@ -94,7 +80,7 @@ def check_model(source: str | Path) -> list[str]:
     name = resolve_model_name(source)
     prefix, identifier = parse_model_name(name)
     if prefix == 'hf-hub':
-        folder, files = _download(name, *identifier.partition('@')[::2])
+        folder, files = _download(name)
     else:
         folder = Path(identifier)
         if not folder.is_dir():
@@ -104,8 +90,9 @@ def check_model(source: str | Path) -> list[str]:
     return [f'files: {", ".join(files)}', *check_folder(folder, name)]
 
 
-def _download(name: str, repo_id: str, revision: str) -> tuple[Path, list[str]]:
+def _download(name: str) -> tuple[Path, list[str]]:
     """Return the cached folder of a model and the names of all files in its repository."""
+    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
     files, commit = list(REQUIRED), revision or None
     with _hub_errors(repo_id, commit):
         try:
@@ -135,10 +122,13 @@ def _publishable(folder: Path) -> list[str]:
     found = sorted(path.name for path in folder.iterdir())
     private = [name for name in found if name in (CLASS_MAP, BEST) or name.endswith(PICKLES)]
     missing = [name for name in (CARD, *REQUIRED) if name not in found]
-    if private or missing:
-        problem = f'holds {", ".join(private[:3])}, which may name people or run programs and must not be published'
-        problem = problem if private else f'has no {", ".join(missing)}'
-        raise ValueError(f'{folder} {problem}; make a folder with `vireid hub save RUN DIR` and push that')
+    if private:
+        raise ValueError(
+            f'{folder} holds {", ".join(private[:3])}, which may name people or run programs and must not be published; '
+            'make a folder with `vireid hub save RUN DIR` and push that'
+        )
+    if missing:
+        raise ValueError(f'{folder} has no {", ".join(missing)}; make a folder with `vireid hub save RUN DIR`')
     return [name for name in FILES if name in found]
 
 
@@ -148,11 +138,9 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except _HUB_ERRORS as error:
-        reason = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), '')
-        if not reason:
-            status = getattr(getattr(error, 'response', None), 'status_code', None)
-            cause = f' ({one_line(error.__cause__)})' if isinstance(error, RuntimeError) and error.__cause__ else ''
-            asked = '' if status else f' (asking {constants.ENDPOINT})'
-            hint = '; log in with a token that may do this (`hf auth login`)' if status in (401, 403) else ''
-            reason = f'{one_line(error)}{cause}{asked}{hint}'
-        raise ValueError(f'{repo_id}{f"@{revision}" if revision else ""}: {reason}') from error
+        status = getattr(getattr(error, 'response', None), 'status_code', None)
+        cause = f' ({one_line(error.__cause__)})' if isinstance(error, RuntimeError) and error.__cause__ else ''
+        asked = '' if status else f' (asking {constants.ENDPOINT})'
+        hint = '; log in with a token that may do this (`hf auth login`)' if status in (401, 403) else ''
+        revision = f'@{revision}' if revision else ''
+        raise ValueError(f'{repo_id}{revision}: {one_line(error)}{cause}{asked}{hint}') from error
