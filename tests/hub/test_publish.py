@@ -139,7 +139,7 @@ def test_check_names_what_is_not_there(name: str, message: str) -> None:
 @pytest.mark.parametrize('private', ['last.pth', 'class_map.json', 'best', 'weights.bin'])
 def test_push_refuses_what_is_not_for_others(copy: Path, private: str) -> None:
     (copy / private).touch()
-    with pytest.raises(ValueError, match=f'{private}.* must not be published'):
+    with pytest.raises(ValueError, match=f'{private}.* do not publish'):
         push_folder(copy, 'someone/model')
 
 

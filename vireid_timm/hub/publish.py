@@ -124,7 +124,7 @@ def _publishable(folder: Path) -> list[str]:
     missing = [name for name in (CARD, *REQUIRED) if name not in found]
     if private:
         raise ValueError(
-            f'{folder} holds {", ".join(private[:3])}, which may name people or run programs and must not be published; '
+            f'{folder} holds {", ".join(private[:3])}, which may name people or run programs: do not publish it; '
             'make a folder with `vireid hub save RUN DIR` and push that'
         )
     if missing:
