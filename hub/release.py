@@ -1,14 +1,14 @@
-"""From a recipe to a published and verified model in one command, which goes on where it was interrupted.
+"""Go from a recipe to a published and verified model. To resume, run the same command again.
 
     python hub/release.py RECIPE.yaml --data-dir DATA                      train, evaluate, save
     python hub/release.py RECIPE.yaml --data-dir DATA --push OWNER/NAME    the same, push, load back, compare
     python hub/release.py RECIPE.yaml --data-dir DATA --trials 1-10        RegDB: ten models, and their mean
-    python hub/release.py RECIPE.yaml --embed                              write weights that the package ships
+    python hub/release.py RECIPE.yaml --embed                              write the weights that the package ships
 
-Everything lies in output/release/<name of the recipe>: the run, report.json, and model/, the folder that is pushed. A
-stage whose result is there already is skipped; delete the result to repeat it. With `--trials` every trial has a folder
-of its own with run and report, mean.json is what they scored on average, and model/ is the first trial's. `--embed`
-writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (what it scores) and .md (the
+Everything is written to output/release/<name of the recipe>: the run, report.json, and model/, the folder to push. A
+stage is skipped if its result exists; delete the result to repeat the stage. With `--trials` each trial has its own
+folder with run and report, mean.json holds their mean scores, and model/ is the model of the first trial. `--embed`
+writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (the scores) and .md (the
 card).
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch.nn as nn
 from timm.utils import ParseKwargs
@@ -30,16 +31,16 @@ from vireid_timm.evaluation.features import weights_fingerprint
 from vireid_timm.evaluation.report import HEADER_OF, METRICS, Report
 from vireid_timm.files import save_json, whole_file
 from vireid_timm.hub.card import evaluation_facts, model_card
-from vireid_timm.hub.folder import CARD, WEIGHTS, load_model, round_to_half, save_embedded_weights, save_run, sha256_of
+from vireid_timm.hub.folder import CARD, WEIGHTS, load_model, round_to_half, save_run, sha256_of
 from vireid_timm.hub.publish import check_model, push_folder
 from vireid_timm.training.config import load_yaml
 
 EMBEDDED = Path(vireid_timm.__file__).with_name('weights')
-LICENSE = 'apache-2.0'  # of what the package ships
+LICENSE = 'apache-2.0'  # of the weights in the package
 
 
 def main() -> None:
-    """Go through the stages."""
+    """Run all stages."""
     args = _arguments()
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     settings = load_yaml(args.recipe)
@@ -64,14 +65,14 @@ def main() -> None:
 
 
 def measured(settings: dict[str, Any], work: Path, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Train and evaluate; returns the run's folder and the report's file."""
+    """Train and evaluate; return the run folder and the file of the report."""
     run, report = trained(settings, work, args.device), work / 'report.json'
     evaluated(run, report, settings, args)
     return run, report
 
 
 def trained(settings: dict[str, Any], work: Path, device: str) -> Path:
-    """Train from the recipe, or continue; returns the run's folder."""
+    """Train from the recipe, or resume; return the run folder."""
     run, done = work / 'run', work / 'trained.json'
     if done.is_file():
         print(f'train: done already ({run})')
@@ -83,12 +84,12 @@ def trained(settings: dict[str, Any], work: Path, device: str) -> Path:
 
 
 def evaluated(run: Path, path: Path, settings: dict[str, Any], args: argparse.Namespace) -> None:
-    """Evaluate the run's model on the test images, every protocol unless some are named."""
+    """Evaluate the model of the run on the test images, by every protocol unless some are named."""
     if path.is_file():
         print(f'evaluate: done already ({path})')
         return
     model = load_model(run)
-    if args.half:  # what is published is what is measured
+    if args.half:  # measure the weights that are published
         round_to_half(model)
     report = _report(model, settings, args)
     report.save(path)
@@ -96,7 +97,7 @@ def evaluated(run: Path, path: Path, settings: dict[str, Any], args: argparse.Na
 
 
 def averaged(reports: dict[int, Report], path: Path) -> str:
-    """Write what the models of several trials score on average as JSON, and return it as text."""
+    """Write the mean scores of several trials as JSON, and return them as text."""
     protocols, lines = {}, []
     for name in next(iter(reports.values())).protocols:
         scores = [report[name].mean for report in reports.values()]
@@ -107,11 +108,11 @@ def averaged(reports: dict[int, Report], path: Path) -> str:
         lines += [f'{name}:', *(f'  {HEADER_OF[m]:<4} {100 * mean[m]:6.2f} ± {100 * std[m]:.2f}' for m in METRICS)]
     save_json(path, {'trials': list(reports), 'protocols': protocols})
     trials = ', '.join(map(str, reports))
-    return '\n'.join([f'Mean and deviation of the models of trials {trials}, each tested on its own:', *lines])
+    return '\n'.join([f'Mean and deviation of the models of trials {trials}, each tested on its own trial:', *lines])
 
 
 def saved(run: Path, report: Path, folder: Path, args: argparse.Namespace, note: str) -> Path:
-    """Write the folder to be pushed, unless it is there with these very results."""
+    """Write the folder to push, unless it exists with these results."""
     results = Report.load(report)
     card = folder / CARD
     if card.is_file() and all(text in card.read_text(encoding='utf-8') for text in (str(results), note)):
@@ -124,7 +125,7 @@ def saved(run: Path, report: Path, folder: Path, args: argparse.Namespace, note:
 
 
 def pushed(folder: Path, repo_id: str, path: Path, private: bool) -> None:
-    """Push the folder, unless it was."""
+    """Push the folder, unless it was pushed before."""
     done = {'repo_id': repo_id, **{name: sha256_of(folder / name) for name in (WEIGHTS, CARD)}}
     before = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     if done.items() <= before.items():
@@ -146,7 +147,7 @@ def verified(folder: Path, repo_id: str) -> None:
 
 
 def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> None:
-    """Write weights, scores and card of a model that the package ships; weights that are there stay."""
+    """Write weights, scores and card of a model that the package ships; existing weights are kept."""
     name = args.recipe.stem
     target = EMBEDDED / f'{name}.safetensors'
     if target.is_file():
@@ -154,7 +155,7 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     else:
         with whole_file(target) as temporary:
             save_embedded_weights(load_model(trained(settings, work, args.device)), temporary)
-    # What is shipped is what is scored: half precision, loaded the way a user loads it.
+    # Score what users get: half precision, loaded by timm.
     overlay = dict(file=str(target))
     model = timm.create_model(name.partition('.')[0], pretrained=True, pretrained_cfg_overlay=overlay)
     report = _report(model, settings, args)
@@ -178,6 +179,16 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     print(report)
 
 
+def save_embedded_weights(model: nn.Module, path: Path) -> None:
+    """Write the weights without classifiers in half precision, as the package ships them."""
+    state = {
+        key: (value.half() if value.is_floating_point() else value).contiguous()
+        for key, value in model.state_dict().items()
+        if not key.endswith('_head.fc.weight')
+    }
+    safetensors.torch.save_file(state, path)
+
+
 def _report(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace) -> Report:
     options = _test_options(settings, args)
     dataset = vireid_timm.create_dataset(settings['dataset'], settings.get('data_dir') or None, **options)
@@ -193,7 +204,7 @@ def _of_trial(settings: dict[str, Any], trial: int) -> dict[str, Any]:
 
 
 def _trials(text: str) -> list[int]:
-    """Trials from `3` or `1-10`."""
+    """Parse `3` or `1-10`."""
     first, _, last = text.partition('-')
     trials = list(range(int(first), int(last or first) + 1))
     if not trials:
@@ -202,19 +213,19 @@ def _trials(text: str) -> list[int]:
 
 
 def _keep_recipe(recipe: Path, work: Path) -> None:
-    """What lies in the folder was made by the recipe that lies there, and by no other."""
+    """Refuse to mix results of two recipes in a folder."""
     kept = work / 'recipe.yaml'
     if not kept.is_file():
         work.mkdir(parents=True, exist_ok=True)
         with whole_file(kept) as temporary:
             shutil.copyfile(recipe, temporary)
     elif load_yaml(kept) != load_yaml(recipe):
-        raise SystemExit(f'{work} was made by another version of {recipe}; delete it, or give another --output')
+        raise SystemExit(f'{work} was made by another version of {recipe}; delete it, or choose another --output')
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('recipe', type=Path, metavar='RECIPE.yaml', help='settings of `vireid train`')
+    parser.add_argument('recipe', type=Path, metavar='RECIPE.yaml', help='settings for `vireid train`')
     parser.add_argument('--data-dir', default='', help='root of the data')
     parser.add_argument(
         '--test-kwargs',
@@ -222,20 +233,20 @@ def _arguments() -> argparse.Namespace:
         default={},
         action=ParseKwargs,
         metavar='KEY=VALUE',
-        help="options of the dataset to evaluate on; the recipe's if unset",
+        help="options of the evaluation dataset (default: the recipe's)",
     )
     parser.add_argument(
-        '--trials', type=_trials, metavar='A-B', help="RegDB's divisions, each trained and tested alone"
+        '--trials', type=_trials, metavar='A-B', help="RegDB's trials, each trained and tested separately"
     )
-    parser.add_argument('--protocol', nargs='+', metavar='NAME', help='all if unset')
+    parser.add_argument('--protocol', nargs='+', metavar='NAME', help='protocols to evaluate (default: all)')
     parser.add_argument('--half', action='store_true', help='publish the weights in half precision')
-    parser.add_argument('--license', default='', metavar='ID', help='of the weights')
+    parser.add_argument('--license', default='', metavar='ID', help='licence of the weights, by its name on the Hub')
     parser.add_argument('--data-terms', default='', metavar='TEXT', help='terms of the training images')
     parser.add_argument('--push', metavar='OWNER/NAME', help='publish on the Hub')
-    parser.add_argument('--private', action='store_true', help='for nobody else to see')
-    parser.add_argument('--embed', action='store_true', help='write the files that the package ships instead')
-    parser.add_argument('--output', type=Path, default=Path('output/release'))
-    parser.add_argument('--device', default='cuda', help='falls back to the CPU, saying so')
+    parser.add_argument('--private', action='store_true', help='create a private repository')
+    parser.add_argument('--embed', action='store_true', help='write the files that the package ships')
+    parser.add_argument('--output', type=Path, default=Path('output/release'), help='default: output/release')
+    parser.add_argument('--device', default='cuda', help='default: cuda; the CPU if there is no GPU')
     return parser.parse_args()
 
 
@@ -245,4 +256,4 @@ if __name__ == '__main__':
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f'release: error: {error}') from error
     except KeyboardInterrupt:
-        raise SystemExit('release: stopped; the same command goes on from here') from None
+        raise SystemExit('release: stopped; run the same command again to resume') from None

@@ -1,7 +1,7 @@
-"""A Hub on a loopback port: enough of huggingface.co's protocol for the installed client to push, load and fail.
+"""A Hub on a loopback port, with enough of huggingface.co's protocol for the installed client to push, load and fail.
 
-Repositories live in memory, every request is noted, and `fault` makes the next ones go wrong. As on the real Hub,
-writing needs a token that may write, a new repository starts with `.gitattributes`, weights travel as large files.
+Repositories live in memory, every request is recorded, and `fault` makes requests fail. As on the real Hub, writing
+needs a token with write access, a new repository starts with `.gitattributes`, and weights are uploaded as large files.
 """
 
 import base64
@@ -25,7 +25,7 @@ GIT_ATTRIBUTES = ''.join(f'*{ending} filter=lfs diff=lfs merge=lfs -text\n' for 
 
 
 class HubError(Exception):
-    """An answer other than success, with the code by which the client tells one 404 from another."""
+    """An error answer, with the code by which the client distinguishes one 404 from another."""
 
     def __init__(self, status: int, message: str, code: str = '') -> None:
         super().__init__(message)
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Fault:
-    """How the next `times` requests of `method` whose path ends so go wrong: closed unanswered if nothing else."""
+    """How the next `times` requests of `method` to paths with this ending fail; by default unanswered and closed."""
 
     method: str
     ending: str
@@ -87,23 +87,23 @@ def sha256(content: bytes) -> str:
 
 
 def blob_id(path: str, content: bytes) -> str:
-    """How the Hub names a file's content: its SHA-256 if it is large, else git's own."""
+    """Return the Hub's name for a file's content: its SHA-256 if it is large, else git's hash."""
     if path.endswith(LARGE_FILES):
         return sha256(content)
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
 class HubServer:
-    """The server and what it holds; a context manager.
+    """The server, as a context manager.
 
     Args:
         port: Where to listen; 0 takes a free one.
 
     Attributes:
-        url: What HF_ENDPOINT names.
+        url: The value for HF_ENDPOINT.
         repositories: OWNER/NAME -> `Repository`.
         requests: (method, path) of every request so far.
-        faults: What is still to go wrong.
+        faults: Failures still to come.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -113,7 +113,7 @@ class HubServer:
         self.reset()
 
     def __enter__(self) -> 'HubServer':
-        # The default of half a second is how long leaving the block would take.
+        # With the default of 0.5 s, leaving the block would take that long.
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
@@ -131,11 +131,11 @@ class HubServer:
         self.faults: list[Fault] = []
 
     def publish(self, name: str, files: dict[str, bytes], *, branch: str = MAIN, private: bool = False) -> str:
-        """Put a commit with exactly these files there, without the client; returns its hash."""
+        """Commit exactly these files without the client; return the commit's hash."""
         return self.repositories.setdefault(name, Repository(private)).commit(branch, dict(files))
 
     def files(self, name: str, revision: str = MAIN) -> dict[str, bytes]:
-        """What a revision holds, without the file that every repository starts with."""
+        """Return the files of a revision, except `.gitattributes`."""
         repository = self.repositories[name]
         files = repository.commits[repository.resolve(revision)]
         return {path: content for path, content in files.items() if path != '.gitattributes'}
@@ -150,7 +150,7 @@ class HubServer:
         body: Optional[bytes] = None,
         times: float = math.inf,
     ) -> None:
-        """Let the next requests of a method, to paths that end so, go wrong."""
+        """Make the next requests of a method, to paths with this ending, fail."""
         self.faults.append(Fault(method, ending, times, status, cut_after, body))
 
     def answer(self, request: Request) -> Optional[Answer]:
@@ -306,7 +306,7 @@ class HubServer:
         if path not in repository.commits[sha]:
             raise HubError(404, f'{path} does not exist on {revision}', 'EntryNotFound')
         content = repository.commits[sha][path]
-        # The name of the true content, whatever is sent.
+        # The hash of the true content, whatever is sent.
         headers = {'X-Repo-Commit': sha, 'ETag': f'"{blob_id(path, content)}"', 'Accept-Ranges': 'bytes'}
         if path.endswith(LARGE_FILES):
             headers |= {'X-Linked-Etag': headers['ETag'], 'X-Linked-Size': str(len(content))}
@@ -357,7 +357,7 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command != 'HEAD':
                 self.wfile.write(answer.body[: answer.cut_after])
-            # Closed with less than was announced: what a broken line looks like to the client.
+            # Closing early looks like a broken connection to the client.
             self.close_connection |= answer.cut_after is not None
 
         do_HEAD = do_GET = do_POST = do_PUT = _handle

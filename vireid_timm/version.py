@@ -1,3 +1,40 @@
-"""The version, in a module of its own: packaging and every report read it."""
+"""The version, and the versions of everything that can change a number."""
+
+from functools import cache
+from pathlib import Path
 
 __version__ = '0.1.0'
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that reports and saved models record, by package.
+
+    `commit` is among them if the package runs from a checkout.
+    """
+    import numpy
+    import timm
+    import torch
+
+    versions = {
+        'vireid_timm': __version__,
+        'timm': timm.__version__,
+        'torch': torch.__version__,
+        'numpy': numpy.__version__,
+    }
+    commit = _commit()
+    return {**versions, 'commit': commit} if commit else versions
+
+
+@cache
+def _commit() -> str:
+    """Return the commit of the checkout; empty for an installed package, whose version says enough."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / '.git').exists():
+        return ''
+    try:
+        command = ['git', '-C', str(root), 'rev-parse', 'HEAD']
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        return ''

@@ -1,4 +1,4 @@
-"""Hub-ready folders: written, loaded by every name that they have, refused when they are not fit, and verified."""
+"""Hub-ready folders: how they are written, and how models are named and loaded."""
 
 import json
 import shutil
@@ -16,12 +16,15 @@ from vireid_timm.cli.main import main
 from vireid_timm.hub.folder import (
     REFERENCE,
     load_model,
+    resolve_model_name,
     round_to_half,
-    save_embedded_weights,
+    save_model_config,
     save_model_folder,
     save_run,
 )
 from vireid_timm.hub.publish import check_model
+from vireid_timm.run_folder import LAST, MODEL_CONFIG
+from vireid_timm.training.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -152,27 +155,17 @@ def test_nothing_that_names_a_place_on_this_machine_is_kept(tmp_path: Path) -> N
     for name in ('config.json', 'README.md'):
         assert '/home/me' not in (tmp_path / 'model' / name).read_text()
     assert facts['training']['data_dir'] == '/home/me/data'
+    for given, kept in (('/home/me/run', 'run'), ('vireid_dml_r50.tv_in1k',) * 2, ('hf-hub:me/it@v1',) * 2):
+        save_model_folder(_model(**SMALL), tmp_path / 'model', facts={'training': {'model': given}})
+        assert _config(tmp_path / 'model')['vireid']['training'] == {'model': kept}
 
 
 def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos/me.jpg').touch()
-    with pytest.raises(ValueError, match='photos holds other things .me.jpg.'):
+    with pytest.raises(ValueError, match='photos holds other files .me.jpg.'):
         save_model_folder(_model(**SMALL), tmp_path / 'photos')
     assert (tmp_path / 'photos/me.jpg').is_file()
-
-
-def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> None:
-    model = _model(num_classes=5)
-    save_embedded_weights(model, tmp_path / 'weights.safetensors')
-    saved = safetensors.torch.load_file(tmp_path / 'weights.safetensors')
-    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float16}
-    assert not [name for name in saved if '.fc.' in name]
-    loaded = timm.create_model(
-        'vireid_dml_r10t', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.safetensors'))
-    )
-    model.reset_classifier(0)
-    torch.testing.assert_close(_features(loaded), _features(model), rtol=0.02, atol=0.02)
 
 
 # From a run to a folder
@@ -209,7 +202,7 @@ def test_a_report_of_other_weights_is_refused(saved: Path, tmp_path: Path) -> No
     dataset = vireid_timm.create_dataset('synthetic', **DATA)
     report = vireid_timm.evaluate(load_model(saved), dataset, 'infrared-to-visible', cache='off')
     save_run(saved, tmp_path / 'right', report=report)
-    with pytest.raises(ValueError, match='report is about the weights .* in half precision has'):
+    with pytest.raises(ValueError, match='report is about the weights .* in half precision .*has'):
         save_run(saved, tmp_path / 'rounded', report=report, half=True)
     path = tmp_path / 'report.json'
     vireid_timm.evaluate(_model(num_classes=0, **SMALL | {'gem_power': 2.0}), dataset, cache='off').save(path)
@@ -226,35 +219,85 @@ def test_a_run_is_saved_from_its_best_model(saved: Path, tmp_path: Path) -> None
     _save_config(tmp_path / 'run/best', config)
     save_run(tmp_path / 'run', tmp_path / 'out')
     assert 'rank1 50.00 %, mAP 25.00 %' in (tmp_path / 'out/README.md').read_text()
-    with pytest.raises(ValueError, match='nowhere is neither a run'):
+    with pytest.raises(ValueError, match='no file or folder .*nowhere'):
         save_run(tmp_path / 'nowhere', tmp_path / 'out')
 
 
-# Loading
+# Names and loading
 
 
-def test_a_model_loads_from_every_name_that_it_has(saved: Path) -> None:
+@pytest.fixture
+def run(copy: Path, tmp_path: Path) -> Path:
+    """A run folder: `best/`, and a last checkpoint with other averaged weights."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    copy.rename(folder / 'best')
+    model = _model(num_classes=5, **SMALL)
+    save_model_config(model, folder / MODEL_CONFIG, input_size=SIZE)
+    averaged = {key: value * 2 if key.endswith('neck.weight') else value for key, value in model.state_dict().items()}
+    state = {'arch': 'vireid_dml_r10t', 'epoch': 3, 'state_dict': model.state_dict(), 'state_dict_ema': averaged}
+    write_checkpoint(folder, state)
+    return folder
+
+
+def test_every_name_of_a_model_leads_to_what_timm_takes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = run / 'best'
+    for source in (run, str(run), best, best / 'model.safetensors', str(best / 'config.json'), run / MODEL_CONFIG):
+        assert resolve_model_name(source) == f'local-dir:{best}'
+    for name in ('vireid_dml_r50', 'vireid_dml_r10t.synthvi', f'local-dir:{run}', 'hf-hub:me/it', 'hf-hub:me/it@v1'):
+        assert resolve_model_name(name) == name
+    # As in timm, a registered name never means a folder of this name in the current directory.
+    monkeypatch.chdir(run.parent)
+    best.rename('vireid_dml_r50')
+    assert resolve_model_name('vireid_dml_r50') == 'vireid_dml_r50'
+    for source in ('./vireid_dml_r50', Path('vireid_dml_r50')):
+        assert resolve_model_name(source) == 'local-dir:vireid_dml_r50'
+    for checkpoint in (run, run / LAST):  # a run without best/ has only its checkpoint
+        with pytest.raises(ValueError, match='is a training checkpoint.*vireid hub save'):
+            resolve_model_name(checkpoint)
+
+
+def test_a_model_loads_by_every_name(run: Path) -> None:
     model = _model(num_classes=5, **SMALL)
     model.reset_classifier(0)
     expected = _features(model)
-    for source in (f'local-dir:{saved}', str(saved), saved / 'model.safetensors'):
+    best = run / 'best'
+    for source in (f'local-dir:{best}', str(best), best / 'model.safetensors', run):
         loaded = load_model(source)
         assert loaded.num_classes == 0
         torch.testing.assert_close(_features(loaded), expected, rtol=0, atol=0)
+        untrained = load_model(source, pretrained=False)
+        assert not torch.equal(_features(untrained), expected)
+    # Averaged weights win, and a run that has no best/ yet is its last checkpoint.
+    averaged = _features(load_model(run / LAST))
+    torch.testing.assert_close(averaged, 2 * expected)
+    shutil.rmtree(best)
+    torch.testing.assert_close(_features(load_model(run)), averaged, rtol=0, atol=0)
+    assert not torch.equal(_features(load_model(run, pretrained=False)), averaged)
+
+
+def test_a_checkpoint_is_saved_with_its_averaged_weights(run: Path, tmp_path: Path) -> None:
+    save_run(run / LAST, tmp_path / 'out')
+    torch.testing.assert_close(_features(load_model(tmp_path / 'out')), _features(load_model(run / LAST)))
+    assert check_model(tmp_path / 'out') and _config(tmp_path / 'out')['num_classes'] == 5
+    for source in ('vireid_dml_r10t.synthvi', 'hf-hub:me/it'):
+        with pytest.raises(ValueError, match=f'{source} is not a folder'):
+            save_run(source, tmp_path / 'other')
 
 
 @pytest.mark.parametrize(
     ('source', 'message'),
     [
-        ('vireid_dml_r51', 'neither a folder, a file nor a model'),
+        ('vireid_dml_r51', 'no file, folder or model .vireid_dml_r51.; models of this library: vireid_'),
         ('resnet18', 'not a visible-infrared re-ID model'),
         ('vireid_dml_r10t.nonsense', 'nonsense'),
         ('local-dir:no/such/folder', 'no/such/folder'),
-        ('no/such/file.pth', 'no/such/file.pth'),
+        ('no/such', "no file or folder 'no/such'.*hf-hub:no/such.*local-dir:no/such"),
+        ('hub:someone/model', 'hub:someone/model.*valid sources: hf-hub, local-dir'),
         ('hf-hub:someone/nothing', 'someone/nothing'),
     ],
 )
-def test_what_is_no_model_is_named(source: str, message: str) -> None:
+def test_a_wrong_name_is_an_error_that_names_it(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_model(source, pretrained=source != 'resnet18')
     assert '\n' not in str(caught.value)
@@ -280,27 +323,8 @@ def test_damaged_and_foreign_weights_are_named(copy: Path) -> None:
     with pytest.raises(ValueError, match='cannot load a model'):
         load_model(copy)
     (copy.parent / 'empty').mkdir()
-    with pytest.raises(ValueError, match='no checkpoint'):
+    with pytest.raises(ValueError, match='empty has no config.json; give a run folder or a Hub-ready folder'):
         load_model(copy.parent / 'empty')
-
-
-def test_hub_convert_writes_a_folder_and_says_what_it_dropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    weights = timm.create_model('resnet18', num_classes=3).state_dict()
-    safetensors.torch.save_file(weights, tmp_path / 'resnet.safetensors')
-    folder = tmp_path / 'out'
-    command = ['hub', 'convert', str(tmp_path / 'resnet.safetensors'), str(folder), '--from', 'torchvision']
-    assert main([*command, '--license', 'bsd-3-clause']) == 0
-    said = capsys.readouterr().out
-    assert 'Not used: fc' in said and 'start for fine-tuning' in said
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    assert torch.equal(loaded.stem.infrared.conv1.weight, weights['conv1.weight'])
-    # What the training goes by when it scales the learning rate of what was pretrained.
-    assert loaded.pretrained_cfg['tag'].endswith('in1k')
-    config = _config(folder)
-    assert config['vireid']['converted']['file'] == 'resnet.safetensors'
-    assert 'Nothing was measured' in (folder / 'README.md').read_text()
-    assert main([*command[:3], str(tmp_path / 'no'), '--from', 'agw']) == 1
-    assert not (tmp_path / 'no').exists()
 
 
 def test_package_offers_what_the_design_names() -> None:

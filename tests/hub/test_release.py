@@ -1,4 +1,4 @@
-"""The release script: from a recipe to a folder, in small, resumed and repeated."""
+"""The release script: a small recipe to a folder and the Hub, resumed and repeated."""
 
 import json
 import runpy
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
+import torch
 import yaml
 from hub_server import HubServer
 
@@ -19,7 +21,7 @@ from vireid_timm.training.config import TrainConfig, load_yaml
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
-    # The client, up to 2.4 at least, hands large files to its HTTP library in a way that this deprecates.
+    # The Hub client, up to 2.4 at least, passes large files to its HTTP library in a deprecated way.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
 ]
 
@@ -88,7 +90,7 @@ def test_a_release_goes_through_its_stages_once(
     assert _stages_done_already(said) == ['train', 'evaluate', 'save']
     assert before == {path: path.stat().st_mtime_ns for path in sorted(work.rglob('*')) if path.is_file()}
 
-    # Interrupted: the run goes on from its last epoch, the later stages are made anew.
+    # Interrupted: the run resumes from its last epoch, and the later stages are repeated.
     for name in ('trained.json', 'report.json', 'model/config.json', 'model/model.safetensors'):
         (work / name).unlink()
     for path in (work / 'model').iterdir():
@@ -112,7 +114,7 @@ def test_a_release_is_pushed_loaded_back_and_compared(
     words = (recipe, '--output', tmp_path / 'out', '--push', 'someone/small')
     work = tmp_path / 'out/small'
 
-    # The Hub fails after everything else was done. The same command goes on from there.
+    # The Hub fails after everything else is done. The same command resumes from there.
     hub.fault('POST', '/commit/main', status=500)
     with pytest.raises(SystemExit, match='release: error: someone/small'):
         _release(monkeypatch, *words)
@@ -136,7 +138,7 @@ def test_a_release_is_pushed_loaded_back_and_compared(
     assert _stages_done_already(said) == ['train', 'evaluate', 'save', 'push'] and 'verify: ' in said
     assert {method for method, _ in hub.requests} <= {'GET', 'HEAD'}
 
-    # What others put there in between is not this model, even if it is a sound one.
+    # A different model that somebody else pushed is an error, even if it is valid.
     other = tmp_path / 'other'
     save_model_folder(timm.create_model('vireid_base_r10t', num_classes=4), other, input_size=(3, 64, 32))
     hub.publish('someone/small', {path.name: path.read_bytes() for path in other.iterdir()})
@@ -172,10 +174,26 @@ def test_the_models_of_several_trials_are_averaged_and_the_first_is_saved(
             one, other = (report[protocol].mean[metric] for report in reports)
             assert scores['mean'][metric] == pytest.approx((one + other) / 2)
             assert scores['std'][metric] == pytest.approx(abs(one - other) / 2)
-        # The card says both: what this model scored, which is what the Hub shows, and the mean.
+        # The card has both the scores of this model, which the Hub shows, and the mean.
         assert f'{100 * scores["mean"]["mAP"]:.2f} ± {100 * scores["std"]["mAP"]:.2f}' in card
     facts = json.loads((work / 'model/config.json').read_text())['vireid']['evaluation']
     assert facts['weights'] == reports[0].weights and 'Mean and deviation of the models of trials 2, 3' in card
+
+
+def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> None:
+    release = runpy.run_path(str(HUB / 'release.py'))
+    model = timm.create_model('vireid_dml_r10t', num_classes=5).eval()
+    release['save_embedded_weights'](model, tmp_path / 'weights.safetensors')
+    saved = safetensors.torch.load_file(tmp_path / 'weights.safetensors')
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float16}
+    assert not [name for name in saved if '.fc.' in name]
+    loaded = timm.create_model(
+        'vireid_dml_r10t', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.safetensors'))
+    )
+    model.reset_classifier(0)
+    images = torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)

@@ -121,14 +121,19 @@ def _train(args: dict[str, Any]) -> None:
 def _add_eval(commands: Any) -> None:
     parser = commands.add_parser('eval', help='evaluate a model on a dataset', description=_eval.__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--checkpoint', metavar='PATH', help='run folder, Hub-ready folder, or a file in one')
-    which.add_argument('--model', metavar='NAME', help='local-dir:FOLDER, hf-hub:OWNER/NAME, or a model with a tag')
+    which.add_argument(
+        '--checkpoint',
+        '--model',
+        dest='model',
+        metavar='NAME',
+        help='run or Hub-ready folder, checkpoint, local-dir:FOLDER, hf-hub:OWNER/NAME, or a registered model',
+    )
     which.add_argument('--compare', nargs=2, metavar='FILE.json', help='compare two reports instead')
     parser.add_argument(
         '--pretrained',
         action=argparse.BooleanOptionalAction,
         default=True,
-        help='load the weights of --model (default), or evaluate it untrained',
+        help='load the weights (default), or evaluate the model untrained',
     )
     parser.add_argument('--dataset', default='folder', help=f'reader: {", ".join(READERS)} (default: folder)')
     parser.add_argument('--data-dir', default='', metavar='PATH', help='root of the data (the file itself for csv)')
@@ -170,7 +175,7 @@ def _eval(args: dict[str, Any]) -> None:
 
 def _evaluate(args: dict[str, Any], device: torch.device) -> Report:
     dataset = create_dataset(args['dataset'], args['data_dir'] or None, **args['dataset_kwargs'])
-    model = load_model(args['checkpoint'] or args['model'], pretrained=args['pretrained'])
+    model = load_model(args['model'], pretrained=args['pretrained'])
     return evaluate(
         model.to(device),
         dataset,
@@ -271,14 +276,14 @@ def _hub_push(args: dict[str, Any]) -> None:
 
 def _add_hub_check(actions: Any) -> None:
     parser = actions.add_parser('check', help='verify a published model', description=_hub_check.__doc__)
-    parser.add_argument('name', metavar='NAME', help='OWNER/NAME or hf-hub:OWNER/NAME, with @REVISION or not; a folder')
+    parser.add_argument('name', metavar='NAME', help='hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, or a folder')
     parser.set_defaults(command=_hub_check)
 
 
 def _hub_check(args: dict[str, Any]) -> None:
     """Load a model from the Hub or a folder, and verify files, configuration, weights and reference features."""
     print(*check_model(args['name']), sep='\n')
-    print(f'{args["name"]} is what it says')
+    print(f'{args["name"]}: all checks passed')
 
 
 def _add_hub_convert(actions: Any) -> None:
@@ -286,8 +291,6 @@ def _add_hub_convert(actions: Any) -> None:
     parser.add_argument('file', metavar='FILE', help='the checkpoint')
     parser.add_argument('folder', metavar='DIR', help='where to write')
     parser.add_argument('--from', dest='source', choices=SOURCES, required=True, help='whose checkpoint it is')
-    parser.add_argument('--model', metavar='NAME', help='the network, where the file leaves a choice')
-    parser.add_argument('--num-classes', type=int, metavar='N', help='0 drops classifiers')
     _add_publication(parser)
     parser.set_defaults(command=_hub_convert)
 
@@ -296,7 +299,7 @@ _CONVERT = 'Read a checkpoint safely, map it onto a network of this library, and
 
 
 def _hub_convert(args: dict[str, Any]) -> None:
-    conversion = convert_checkpoint(args['file'], args['source'], model=args['model'], num_classes=args['num_classes'])
+    conversion = convert_checkpoint(args['file'], args['source'])
     facts = {'converted': {'from': args['source'], 'file': Path(args['file']).name, 'notes': conversion.notes}}
     chosen = {name: args[name] for name in ('half', 'license', 'data_terms')}
     save_model_folder(conversion.model, args['folder'], facts=facts, **chosen)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
-from ..version import __version__
+from ..version import package_versions
 from .features import Extraction, check_finite, check_model, extract, image_size, open_store, weights_fingerprint
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
@@ -203,7 +202,7 @@ def _report(
         options=json.loads(json.dumps(dataset.options, default=str)),  # as they will be read back
         protocols=results,
         reranking=reranking,
-        versions=_versions(),
+        versions=package_versions(),
     )
 
 
@@ -329,12 +328,3 @@ def _fingerprint(images: Any, trials: Sequence[Rows]) -> str:
 def _on(features: torch.Tensor, values: np.ndarray) -> torch.Tensor:
     """Integers where the features are."""
     return torch.from_numpy(values).to(features.device)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        'vireid_timm': __version__,
-        'timm': timm.__version__,
-        'torch': torch.__version__,
-        'numpy': np.__version__,
-    }

@@ -1,4 +1,4 @@
-"""The model card: what a Hub-ready folder says about its model, for people and for the Hub."""
+"""The model card (README.md) of a Hub-ready folder, for people and for the Hub."""
 
 import json
 from typing import Any
@@ -7,36 +7,31 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.report import Report
 
-LOCAL_NAME = 'local-dir:FOLDER'  # in a card until its folder has a name on the Hub
+LOCAL_NAME = 'local-dir:FOLDER'  # in a card until its model has a name on the Hub
 TASK = 'image-feature-extraction'
 INTENDED_USE = """\
-For research on retrieval across spectra and for searching recordings that the searcher may lawfully process. This model
-identifies people. It must not be used for mass surveillance, to track or single out people without a legal basis, to
-infer sensitive traits, or as the only ground for a decision about a person: its rankings are guesses that a person has
-to check, and it errs more often on people, clothes and cameras unlike those it was trained on."""
+This model identifies people. Use it for research on retrieval across spectra, and to search recordings that you may
+lawfully process. It must not be used for mass surveillance, to track or single out people without a legal basis, to
+infer sensitive traits, or as the sole basis for a decision about a person. Its rankings are guesses that a person has
+to check. Expect more errors on people, clothes and cameras unlike those in the training images."""
 
 DATASET_TITLES = {'sysu_mm01': 'SYSU-MM01', 'regdb': 'RegDB', 'llcm': 'LLCM', 'synthetic': 'SynthVI'}
 METRIC_TITLES = {'rank1': 'Rank-1 (%)', 'mAP': 'mAP (%)', 'mINP': 'mINP (%)'}
+SETTINGS = ('features', 'flip_test', 'crops', 'reranking')  # of an evaluation; each changes its numbers
 
 
 def evaluation_facts(report: Report) -> dict[str, Any]:
-    """What a report found and everything that changes it, without the names of any image or person."""
+    """Return the results of a report and everything that changes them, without names of images or people."""
     return {
-        'dataset': report.dataset,
-        'options': report.options,
-        **{name: getattr(report, name) for name in ('features', 'flip_test', 'crops', 'reranking', 'precision')},
+        **{name: getattr(report, name) for name in ('dataset', 'options', *SETTINGS, 'precision', 'weights')},
         'size': list(report.size) if report.size else None,
-        'weights': report.weights,
         'skipped_images': report.skipped_images,
         'protocols': {
             name: {
-                'direction': result.direction,
-                'draw': result.draw,
+                **{key: getattr(result, key) for key in ('direction', 'draw', 'mean', 'std')},
                 'trials': len(result.trials),
                 'queries': result.num_valid_queries,
                 'gallery': result.gallery_size,
-                'mean': result.mean,
-                'std': result.std,
                 'intervals': {metric: list(interval) for metric, interval in result.intervals.items()},
             }
             for name, result in report.protocols.items()
@@ -52,32 +47,31 @@ def model_card(
     *,
     table: str = '',
     license: str = '',
-    data_terms: str = '',
     sample: str = '',
     name: str = LOCAL_NAME,
 ) -> str:
-    """The text of `README.md`.
+    """Return the text of `README.md`.
 
     Args:
         architecture: Name of the registered model.
-        num_features: Features that it returns.
-        facts: What `config.json` keeps under `vireid`; its `evaluation` becomes the Hub's model-index.
+        num_features: Number of features that it returns.
+        facts: What `config.json` keeps under `vireid`. Its `evaluation` becomes the Hub's model-index, its `data_terms`
+            replace what is known about the dataset.
         table: The measured results as text.
-        license: The Hub's identifier of the weights' licence, e.g. `apache-2.0`; empty where nothing is stated.
-        data_terms: Terms of the training images; empty for what is known of the dataset.
-        sample: File name of a sample image beside the card.
+        license: Licence of the weights, by the Hub's identifier, e.g. `apache-2.0`.
+        sample: File name of an image to show.
         name: What `timm.create_model` takes to load the model.
     """
-    results = f'```\n{table}\n```' if table else 'Nothing was measured with these weights.'
-    shown = f'## Rendered people as such cameras see them\n\n![SynthVI]({sample})\n\n' if sample else ''
+    results = f'```\n{table}\n```' if table else 'These weights were not evaluated.'
+    images = f'## Rendered people as such cameras see them\n\n![SynthVI]({sample})\n\n' if sample else ''
     made = {name: value for name, value in facts.items() if name not in ('evaluation', 'data_terms')}
     return f"""---
 {_front_matter(architecture, facts, license)}
 ---
 # {architecture}
 
-A visible-infrared person re-identification model made with `vireid_timm`. It turns images from colour and from
-infrared cameras into features that can be compared by cosine similarity.
+A visible-infrared person re-identification model, made with `vireid_timm`. It maps images from visible-light and
+infrared cameras to features that are compared by cosine similarity.
 
 ```python
 import vireid_timm  # registers the architecture with timm
@@ -88,7 +82,7 @@ visible_features = model(visible)  # normalised images [B, 3, H, W] -> [B, {num_
 infrared_features = model(infrared=infrared)
 ```
 
-{shown}## Results
+{images}## Results
 
 {results}
 
@@ -100,7 +94,7 @@ infrared_features = model(infrared=infrared)
 
 {f'Licence of the weights: {license}.' if license else 'No licence is stated for the weights: ask their publisher.'}
 
-{data_terms or default_data_terms(str(facts.get('dataset', '')))}
+{facts.get('data_terms') or _default_data_terms(str(facts.get('dataset', '')))}
 
 ## How it was made
 
@@ -110,22 +104,21 @@ infrared_features = model(infrared=infrared)
 """
 
 
-def default_data_terms(dataset: str) -> str:
-    """What can be said about the terms of the training images from the dataset's name alone."""
+def _default_data_terms(dataset: str) -> str:
     if dataset == 'synthetic':
         return (
-            'Trained on rendered people alone (SynthVI, made by `vireid_timm`): the images show no real person, and\n'
-            'nobody has terms on them. It has never seen a photograph.'
+            'Trained only on rendered people (SynthVI, made by `vireid_timm`). The images show no real person, and\n'
+            'nobody has rights in them. The model has never seen a photograph.'
         )
     if dataset in DATASET_TITLES:
         title = DATASET_TITLES[dataset]
         return (
-            f'Trained on {title}, which its owners hand out for research under terms of their own. Whoever uses these\n'
-            f'weights has to keep to the terms of {title}, too; ask its owners before any other use.'
+            f'Trained on {title}, which its owners provide for research under their own terms. Use these weights only\n'
+            f'under the terms of {title}, and ask its owners before any other use.'
         )
     return (
-        'The terms of the training images are not stated: ask whoever published these weights before using them\n'
-        'for anything that the people in the images and the owners of the images may not have agreed to.'
+        'The terms of the training images are not stated. Ask the publisher of these weights before you use them for\n'
+        'anything that the people in the images and the owners of the images may not have agreed to.'
     )
 
 
@@ -143,9 +136,8 @@ def _front_matter(architecture: str, facts: dict[str, Any], license: str) -> str
 
 
 def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
-    """Rank-1, mAP and mINP of every protocol in the Hub's form, in percent; over several trials mean ± deviation."""
+    """Return the metrics of every protocol in the Hub's form, in percent; mean ± deviation of several trials."""
     dataset = evaluation['dataset']
-    settings = {name: evaluation[name] for name in ('features', 'flip_test', 'crops', 'reranking')}
     return [
         EvalResult(
             task_type=TASK,
@@ -154,7 +146,7 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             dataset_name=DATASET_TITLES.get(dataset, dataset),
             dataset_config=protocol,
             dataset_split='test',
-            dataset_args=settings,
+            dataset_args={name: evaluation[name] for name in SETTINGS},
             metric_type=metric,
             metric_name=title,
             metric_value=_percent(result, metric),

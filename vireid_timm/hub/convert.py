@@ -1,13 +1,13 @@
-"""Others' checkpoints as models of this library: AGW's family, ImageNet ResNets, and our own training checkpoints.
+"""Convert checkpoints of AGW (arXiv:2001.04193), CAJ (ICCV 2021) and code built on them.
 
-Files are read without running anything that is in them. Every tensor of a file has a place in the network, or is known
-to be unused, or the conversion stops: a network that is nearly the one in the file is worth nothing.
+Nothing in a file is executed. Every tensor must have a place in the network or be known to be unused, or the conversion
+stops: a network that almost matches its checkpoint is worthless.
 """
 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,30 +16,16 @@ import timm
 import torch
 
 from ..models.dual_stream import DualStreamResNet
-from ..run_folder import MODEL_CONFIG
 
-AGW_FAMILY = ('agw', 'caj')
-SOURCES = (*AGW_FAMILY, 'torchvision', 'timm', 'vireid')
+SOURCES = ('agw', 'caj')
+STATE_KEYS = ('net', 'state_dict', 'model')  # where a file may keep its weights
 
-# Where a file may have its weights, the averaged ones first.
-STATE_KEYS = ('net', 'state_dict_ema', 'model_ema', 'state_dict', 'model')
-
-# Residual blocks per layer, bottleneck or basic, deep stem or not -> how our models name that ResNet.
-RESNETS = {
-    ((1, 1, 1, 1), False, True): 'r10t',
-    ((2, 2, 2, 2), False, False): 'r18',
-    ((3, 4, 6, 3), False, False): 'r34',
-    ((3, 4, 6, 3), True, False): 'r50',
-    ((3, 4, 23, 3), True, False): 'r101',
-}
-
-# AGW keeps three whole ResNet-50s. The stems of the first two are used, and the layers of the third.
-AGW_VISIBLE = 'visible_module.visible.'
-AGW_INFRARED = 'thermal_module.thermal.'
-AGW_SHARED = 'base_resnet.base.'
-AGW_PARTS = {
-    'stem.visible.': AGW_VISIBLE,
-    'stem.infrared.': AGW_INFRARED,
+# AGW stores three whole ResNet-50s, but uses only the stems of the first two and the layers of the third.
+VISIBLE, INFRARED, SHARED = 'visible_module.visible.', 'thermal_module.thermal.', 'base_resnet.base.'
+AGW_PREFIXES = {
+    'stem.visible.': VISIBLE,
+    'stem.infrared.': INFRARED,
+    'layer': f'{SHARED}layer',
     'global_head.neck.': 'bottleneck.',
     'global_head.fc.': 'classifier.',
 }
@@ -47,70 +33,40 @@ AGW_NON_LOCAL = {'theta': 'theta', 'phi': 'phi', 'g': 'g.0', 'out': 'W.0', 'norm
 NON_LOCAL = '_non_local.'
 
 BIAS_TOLERANCE = 1e-6
-MOST_NAMED = 10  # in a message
+MOST_NAMED = 10  # names in a message
 
 State = dict[str, torch.Tensor]
 
 
 class Conversion(NamedTuple):
-    """What became of a checkpoint.
+    """A converted checkpoint."""
 
-    Attributes:
-        model: The network with the checkpoint's weights, on the CPU.
-        dropped: What the network has no use for: group of tensors -> how many.
-        notes: What whoever converts should know, in sentences.
-    """
-
-    model: DualStreamResNet
-    dropped: dict[str, int]
-    notes: list[str]
+    model: DualStreamResNet  # on the CPU
+    dropped: dict[str, int]  # group of unused tensors -> count
+    notes: list[str]  # sentences for the user
 
 
-def convert_checkpoint(
-    path: str | Path,
-    source: str,
-    *,
-    model: str | None = None,
-    num_classes: int | None = None,
-) -> Conversion:
-    """Turn a checkpoint file into a network of this library.
-
-    | source | what it is | becomes |
-    |---|---|---|
-    | `agw`, `caj` | AGW (arXiv:2001.04193), CAJ (ICCV 2021) | `vireid_agw_r50`; `vireid_base_r50` if not non-local |
-    | `torchvision`, `timm` | an ImageNet ResNet | start weights of `vireid_dml_r*`, or of `model` |
-    | `vireid` | a run's `last.pth`, or weights of our own | the run's network, or `model` |
+def convert_checkpoint(path: str | Path, source: str) -> Conversion:
+    """Convert a checkpoint into `vireid_agw_r50`, or `vireid_base_r50` if it has no non-local blocks.
 
     Args:
-        path: The file, of `torch.save` or safetensors.
-        source: Whose checkpoint it is, one of `SOURCES`.
-        model: Name of the network, for the sources that leave a choice.
-        num_classes: 0 drops the checkpoint's classifiers. An ImageNet ResNet gets fresh ones, for as many identities;
-            with the other sources anything else has to be the number of the checkpoint's own.
+        path: A file written by `torch.save` or safetensors.
+        source: Which code wrote it, one of `SOURCES`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A file that cannot be read safely, tensors that fit nowhere or are missing, a wrong argument.
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely, a tensor is missing or has no place, or the source is unknown.
     """
     path = Path(path)
     if source not in SOURCES:
         raise ValueError(f'unknown source {source!r}; expected one of {", ".join(SOURCES)}')
-    if model is not None and source in AGW_FAMILY:
-        raise ValueError(f'the network of a checkpoint from {source} follows from the file: leave out model {model!r}')
     content = _read(path)
     try:
-        state, rest = _weights(content)
-        if source in AGW_FAMILY:
-            conversion = _convert_agw(state, source, num_classes)
-        elif source == 'vireid':
-            conversion = _convert_own(state, model or _own_name(path, content), num_classes)
-        else:
-            conversion = _convert_resnet(state, model, num_classes or 0)
+        state = _state_dict(content)
+        _check_kind(state, path)
+        return _convert(state, source)
     except ValueError as error:
-        raise ValueError(f'cannot convert {path} from {source}: {error}{_hint(content, source)}') from error
-    if rest:
-        conversion.notes.append(f'Not converted, beside the weights: {_few(rest)}.')
-    return conversion
+        raise ValueError(f'cannot convert {path} from {source}: {error}') from error
 
 
 def _read(path: Path) -> Any:
@@ -120,248 +76,129 @@ def _read(path: Path) -> Any:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_stand_ins()), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about the form of a pickle
+            warnings.simplefilter('ignore')  # about the pickle protocol
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged file
         found = re.search(r'GLOBAL (\S+)', str(error))
         if found:
             raise ValueError(
-                f'{path} needs {found.group(1)} to be read, which could run a program and is not done here. If you '
-                "trust the file, save its weights alone where it came from: torch.save({'net': state_dict}, FILE)"
+                f'loading {path} would call {found.group(1)}, which could run a program. If you trust the file, save '
+                "only its weights where it came from: torch.save({'net': state_dict}, FILE)"
             ) from error
-        raise ValueError(
-            f'{path} is damaged, or not a file of weights that can be read without running what is in it'
-        ) from error
-
-
-class _Ignored:
-    """Stands in for a NumPy object of a checkpoint, and forgets what it is given."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+        raise ValueError(f'{path} is damaged, or is not a file of weights that can be read safely') from error
 
 
 def _stand_ins() -> list[type]:
-    """Classes by the names that NumPy's arrays and scalars have in a pickle.
+    """Return classes that ignore their content, under the names that NumPy arrays and scalars have in a pickle.
 
-    AGW's code saves its measurements, which are such, beside the weights; `torch.load` alone would refuse the file.
+    AGW's code saves its metrics as such next to the weights, and `torch.load` would refuse the whole file.
     """
+
+    def ignore(self: Any, *args: Any) -> None:
+        pass
+
     multiarray = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since NumPy 2
     names = [(module, name) for module in multiarray for name in ('scalar', '_reconstruct')]
     names += [('numpy', 'dtype'), ('numpy', 'ndarray')]
-    return [type(name, (_Ignored,), {'__module__': module}) for module, name in names]
+    methods = {'__init__': ignore, '__setstate__': ignore}
+    return [type(name, (), {'__module__': module, **methods}) for module, name in names]
 
 
-def _weights(content: Any) -> tuple[State, list[str]]:
-    """The state dict, and the names of what else the file has."""
-    state, rest = content, []
+def _state_dict(content: Any) -> State:
     if isinstance(content, Mapping):
-        key = next((key for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-        if key is not None:
-            state, rest = content[key], sorted(str(name) for name in content if name != key)
-    if not isinstance(state, Mapping) or not state:
+        content = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
         raise ValueError(f'it has no weights; expected a state dict, or one under {", ".join(STATE_KEYS)}')
-    others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise ValueError(f'it has no state dict; no tensors are {_few(others)}')
-    return {str(name).removeprefix('module.'): value for name, value in state.items()}, rest
+        raise ValueError(f'it has no state dict; these are not tensors: {_few(others)}')
+    return {str(name).removeprefix('module.'): value for name, value in content.items()}
 
 
-def _hint(content: Any, source: str) -> str:
-    """Whose checkpoint it looks like, where that is not what was said."""
-    try:
-        state, _ = _weights(content)
-    except ValueError:
-        return ''
-    looks = [
-        (AGW_SHARED + 'conv1.weight', AGW_FAMILY),
-        ('stem.visible.conv1.weight', ('vireid',)),
-        ('stem.visible.conv1.0.weight', ('vireid',)),
-        ('layer1.0.conv1.weight', ('torchvision', 'timm')),
-    ]
-    sources = next((sources for key, sources in looks if key in state), (source,))
-    return '' if source in sources else f'. It looks like one from {" or ".join(sources)} (--from)'
+def _check_kind(state: State, path: Path) -> None:
+    """Refuse what timm loads without a conversion, and say how."""
+    overlay = f'pretrained=True, pretrained_cfg_overlay=dict(file={str(path)!r})'
+    if any(key.startswith('stem.visible.') for key in state):
+        raise ValueError(
+            'these are weights of vireid_timm and need no conversion. Load a checkpoint of a run with '
+            f'vireid_timm.load_model, and any other file with timm.create_model(NAME, {overlay})'
+        )
+    if 'layer1.0.conv1.weight' in state:
+        raise ValueError(
+            'it looks like an ImageNet ResNet, which needs no conversion. Load it into the model of its size, '
+            f"e.g. timm.create_model('vireid_dml_r50', {overlay})"
+        )
 
 
-def _convert_agw(state: State, source: str, num_classes: int | None) -> Conversion:
-    _check_bias(state)
-    name, options, notes = 'vireid_agw_r50', {'non_local_width': _agw_width(state)}, []
+def _convert(state: State, source: str) -> Conversion:
+    bias = state.get('bottleneck.bias', torch.zeros(1))
+    if not bias.abs().max() <= BIAS_TOLERANCE:
+        raise ValueError(
+            f'its bottleneck.bias reaches {bias.abs().max():.3g}. AGW keeps it at 0, and the BN-neck here has no bias: '
+            'features and logits would lose that shift'
+        )
+    name, options, notes = 'vireid_agw_r50', {'non_local_width': _non_local_width(state)}, []
     if not any(key.startswith('NL_') for key in state):
         name, options = 'vireid_base_r50', {'global_pool': 'avg'}
         notes.append(
-            'There are no non-local blocks: taken as the method "base" of AGW\'s code, which pools by averaging. If '
-            "this network pools by GeM, create it with global_pool='gem'."
+            'No non-local blocks: converted as the method "base" of AGW\'s code, which uses average pooling. If this '
+            "network uses GeM, create the model with global_pool='gem'."
         )
-    model = _create(name, _num_classes(state, 'classifier.weight', num_classes), source, **options)
-    resnet = {'fc.weight', 'fc.bias'}
-    for key in model.state_dict():
-        if key.startswith(('stem.visible.', 'layer')) and NON_LOCAL not in key:
-            resnet.add(key.removeprefix('stem.visible.'))
-    networks = (AGW_VISIBLE, AGW_INFRARED, AGW_SHARED)
-    unused = {network + key for network in networks for key in resnet} | {'bottleneck.bias', 'classifier.weight'}
-    dropped = _fill(model, state, _agw_key, unused)
-    stored, lost = _num_parameters(state), _num_parameters({key: state[key] for key in dropped})
-    notes.append(f'Of {stored / 1e6:.2f} M parameters in the file, {(stored - lost) / 1e6:.2f} M are used.')
-    return Conversion(model, _grouped(dropped), notes)
+    classes, overlay = len(state.get('classifier.weight', ())), dict(tag=source)
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
+        model = timm.create_model(name, num_classes=classes, pretrained_cfg_overlay=overlay, **options)
+    dropped = Counter('.'.join(key.split('.')[:3]) for key in _fill(model, state))
+    return Conversion(model, dict(dropped), notes)
 
 
-def _check_bias(state: State) -> None:
-    bias = state.get('bottleneck.bias')
-    if bias is not None and not bias.abs().max() <= BIAS_TOLERANCE:
-        raise ValueError(
-            f'its bottleneck.bias reaches {bias.abs().max():.3g}. AGW keeps it at 0, and the BN-neck here has none: '
-            'features and logits would lose that shift'
-        )
-
-
-def _agw_width(state: State) -> int | str:
-    """Inner channels of the non-local blocks as our models name them; 1 where there are no such blocks."""
+def _non_local_width(state: State) -> int | str:
+    """Return `non_local_width` of our models; 1 if there are no non-local blocks."""
     shapes = {tuple(value.shape[:2]) for key, value in state.items() if re.fullmatch(r'NL_\d\.\d\.theta\.weight', key)}
-    widths = {inner for inner, _ in shapes} or {1}
     if shapes and all(2 * inner == channels for inner, channels in shapes):
         return 'half'
+    widths = {inner for inner, _ in shapes} or {1}
     if len(widths) > 1:
         raise ValueError(f'its non-local blocks have different inner widths: {sorted(widths)}')
     return widths.pop()
 
 
 def _agw_key(key: str) -> str:
-    """What AGW calls a tensor of our network."""
+    """Return AGW's name for a tensor of our network."""
     non_local = re.fullmatch(r'layer(\d)\.(\d)_non_local\.(\w+)\.(\w+)', key)
     if non_local:
         layer, block, part, tensor = non_local.groups()
-        first = {'2': 2, '3': 3}[layer]  # blocks are counted from the first that has a non-local block
+        first = {'2': 2, '3': 3}[layer]  # AGW counts from the first block that has a non-local block
         return f'NL_{layer}.{int(block) - first}.{AGW_NON_LOCAL[part]}.{tensor}'
-    for own, theirs in AGW_PARTS.items():
-        if key.startswith(own):
-            return theirs + key.removeprefix(own)
-    return AGW_SHARED + key
+    prefix = next(prefix for prefix in AGW_PREFIXES if key.startswith(prefix))
+    return AGW_PREFIXES[prefix] + key.removeprefix(prefix)
 
 
-def _convert_resnet(state: State, name: str | None, num_classes: int) -> Conversion:
-    size = _resnet_size(state)
-    name = name or f'vireid_dml_{size}'
-    if not name.partition('.')[0].endswith(f'_{size}'):
-        raise ValueError(f'it is a ResNet for the models that end in _{size}, which {name!r} does not')
-    model = _create(name, num_classes, 'in1k')
-
-    def their_key(key: str) -> str | None:
-        if key.startswith('stem.'):
-            return key.removeprefix('stem.visible.').removeprefix('stem.infrared.')
-        return key if key.startswith('layer') and NON_LOCAL not in key else None
-
-    dropped = _fill(model, state, their_key, {'fc.weight', 'fc.bias'})
-    notes = ['A start for fine-tuning, not a re-identification model: what no ImageNet ResNet has is untrained.']
-    return Conversion(model, _grouped(dropped), notes)
-
-
-def _resnet_size(state: State) -> str:
-    blocks = [re.match(r'layer([1-4])\.(\d+)\.', key) for key in state]
-    layers = [{found.group(2) for found in blocks if found and found.group(1) == layer} for layer in '1234']
-    kind = tuple(map(len, layers)), 'layer1.0.conv3.weight' in state, 'conv1.0.weight' in state
-    if kind not in RESNETS:
-        raise ValueError(
-            f'it is no ResNet that a model here starts from; blocks in layer1 to 4: {list(kind[0])}, bottlenecks: '
-            f'{kind[1]}, deep stem: {kind[2]}'
-        )
-    return RESNETS[kind]
-
-
-def _own_name(path: Path, content: Any) -> str:
-    if path.with_name(MODEL_CONFIG).is_file():
-        return f'local-dir:{path.parent}'
-    if isinstance(content, Mapping) and isinstance(content.get('arch'), str):
-        return content['arch']
-    raise ValueError(f'neither it nor a {MODEL_CONFIG} beside it names its network: give model')
-
-
-def _convert_own(state: State, name: str, num_classes: int | None) -> Conversion:
-    model = _create(name, _num_classes(state, 'global_head.fc.weight', num_classes), 'trained')
-    classifiers = {key for key in state if key.endswith('_head.fc.weight')}
-    dropped = _fill(model, state, lambda key: key, classifiers if model.num_classes == 0 else set())
-    return Conversion(model, _grouped(dropped), [])
-
-
-def _create(name: str, num_classes: int, tag: str, **options: Any) -> DualStreamResNet:
-    """The network, untrained; what stays so is the same every time."""
-    known = ', '.join(timm.list_models('vireid_*'))
-    if not name.startswith('local-dir:') and not timm.is_model(name.partition('.')[0]):
-        raise ValueError(f'there is no model {name!r}; choose one of {known}')
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            overlay = {'tag': tag}
-            model = timm.create_model(name, num_classes=num_classes, pretrained_cfg_overlay=overlay, **options)
-    except (RuntimeError, OSError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f'cannot create the network {name}: {error}') from error
-    if not isinstance(model, DualStreamResNet):
-        raise ValueError(f'{name} is not a network of this library; choose one of {known}')
-    return model
-
-
-def _num_classes(state: State, classifier: str, num_classes: int | None) -> int:
-    stored = state[classifier].shape[0] if classifier in state else 0
-    if num_classes not in (None, 0, stored):
-        raise ValueError(
-            f'it tells {stored} identities apart, not {num_classes}: leave out num_classes to keep its classifier, '
-            'or give 0 to drop it'
-        )
-    return stored if num_classes is None else num_classes
-
-
-def _fill(
-    model: DualStreamResNet,
-    state: State,
-    their_key: Callable[[str], str | None],
-    unused: set[str],
-) -> list[str]:
-    """Put a checkpoint's tensors into the network, all of them.
-
-    Args:
-        model: The network.
-        state: The checkpoint.
-        their_key: What the checkpoint calls a tensor of the network; None for one that keeps its fresh value.
-        unused: What the checkpoint may have that the network does without, used elsewhere or not.
-
-    Returns:
-        Names of the checkpoint's tensors that were not used.
-
-    Raises:
-        ValueError: Tensors that fit nowhere, are missing, or have another shape.
-    """
+def _fill(model: DualStreamResNet, state: State) -> list[str]:
+    """Load a checkpoint into the network, and return the names of the tensors that AGW's network does not use."""
     own = model.state_dict()
-    keys = {key: their_key(key) for key in own}
-    wanted = {theirs for theirs in keys.values() if theirs is not None}
+    keys = {key: _agw_key(key) for key in own}
     found = {key: state[theirs] for key, theirs in keys.items() if theirs in state}
-    missing = (theirs for theirs in wanted - set(state) if not theirs.endswith('num_batches_tracked'))
-    shapes = (
-        f'{keys[key]} {list(value.shape)} for {list(own[key].shape)}'
-        for key, value in found.items()
-        if value.shape != own[key].shape
-    )
+    left = sorted(set(state) - set(keys.values()))
+    trunk = [key for key in own if key.startswith(('stem.visible.', 'layer')) and NON_LOCAL not in key]
+    resnet = {'fc.weight', 'fc.bias', *(key.removeprefix('stem.visible.') for key in trunk)}
+    unused = {network + key for network in (VISIBLE, INFRARED, SHARED) for key in resnet}
+    unused |= {'bottleneck.bias', 'classifier.weight'}
     problems = {
-        'tensors that fit nowhere': sorted(set(state) - wanted - unused),
-        'missing tensors': sorted(missing),
-        'tensors of another shape': sorted(shapes),
+        'without a place': [key for key in left if key not in unused],
+        'missing': sorted(
+            theirs for theirs in keys.values() if theirs not in state and not theirs.endswith('num_batches_tracked')
+        ),
+        'of another shape': sorted(
+            f'{keys[key]} {list(value.shape)}, expected {list(own[key].shape)}'
+            for key, value in found.items()
+            if value.shape != own[key].shape
+        ),
     }
-    texts = [f'{len(names)} {problem}: {_few(names)}' for problem, names in problems.items() if names]
+    texts = [f'{len(names)} tensors {problem}: {_few(names)}' for problem, names in problems.items() if names]
     if texts:
         raise ValueError('; '.join(texts))
     model.load_state_dict({**own, **found})
-    return sorted(set(state) - wanted)
-
-
-def _num_parameters(state: State) -> int:
-    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
-    return sum(value.numel() for key, value in state.items() if not key.endswith(buffers))
-
-
-def _grouped(names: Iterable[str]) -> dict[str, int]:
-    """Counts by the first three parts of the name."""
-    return dict(Counter('.'.join(name.split('.')[:3]) for name in names))
+    return left
 
 
 def _few(names: Iterable[str]) -> str:

@@ -1,11 +1,10 @@
-"""Models as Hub-ready folders, and everything that names a model; `publish.py` brings them to the Hub."""
+"""Hub-ready folders: write them, verify them, and load a model by any of its names."""
 
 import copy
 import hashlib
 import inspect
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from timm.models import parse_model_name
 from timm.models._hub import save_config_for_hf
 
 from ..constants import MODALITIES
@@ -21,22 +22,100 @@ from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
 from ..files import whole_file, whole_folder
 from ..models.dual_stream import DualStreamResNet
-from ..run_folder import BEST, load_checkpoint
+from ..run_folder import BEST, MODEL_CONFIG, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
-from ..version import __version__
+from ..version import package_versions
 from .card import evaluation_facts, model_card
 
-WEIGHTS = 'model.safetensors'
-CONFIG = 'config.json'
 CARD = 'README.md'
+WEIGHTS = 'model.safetensors'
 REFERENCE = 'reference.safetensors'
 SAMPLE = 'sample.png'
-FILES = (CARD, CONFIG, WEIGHTS, REFERENCE, SAMPLE)  # a Hub-ready folder holds these and nothing else
+REQUIRED = (MODEL_CONFIG, WEIGHTS, REFERENCE)
+FILES = (CARD, *REQUIRED, SAMPLE)  # a Hub-ready folder holds nothing else
 
-# Settings that say where a run was, which is nobody's business in a model that may be published.
-PLACES = ('data_dir', 'output', 'experiment', 'resume')
+PLACES = ('data_dir', 'output', 'experiment', 'resume')  # settings that name a place on this machine
 IMAGES = 2  # reference images of each modality
+# Largest difference of the reference features, as a share of the largest feature. They are computed in float32 from the
+# stored weights, so only the order in which processors and versions add numbers makes a difference.
+TOLERANCE = 1e-3
 LONGEST_REASON = 400  # characters; a state dict that does not fit names hundreds of tensors
+
+
+def resolve_model_name(source: str | Path) -> str:
+    """Return the name by which `timm.create_model` finds a model.
+
+    Args:
+        source: A registered model with or without a tag, `hf-hub:OWNER/NAME[@REVISION]` and `local-dir:FOLDER` are
+            returned as they are. A run folder becomes the `local-dir:` of its `best/`; a Hub-ready folder, or a file
+            in it, that of the folder.
+
+    Raises:
+        ValueError: There is no such model, or the source is a checkpoint, which only `load_model` and `save_run` take.
+    """
+    name, checkpoint = _locate(source)
+    if checkpoint is not None:
+        raise ValueError(
+            f'{source} is a training checkpoint. Give a run folder with a {BEST}/ model, or save the checkpoint as a '
+            f'model first: vireid hub save {source} DIR'
+        )
+    return name
+
+
+def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
+    """Load a model for retrieval, without its classifiers.
+
+    Args:
+        source: Any name that `resolve_model_name` takes, or a training checkpoint: a `.pth` file of a run, or a run
+            folder without `best/`. Averaged weights win where the run kept them.
+        pretrained: Load the weights; otherwise the network is untrained.
+
+    Raises:
+        ValueError: There is no such model, or its weights do not fit.
+    """
+    model = _load(source, pretrained)
+    model.reset_classifier(0)
+    return model
+
+
+def _locate(source: str | Path) -> tuple[str, Path | None]:
+    """Return timm's name of a model, and the training checkpoint to load if the source is one."""
+    name, path = str(source), Path(source)
+    is_registered = timm.is_model(name.partition('.')[0])
+    if not path.exists() or (is_registered and isinstance(source, str)):
+        try:
+            prefix, identifier = parse_model_name(name)
+        except ValueError as error:
+            raise ValueError(f'there is no file or folder {name!r}. {error}') from error
+        if not prefix and not is_registered:
+            known = ', '.join(timm.list_models('vireid_*'))
+            raise ValueError(f'there is no file, folder or model {name!r}; models of this library: {known}')
+        return f'{prefix}:{identifier}' if prefix else name, None
+    folder = path if path.is_dir() else path.parent
+    folder = folder / BEST if (folder / BEST).is_dir() else folder
+    if path.suffix == '.pth' or (has_checkpoint(path) and not (folder / WEIGHTS).is_file()):
+        return f'local-dir:{path if path.is_dir() else path.parent}', path
+    if not (folder / MODEL_CONFIG).is_file():
+        raise ValueError(f'{folder} has no {MODEL_CONFIG}; give a run folder or a Hub-ready folder')
+    return f'local-dir:{folder}', None
+
+
+def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualStreamResNet:
+    """Load a model with its classifiers, so that every tensor has to fit; `shown` replaces `source` in messages."""
+    name, checkpoint = _locate(source)
+    state = load_checkpoint(checkpoint) if checkpoint is not None and pretrained else None
+    shown = shown or str(source)
+    try:
+        model = timm.create_model(name, pretrained=pretrained and checkpoint is None)
+        if state is not None:
+            model.load_state_dict(state.get('state_dict_ema', state['state_dict']))
+    except Exception as error:  # a wrong configuration makes timm raise any type
+        raise ValueError(f'cannot load a model from {shown}: {one_line(error)}') from error
+    finally:
+        check_cache(name)
+    if not isinstance(model, DualStreamResNet):
+        raise ValueError(f'{shown} is a {type(model).__name__}, not a visible-infrared re-ID model of this library')
+    return model
 
 
 def save_model_folder(
@@ -52,53 +131,57 @@ def save_model_folder(
     data_terms: str = '',
     sample: bool = False,
 ) -> None:
-    """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads as it is.
+    """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
-    Beside weights, configuration and card it holds reference tensors: images of noise and the features that the
-    network has for them, which `check_model` compares.
+    Besides weights, configuration and card it holds reference tensors: noise images and the features that the network
+    computes for them, which `check_model` compares.
 
     Args:
         model: The network, with or without its classifiers.
-        folder: Where to write; an earlier version is replaced when the new one is complete.
-        facts: What re-ID users ask of a model (dataset, metrics, training settings), kept in `config.json` under
-            `vireid`; timm's loader passes it by. Settings that name places on this machine are left out.
+        folder: Where to write. A complete new version replaces an old one.
+        facts: What re-ID users ask about a model (dataset, metrics, training settings), kept in `config.json` under
+            `vireid`, which timm ignores. Settings that name places on this machine are left out.
         model_args: Arguments that the model was created with, beyond those that timm records.
         table: The measured results as text, for the card.
-        input_size: Channels, height and width that the model was trained with, if not its default.
-        half: Store the weights in half precision; they are computed with in float32.
-        license: The Hub's identifier of the weights' licence, e.g. `apache-2.0`.
+        input_size: Channels, height and width that the model was trained with; the model's default if None.
+        half: Store the weights in half precision; they are still computed with in float32.
+        license: Licence of the weights, by the Hub's identifier, e.g. `apache-2.0`.
         data_terms: Terms of the training images, for the card.
-        sample: Put rendered people into the card, to show what the two modalities are.
+        sample: Show rendered people in the card, to explain the two modalities.
 
     Raises:
-        ValueError: The folder holds anything else, or the weights are too large for half precision.
+        ValueError: The folder holds other files, or a weight is too large for half precision.
     """
-    _refuse_other_content(Path(folder))
-    # safetensors refuses channels-last weights; the caller's network stays as it is.
+    folder = Path(folder)
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    if others:
+        raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
+    # safetensors refuses channels-last weights, and the caller's network must not change.
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format).eval()
     if half:
         round_to_half(model)
     with whole_folder(folder) as temporary:
-        _save_weights(model, temporary / WEIGHTS, half)
-        facts = _complete(facts or {}, model, temporary / WEIGHTS, half)
-        if data_terms:
-            facts['data_terms'] = data_terms
-        config = _export_config(model, facts, model_args, input_size)
-        config['model_config']['pretrained_cfg']['license'] = license or None
-        save_config_for_hf(model, temporary / CONFIG, **config)
+        state = {
+            key: value.half() if half and value.is_floating_point() else value
+            for key, value in model.state_dict().items()
+        }
+        (temporary / WEIGHTS).write_bytes(
+            safetensors.torch.save(state)
+        )  # unlike `save_file`, a full disk is an OSError
+        precision = 'float16' if half else str(next(model.parameters()).dtype).removeprefix('torch.')
+        facts = {
+            'versions': package_versions(),  # a model saved again keeps those that it was trained with
+            **_without_places(facts or {}),
+            'weights': {'precision': precision, 'sha256': sha256_of(temporary / WEIGHTS)},
+            **({'data_terms': data_terms} if data_terms else {}),
+        }
+        _save_config(model, temporary / MODEL_CONFIG, facts, model_args, input_size, license)
         _save_reference(model, temporary)
         if sample:
             contact_sheet(range(3)).save(temporary / SAMPLE)
-        card = model_card(
-            model.pretrained_cfg['architecture'],
-            model.num_features,
-            facts,
-            table=table,
-            license=license,
-            data_terms=data_terms,
-            sample=SAMPLE if sample else '',
-        )
-        (temporary / CARD).write_text(card, encoding='utf-8')
+        architecture, shown = model.pretrained_cfg['architecture'], SAMPLE if sample else ''
+        texts = dict(table=table, license=license, sample=shown)
+        (temporary / CARD).write_text(model_card(architecture, model.num_features, facts, **texts), encoding='utf-8')
 
 
 def save_run(
@@ -111,24 +194,26 @@ def save_run(
     license: str = '',
     data_terms: str = '',
 ) -> None:
-    """Write the best model of a run as a folder to be published, with what was measured; what `vireid hub save` does.
+    """Write a model of a run as a folder to publish, with its measured results. `vireid hub save` calls this.
 
     Args:
-        run: A run's folder, or a Hub-ready one.
-        folder: Where to write; an earlier folder of this kind is replaced.
-        report: Of an evaluation of these very weights, rounded as with `round_to_half` where `half` is set.
-        note: What the card says below the results, e.g. what other runs of the same recipe scored.
+        run: A run folder, a checkpoint in it, or a Hub-ready folder.
+        folder: Where to write. A complete new version replaces an old one.
+        report: An evaluation of exactly these weights, rounded by `round_to_half` if `half` is set.
+        note: Text for the card below the results, e.g. the scores of other runs of the same recipe.
         half: Store the weights in half precision.
-        license: As for `save_model_folder`; empty for what the folder states already.
-        data_terms: Likewise.
+        license: As for `save_model_folder`; what the saved model states if empty.
+        data_terms: As for `save_model_folder`; what the saved model states if empty.
 
     Raises:
-        ValueError: No such folder, one that does not load, or a report of other weights.
+        ValueError: There is no such model, it does not load, or the report is about other weights.
     """
-    source = _model_folder(run)
-    config = read_config(source)
+    prefix, source = parse_model_name(_locate(run)[0])
+    if prefix != 'local-dir':
+        raise ValueError(f'{run} is not a folder; give a run folder or a Hub-ready folder')
+    config = read_config(Path(source))
     facts = {name: value for name, value in config.get('vireid', {}).items() if name not in ('weights', 'evaluation')}
-    model = created(f'local-dir:{source}', str(run))
+    model = _load(run)
     if report is not None:
         _check_report(report, model, half)
         facts['evaluation'] = evaluation_facts(report)
@@ -139,7 +224,7 @@ def save_run(
         facts=facts,
         table='\n\n'.join(filter(None, (table, note))),
         half=half,
-        license=license or config.get('pretrained_cfg', {}).get('license') or '',
+        license=license or config['pretrained_cfg'].get('license') or '',
         data_terms=data_terms or facts.get('data_terms', ''),
         sample=True,
     )
@@ -152,26 +237,16 @@ def save_model_config(
     model_args: dict[str, Any] | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> None:
-    """Write the `config.json` that builds the network anew, without weights; arguments as for `save_model_folder`."""
+    """Write only the `config.json` that rebuilds the network; arguments as for `save_model_folder`."""
     with whole_file(path) as temporary:
-        save_config_for_hf(model, temporary, **_export_config(model, None, model_args, input_size))
-
-
-def save_embedded_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the network's weights without classifiers in half precision, as they are shipped in the package."""
-    state = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in model.state_dict().items()
-        if not key.endswith('_head.fc.weight')
-    }
-    safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
+        _save_config(model, temporary, {}, model_args, input_size)
 
 
 def round_to_half(model: nn.Module) -> None:
-    """Round the weights in place to what half precision keeps of them; they stay float32.
+    """Round the weights in place to the precision of float16; they stay float32.
 
     Raises:
-        ValueError: A weight that half precision cannot hold.
+        ValueError: A weight is too large for half precision.
     """
     with torch.no_grad():
         for name, value in model.state_dict().items():
@@ -181,133 +256,95 @@ def round_to_half(model: nn.Module) -> None:
                     raise ValueError(f'{name} has values beyond half precision (65504); save without half')
 
 
-def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
-    """A network for retrieval (without classifiers) from whatever names one.
-
-    Args:
-        source: A run folder, a Hub-ready folder or a file in one of them; `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or
-            a registered model, with or without a tag.
-        pretrained: Load the weights; without them a registered model is created untrained.
-
-    Raises:
-        ValueError: Nothing of the kind, or weights that do not fit.
-    """
-    path = Path(source)
-    if str(source).startswith('hf-hub:'):
-        try:
-            model = created(str(source), pretrained=pretrained)
-        finally:
-            _check_cache(str(source))
-    elif str(source).startswith('local-dir:') or not path.exists():
-        model = created(str(source), pretrained=pretrained)
-    else:
-        folder = path if path.is_dir() else path.parent
-        if path.suffix == '.pth' or not (folder / BEST).is_dir() and not any(folder.glob('*.safetensors')):
-            model = _from_checkpoint(path)
-        else:
-            model = created(f'local-dir:{folder / BEST if (folder / BEST).is_dir() else folder}', str(source))
-    model.reset_classifier(0)
-    return model
-
-
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a Hub-ready folder.
+    """Read the `config.json` of a Hub-ready folder; anything else there is a ValueError."""
+    path = folder / MODEL_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f'cannot read {path}: {error}') from error
+    if not isinstance(config, dict) or not isinstance(config.get('pretrained_cfg'), dict):
+        raise ValueError(f'{path} is not the configuration of a timm model: it has no pretrained_cfg')
+    return config
+
+
+def check_folder(folder: Path, name: str) -> list[str]:
+    """Verify a Hub-ready folder, which messages call `name`; return one line per check.
 
     Raises:
-        ValueError: None there, or not one.
+        ValueError: The first check that failed.
     """
+    config = read_config(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-        if isinstance(config, dict) and isinstance(config.get('pretrained_cfg'), dict):
-            return config
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f'cannot read {folder / CONFIG}: {error}') from error
-    raise ValueError(f'{folder / CONFIG} is not the configuration of a timm model: it has no pretrained_cfg')
+        lines = [_check_config(config, name), _check_weights(config, folder / WEIGHTS, name)]
+        return [*lines, _check_reference(_load(f'local-dir:{folder}', shown=name).eval(), folder / REFERENCE, name)]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # values in the files may be of any type
+        raise ValueError(f'{name} cannot be checked: {one_line(error)}') from error
 
 
-def _refuse_other_content(folder: Path) -> None:
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
-    if others:
-        raise ValueError(
-            f'{folder} holds other things ({", ".join(others[:3])}); give a folder that does not exist yet'
-        )
+def check_cache(name: str) -> None:
+    """Verify the cached weights of a model on the Hub, and remove a damaged file.
 
-
-def _save_weights(model: nn.Module, path: Path, half: bool) -> None:
-    state = model.state_dict()
-    if half:
-        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    path.write_bytes(safetensors.torch.save(state))  # not its own writing: a full disk has to be an OSError
-
-
-def _complete(facts: dict[str, Any], model: nn.Module, weights: Path, half: bool) -> dict[str, Any]:
-    """Facts with what is known of the weights, and without places."""
-    precision = 'float16' if half else str(next(model.parameters()).dtype).removeprefix('torch.')
-    return {
-        'versions': _versions(),  # those that the facts bring along are what the network was trained with
-        **_without_places(facts),
-        'weights': {'precision': precision, 'sha256': sha256_of(weights)},
-    }
+    The Hub client compares only lengths, and would load a damaged file from its cache forever. The cache names large
+    files by their SHA-256.
+    """
+    prefix, identifier = parse_model_name(name)
+    repo_id, _, revision = identifier.partition('@')
+    for file in (WEIGHTS, REFERENCE) if prefix == 'hf-hub' else ():
+        path = try_to_load_from_cache(repo_id, file, revision=revision or None)
+        content = Path(path).resolve() if isinstance(path, str) else Path()
+        if re.fullmatch('[0-9a-f]{64}', content.name) and sha256_of(content) != content.name:
+            Path(path).unlink()
+            content.unlink()
+            raise ValueError(f'{name}: {file} was damaged during download and has been removed; try again')
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error message as one line of limited length."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f'{text[:LONGEST_REASON]} ...'
 
 
 def _without_places(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts without what names a place on this machine."""
-    training = facts.get('training')
-    if not isinstance(training, dict):
+    """Return the facts without paths on this machine, which must not be published."""
+    if not isinstance(facts.get('training'), dict):
         return facts
-    training = {name: value for name, value in training.items() if name not in PLACES}
-    if str(training.get('model', '')).startswith('local-dir:'):
-        training['model'] = f'local-dir:{Path(training["model"]).name}'
+    training = {name: value for name, value in facts['training'].items() if name not in PLACES}
+    model = str(training.get('model', ''))
+    if model and not model.startswith('hf-hub:'):
+        prefix = 'local-dir:' if model.startswith('local-dir:') else ''
+        training['model'] = prefix + Path(model.removeprefix(prefix)).name
     return {**facts, 'training': training}
 
 
-def _versions() -> dict[str, str]:
-    versions = {'vireid_timm': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
-    commit = _commit()
-    return {**versions, 'commit': commit} if commit else versions
-
-
-def _commit() -> str:
-    """The commit of the checkout that this package runs from; empty for an installed one, whose version says enough."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / '.git').exists():
-        return ''
-    try:
-        command = ['git', '-C', str(root), 'rev-parse', 'HEAD']
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git
-        return ''
-
-
-def _export_config(
+def _save_config(
     model: nn.Module,
-    facts: dict[str, Any] | None,
+    path: Path,
+    facts: dict[str, Any],
     model_args: dict[str, Any] | None,
     input_size: tuple[int, int, int] | None,
-) -> dict[str, Any]:
-    facts = facts or {}
-    # Trained weights are no longer those of the tag that the network was created with.
+    license: str | None = None,
+) -> None:
+    # Trained weights no longer have the tag that the network was created with.
     tag = model.pretrained_cfg.get('tag') if 'converted' in facts else facts.get('dataset', 'trained')
-    return {
-        'model_config': {'vireid': facts, 'pretrained_cfg': {'tag': tag}},
-        'model_args': {**_known_args(model), **(model_args or {})},
-        'data_config': {'input_size': input_size} if input_size else None,
-    }
+    save_config_for_hf(
+        model,
+        path,
+        model_config={'vireid': facts, 'pretrained_cfg': {'tag': tag, 'license': license or None}},
+        model_args={**_known_args(model), **(model_args or {})},
+        data_config={'input_size': input_size} if input_size else None,
+    )
 
 
 def _known_args(model: nn.Module) -> dict[str, Any]:
-    """Arguments that the model remembers, so that a later version with other defaults builds the same network.
+    """Return the arguments that the model remembers, so that a version with other defaults builds the same network.
 
-    timm adds those that it was called with, classes, channels, pooling and image size.
+    timm adds the arguments of the call, the classes, channels, pooling and image size.
     """
     given = {'num_classes', 'in_chans', 'global_pool', 'drop_rate', *getattr(model, '_model_args', {})}
     names = [name for name in inspect.signature(type(model).__init__).parameters if name not in given]
@@ -316,123 +353,91 @@ def _known_args(model: nn.Module) -> dict[str, Any]:
 
 
 def _save_reference(model: nn.Module, folder: Path) -> None:
-    if model.global_pool.pool_type == '':  # a map, no features
+    if model.global_pool.pool_type == '':  # returns a map, not features
         return
-    cfg = read_config(folder)['pretrained_cfg']
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for modality in MODALITIES:
-        images = torch.randint(256, (IMAGES, *cfg['input_size']), dtype=torch.uint8, generator=generator)
-        before, after = reference_features(model, cfg, modality, images)
-        tensors |= {modality: images, f'{modality}_before_bn': before, f'{modality}_after_bn': after}
-    (folder / REFERENCE).write_bytes(safetensors.torch.save(tensors))
+    cfg, generator = read_config(folder)['pretrained_cfg'], torch.Generator().manual_seed(0)
+    shape = (IMAGES, *cfg['input_size'])
+    images = {name: torch.randint(256, shape, dtype=torch.uint8, generator=generator) for name in MODALITIES}
+    (folder / REFERENCE).write_bytes(safetensors.torch.save({**images, **_reference_features(model, cfg, images)}))
 
 
-def reference_features(
+def _reference_features(
     model: nn.Module,
     cfg: dict[str, Any],
-    modality: str,
-    images: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features before and after the BN-neck, [N, D] float32, of images as bytes [N, C, H, W]."""
+    images: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return each modality's features before and after the BN-neck, [N, D] float32, of uint8 images [N, C, H, W]."""
     mean, std = (torch.tensor(cfg[name]).view(1, -1, 1, 1) for name in ('mean', 'std'))
-    normalised = {modality: ((images / 255 - mean) / std).to(next(model.parameters()).dtype)}
+    features = {}
     with torch.inference_mode():
-        before = model.forward_branches(**normalised).features
-        after = model.forward_head(model.forward_features(**normalised), pre_logits=True)
-    return before.float(), after.float()
-
-
-def _model_folder(run: str | Path) -> Path:
-    folder = Path(str(run).removeprefix('local-dir:'))
-    for candidate in (folder / BEST, folder):
-        if (candidate / WEIGHTS).is_file():
-            return candidate
-    raise ValueError(f'{run} is neither a run with a {BEST}/ model nor a folder with {WEIGHTS} and {CONFIG}')
+        for modality, values in images.items():
+            normalised = {modality: ((values / 255 - mean) / std).to(next(model.parameters()).dtype)}
+            after = model.forward_head(model.forward_features(**normalised), pre_logits=True)
+            features[f'{modality}_before_bn'] = model.forward_branches(**normalised).features.float()
+            features[f'{modality}_after_bn'] = after.float()
+    return features
 
 
 def _check_report(report: Report, model: nn.Module, half: bool) -> None:
-    """A card must not claim what other weights scored."""
+    """A card must not claim the scores of other weights."""
     model = copy.deepcopy(model)
     if half:
         round_to_half(model)
-    fingerprints = [weights_fingerprint(model)]
+    with_classifiers = weights_fingerprint(model)
     model.reset_classifier(0)
-    fingerprints.append(weights_fingerprint(model))
-    if report.weights not in fingerprints:
+    without = weights_fingerprint(model)
+    if report.weights not in (with_classifiers, without):
         rounded = ' in half precision' if half else ''
         raise ValueError(
-            f'the report is about the weights {report.weights or "of features from elsewhere"}, this model'
-            f'{rounded} has {fingerprints[1]}; evaluate this very model, e.g. with --dataset and --data-dir here'
+            f'the report is about the weights {report.weights or "of precomputed features"}, but this model{rounded} '
+            f'has {without}; evaluate this model, e.g. with --dataset and --data-dir here'
         )
 
 
 def _validation_text(facts: dict[str, Any]) -> str:
-    validation = facts.get('validation')
-    if not validation:
-        return ''
-    values = ', '.join(f'{name} {100 * value:.2f} %' for name, value in validation.items())
-    return f'On held-out training identities (validation), nothing else was measured:\n{values}'
+    values = ', '.join(f'{name} {100 * value:.2f} %' for name, value in (facts.get('validation') or {}).items())
+    return f'Measured only on held-out training identities (validation):\n{values}' if values else ''
 
 
-def created(name: str, said: str = '', pretrained: bool = True) -> nn.Module:
-    """A model with the classifiers that it was saved with, so that every tensor has to fit.
+def _check_config(config: dict[str, Any], name: str) -> str:
+    architecture, cfg = config.get('architecture'), config['pretrained_cfg']
+    if architecture not in timm.list_models('vireid_*'):
+        raise ValueError(f'{name}: {architecture!r} is not an architecture of this version of vireid_timm')
+    if cfg.get('crop_mode') != 'squash':
+        raise ValueError(f'{name}: crop_mode is {cfg.get("crop_mode")!r}, expected squash')
+    size = 'x'.join(map(str, cfg.get('input_size', ())))
+    return f'configuration: {architecture}, {config.get("num_classes")} classes, images {size}'
 
-    Args:
-        name: As timm takes it.
-        said: What the user called it.
-        pretrained: Load the weights.
-    """
-    if ':' not in name and not timm.is_model(name.partition('.')[0]):
-        known = ', '.join(timm.list_models('vireid_*'))
-        raise ValueError(f'there is neither a folder, a file nor a model {name!r}; models of this library: {known}')
+
+def _check_weights(config: dict[str, Any], path: Path, name: str) -> str:
+    facts = config.get('vireid', {}).get('weights', {})
+    sha256, stated = sha256_of(path), str(facts.get('sha256'))
+    if sha256 != stated:
+        raise ValueError(
+            f'{name}: {WEIGHTS} was damaged or replaced: its SHA-256 is {sha256[:12]}..., but {MODEL_CONFIG} states '
+            f'{stated[:12]}...'
+        )
+    return f'weights: safetensors, {facts.get("precision")}, SHA-256 {sha256}'
+
+
+def _check_reference(model: nn.Module, path: Path, name: str) -> str:
     try:
-        model = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # timm raises whatever a wrong configuration happens to lead to
-        raise ValueError(f'cannot load a model from {said or name}: {one_line(error)}') from error
-    if not isinstance(model, DualStreamResNet):
-        kind = type(model).__name__
-        raise ValueError(f'{said or name} is a {kind}, not a visible-infrared re-ID model of this library')
-    return model
-
-
-def _from_checkpoint(path: Path) -> nn.Module:
-    """The weights of a training checkpoint, averaged ones where the run kept them."""
-    checkpoint = load_checkpoint(path)
-    model = created(f'local-dir:{path if path.is_dir() else path.parent}', str(path), pretrained=False)
-    try:
-        model.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
-    except RuntimeError as error:
-        raise ValueError(f'cannot load a model from {path}: {one_line(error)}') from error
-    return model
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line of bearable length."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f'{text[:LONGEST_REASON]} ...'
-
-
-def repo_and_revision(name: str) -> tuple[str, str | None]:
-    """OWNER/NAME and the revision, None for the main branch, of `hf-hub:OWNER/NAME@REVISION`."""
-    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
-    return repo_id, revision or None
-
-
-def _check_cache(name: str) -> None:
-    repo_id, revision = repo_and_revision(name)
-    path = try_to_load_from_cache(repo_id, WEIGHTS, revision=revision)
-    if isinstance(path, str):
-        check_download(name, Path(path))
-
-
-def check_download(name: str, path: Path) -> None:
-    """Compare a large file with its SHA-256, after which the cache names it, and remove it if it is damaged.
-
-    The client compares lengths alone, and would serve the damaged file from its cache ever after.
-    """
-    content = path.resolve()
-    if re.fullmatch('[0-9a-f]{64}', content.name) and sha256_of(content) != content.name:
-        path.unlink()
-        content.unlink()
-        raise ValueError(f'{name}: {path.name} was damaged on its way and has been removed; try again')
+        reference = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{name}: cannot read {REFERENCE}: {one_line(error)}') from error
+    cfg = model.pretrained_cfg
+    images, shape = {modality: reference[modality] for modality in MODALITIES}, (IMAGES, *cfg['input_size'])
+    if any(values.shape != shape for values in images.values()):
+        raise ValueError(f'{name}: {REFERENCE} has no images of shape {shape}, which the model takes')
+    worst = 0.0
+    for key, found in _reference_features(model, cfg, images).items():
+        stated = reference[key]
+        same = found.shape == stated.shape and found.isfinite().all() and stated.isfinite().all()
+        difference = (
+            ((found - stated).abs().max() / stated.abs().max().clamp_min(1e-12)).item() if same else float('inf')
+        )
+        worst = max(worst, difference)
+    result = f'differ by {worst:.2g} of the largest feature, at most {TOLERANCE:g} is allowed'
+    if worst > TOLERANCE:
+        raise ValueError(f'{name}: the model does not compute the features that it was published with: they {result}')
+    return f'reference: every tensor fits; features of {2 * IMAGES} images before and after BN {result}'

@@ -26,6 +26,7 @@ from ..data.sampler import IdentityModalitySampler
 from ..data.store import ImageStore, image_store
 from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
+from ..hub.folder import resolve_model_name
 from ..models.dual_stream import DualStreamResNet
 from ..run_folder import folder_of, has_checkpoint, holds_run
 from .config import TrainConfig
@@ -267,10 +268,10 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
 
 def _probe_model(config: TrainConfig) -> DualStreamResNet:
     """Create the model on the meta device: without weights and without memory."""
-    names = ', '.join(timm.list_models('vireid_*'))
+    name, names = resolve_model_name(config.model), ', '.join(timm.list_models('vireid_*'))
     try:
         for args in ({}, model_args(config)):
-            model = timm.create_model(config.model, pretrained=False, device='meta', **args)
+            model = timm.create_model(name, pretrained=False, device='meta', **args)
             if not isinstance(model, DualStreamResNet):
                 raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -282,8 +283,9 @@ def _probe_model(config: TrainConfig) -> DualStreamResNet:
 
 def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
     pretrained = config.pretrained and not config.resume  # the checkpoint has all weights
+    name = resolve_model_name(config.model)
     try:
-        model = timm.create_model(config.model, pretrained=pretrained, num_classes=num_classes, **model_args(config))
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args(config))
     except (RuntimeError, OSError) as error:
         raise ValueError(f'cannot load the weights of {config.model!r}: {error}') from error
     if pretrained and not _has_imagenet_weights(model):
