@@ -1,8 +1,21 @@
 """Numbers, lists and tables as text for people."""
 
+from collections.abc import Sequence
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes as text, e.g. `12.3 MB` or `1.23 GB`."""
+    return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.1f} MB'
+
+
+def format_list(names: Sequence[str], limit: int = 5) -> str:
+    """Return names separated by commas, the first `limit` of them, then how many more there are."""
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return f'{", ".join(names[:limit])}{more}'
+
 
 def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Rows as lines whose columns stand below each other, the named ones to the left, the others to the right."""
+    """Return the rows of a table as lines with aligned columns; the columns in `left` are flush left, others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         '  '.join(

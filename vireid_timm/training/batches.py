@@ -165,7 +165,7 @@ def _images_ahead(data: TrainData, device: torch.device) -> Iterator[tuple[list[
     store, intact = data.store, data.store.intact()
 
     def read(rows: list[int]) -> tuple[list[int], torch.Tensor]:
-        images = torch.from_numpy(store[intact[rows]]).permute(0, 3, 1, 2)
+        images = store[intact[rows]]
         if device.type != 'cuda':
             return rows, images
         with torch.cuda.device(device):  # a thread starts on the first GPU, whatever this process computes on
