@@ -449,9 +449,8 @@ def _build_lock(folder: Path) -> Iterator[bool]:
     try:
         yield lock.is_locked
     finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                path.unlink()  # before the release; filelock never keeps a lock on a deleted file
+        with suppress(OSError):
+            path.unlink()  # before the release; filelock takes no lock on a deleted file
         lock.release()
 
 
