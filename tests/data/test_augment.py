@@ -86,9 +86,9 @@ def test_each_image_has_its_own_draw(make: Callable) -> None:
 
 @pytest.mark.parametrize('make', TRANSFORMS.values(), ids=TRANSFORMS)
 def test_wrong_shapes_and_types_are_named(make: Callable) -> None:
-    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[2, 1, 8, 8\]'):
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\], got \[2, 1, 8, 8\]'):
         make()(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[3, 8, 8\]'):
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\], got \[3, 8, 8\]'):
         make()(torch.zeros(3, 8, 8))
     assert make()(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 8, 8)
 
@@ -103,7 +103,7 @@ def test_never_waits_for_the_device(make: Callable) -> None:
 
 @pytest.mark.parametrize('make', [RandomChannelCombination, ChannelRandomErasing])
 def test_integer_images_are_refused_where_values_are_mixed(make: Callable) -> None:
-    with pytest.raises(ValueError, match='float images expected, got torch.uint8'):
+    with pytest.raises(ValueError, match='float images, got torch.uint8'):
         make()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 
@@ -302,9 +302,9 @@ def test_erasing_falls_back_on_a_later_candidate() -> None:
     ('options', 'message'),
     [
         ({'probability': 2}, 'probability in 0..1'),
-        ({'area': (0.5, 0.1)}, 'least <= greatest'),
+        ({'area': (0.5, 0.1)}, 'smallest <= largest'),
         ({'area': (0.5, 1.1)}, 'at most 1'),
-        ({'aspect': (0.0, 1.0)}, 'least <= greatest'),
+        ({'aspect': (0.0, 1.0)}, 'smallest <= largest'),
         ({'fill': 'mean'}, "'random' or one value.*'mean'"),
         ({'fill': (1.0, 2.0)}, 'three channels'),
     ],
@@ -381,7 +381,7 @@ def test_augment_is_the_same_on_a_gpu(modality: str) -> None:
 def test_augment_errors() -> None:
     with pytest.raises(ValueError, match="'grey'; expected one of visible, infrared"):
         Augment('grey', MEAN, STD)
-    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[2, 8, 8, 3\]'):
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\], got \[2, 8, 8, 3\]'):
         Augment('visible', MEAN, STD)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match='uint8 images expected.*, got torch.float32'):
+    with pytest.raises(ValueError, match='uint8 images.*, got torch.float32'):
         Augment('visible', MEAN, STD)(torch.zeros(2, 3, 8, 8))

@@ -180,7 +180,7 @@ def test_without_scipy_there_are_no_permutations(tmp_path, monkeypatch, caplog, 
     with caplog.at_level(logging.INFO, logger='vireid_timm.data.layouts'):
         write_layout(tmp_path / 'data', 'sysu_mm01', identities=5, test_identities=4, seed=3, size=SIZE, workers=0)
     (record,) = caplog.records
-    assert 'No exp/rand_perm_cam.mat' in record.message
+    assert 'exp/rand_perm_cam.mat' in record.message
     assert 'pip install "vireid_timm[official]"' in record.message
     expected = files_in(written['sysu_mm01'][0])
     del expected[os.path.join('exp', 'rand_perm_cam.mat')]
@@ -248,7 +248,7 @@ def test_written_folder_is_left_as_it_is(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in root.rglob('*')}
     write_layout(str(root), 'folder', identities=2, test_identities=1, size=list(SIZE))
     assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
-    with pytest.raises(ValueError, match=r'holds other SynthVI images \(seed 0 instead of 1\)'):
+    with pytest.raises(ValueError, match=r'other SynthVI images \(seed 0 instead of 1\)'):
         write_layout(root, 'folder', identities=2, test_identities=1, size=SIZE, seed=1)
     assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
     assert os.listdir(root.parent) == ['data']
@@ -269,7 +269,7 @@ def test_interrupted_run_is_noticed(tmp_path):
         write_layout(tmp_path / 'data', 'folder', identities=2, size=(4, 2))
     assert not list(tmp_path.iterdir()), 'an error leaves nothing behind'
     (tmp_path / 'data.partial').mkdir()  # as a killed run leaves it
-    with pytest.raises(ValueError, match='data.partial was left by a run that was interrupted'):
+    with pytest.raises(ValueError, match='data.partial was left by an interrupted run'):
         write_layout(tmp_path / 'data', 'folder', identities=2, size=SIZE)
     assert os.listdir(tmp_path) == ['data.partial']
 
@@ -287,8 +287,8 @@ def test_folder_that_cannot_be(tmp_path):
         ('sysu_mm01', {}, 'number of identities must be at least 1, got None'),
         ('sysu_mm01', {'identities': 0}, 'number of identities must be at least 1, got 0'),
         ('llcm', {'identities': 2, 'test_identities': 0}, 'number of test identities must be at least 1, got 0'),
-        ('folder', {'full_size': True}, 'there is none with layout folder'),
-        ('regdb', {'full_size': True, 'identities': 4}, 'sets the number of identities itself'),
+        ('folder', {'full_size': True}, 'layout folder has none'),
+        ('regdb', {'full_size': True, 'identities': 4}, 'sets the numbers of identities'),
     ],
 )
 def test_arguments_are_checked(layout, options, message):

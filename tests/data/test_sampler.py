@@ -164,9 +164,9 @@ def test_processes_share_the_identities_that_there_are() -> None:
     make = functools.partial(IdentityModalitySampler, *columns, identities_per_batch=None, rank=1)
     assert make(world_size=2).identities_per_batch == 5
     assert make(world_size=11).identities_per_batch == 1
-    with pytest.raises(ValueError, match=r'needs 12 identities .* \(1 in each of 12 processes\), but there are 11'):
+    with pytest.raises(ValueError, match=r'needs 12 identities .* \(1 on each of 12 ranks\), but there are 11'):
         make(world_size=12)
-    with pytest.raises(ValueError, match=r'needs 12 identities .* \(6 in each of 2 processes\), but there are 11'):
+    with pytest.raises(ValueError, match=r'needs 12 identities .* \(6 on each of 2 ranks\), but there are 11'):
         IdentityModalitySampler(*columns, identities_per_batch=6, world_size=2)
     for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match='rank in 0..world_size - 1'):
@@ -231,7 +231,7 @@ def test_arguments_are_checked() -> None:
             IdentityModalitySampler(*columns, **options)
     sampler = IdentityModalitySampler(*columns, identities_per_batch=2)
     for epoch, start in ((-1, 0), (0, -1), (0, len(sampler) + 1)):
-        with pytest.raises(ValueError, match='a start in 0..2 expected'):
+        with pytest.raises(ValueError, match='a start in 0..2'):
             sampler.set_epoch(epoch, start)
 
 
