@@ -1,4 +1,4 @@
-"""The data set readers on small trees in the owners' layouts, against what was put there."""
+"""The dataset readers on small folders in the real layouts, compared with what was written there."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ SYSU_MODALITY = {1: VISIBLE, 2: VISIBLE, 3: INFRARED, 4: VISIBLE, 5: VISIBLE, 6:
 
 
 def put(root, *names):
-    """A tiny image under every name; the readers must not care what it shows."""
+    """Write a tiny image under every name; readers do not decode it."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new('L', (2, 4)).save(root / name)
@@ -46,7 +46,7 @@ def warnings_in(caplog):
 
 @pytest.fixture
 def sysu(tmp_path):
-    """(root, identity -> camera -> files): uneven, with cameras that some identities do not pass."""
+    """(root, identity -> camera -> files): uneven, with cameras that have not seen some identities."""
     rng = random.Random(4)
     listing = {}
     for identity in (1, 7, 12, 333, 530):
@@ -73,14 +73,14 @@ def test_sysu_mm01(sysu):
     root, listing = sysu
     for stray in ('cam1/Thumbs.db', 'cam3/0007/Thumbs.db', 'cam3/0007/._0001.jpg', 'cam3/0007/notes.txt', 'readme.pdf'):
         text(root, stray, 'stray')
-    put(root, 'cam1/0002/0001.jpg')  # an identity that is on no list
+    put(root, 'cam1/0002/0001.jpg')  # an identity that no list has
     dataset = create_dataset('sysu_mm01', root)
     assert rows_of(dataset.train) == naive_sysu(root, listing, (1, 7, 530), 'train')
     assert rows_of(dataset.test) == naive_sysu(root, listing, (12, 333), 'test')
     assert (dataset.name, dataset.root, dataset.options) == ('sysu_mm01', str(root), {})
 
 
-def test_sysu_mm01_says_what_is_odd(sysu, caplog):
+def test_sysu_mm01_warns_about_oddities(sysu, caplog):
     root, listing = sysu
     text(root, 'exp/test_id.txt', '12,333,44')
     (root / 'cam1/0044').mkdir(parents=True)
@@ -125,7 +125,7 @@ def test_sysu_mm01_lists_are_checked(sysu):
 
 @pytest.fixture
 def regdb(tmp_path):
-    """(root, identity -> modality -> files); trial 1 learns from 1 and 3, trial 10 from 20."""
+    """(root, identity -> modality -> files); trial 1 trains on 1 and 3, trial 10 on 20."""
     files = {}
     for identity in (1, 3, 20):
         files[identity] = {
@@ -185,7 +185,7 @@ def test_llcm_below_a_folder_that_is_called_cam(tmp_path, caplog):
         },
     }
     put(root, *(name for split in listing.values() for names in split.values() for name in names))
-    put(root, 'test_vis/cam1/0011/0011_c01_s1_f1_vis.jpg')  # on no list
+    put(root, 'test_vis/cam1/0011/0011_c01_s1_f1_vis.jpg')  # in no list
     (root / 'test_nir/cam3').mkdir()  # as in the real data
     (root / 'test_nir/.cache').mkdir()
     for word, modality in (('vis', VISIBLE), ('nir', INFRARED)):
@@ -214,7 +214,7 @@ def test_llcm_below_a_folder_that_is_called_cam(tmp_path, caplog):
             (INFRARED, '0010', 1, listing['test'][INFRARED][1]),
         ]
     ]
-    assert len(warnings_in(caplog)) == 1  # of counts only
+    assert len(warnings_in(caplog)) == 1  # only about counts
     for name in ('test_vis', 'idx/test_id.txt', 'idx/train_nir.txt'):
         os.rename(root / name, root / 'away')
         with pytest.raises(FileNotFoundError, match=f'there is no {root}/{name}; dataset .llcm. expects'):
@@ -289,7 +289,7 @@ def test_folder_for_testing_only(tmp_path):
     assert rows_of(dataset.test) == rows
 
 
-def test_folder_says_what_is_odd(tmp_path, caplog):
+def test_folder_warns_about_oddities(tmp_path, caplog):
     put_people(tmp_path, 'train', 'abcdef', 'abcdx')
     (tmp_path / 'train/visible/nobody').mkdir()
     text(tmp_path, 'train/infrared/nobody/Thumbs.db', '')
@@ -359,7 +359,7 @@ def test_csv(tmp_path, caplog):
     assert warnings_in(caplog) == [f'{table}: dropped 1 duplicate lines']
 
 
-def test_csv_beside_its_images(tmp_path, monkeypatch):
+def test_csv_next_to_its_images(tmp_path, monkeypatch):
     put(tmp_path, 'a.jpg')
     write_csv(tmp_path, 'a.jpg,anna,1,visible,test')
     monkeypatch.chdir(tmp_path)

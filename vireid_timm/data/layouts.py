@@ -128,7 +128,8 @@ def write_layout(
         partial.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(
-            f'{partial} was left by an interrupted run, or another run is writing it; if no run is, remove it and try again'
+            f'{partial} was left by an interrupted run, or another run is writing it; '
+            'if no run is, remove it and try again'
         ) from None
     try:
         _write_plan(plan, partial, seed, spectrum, tuple(size), workers, progress)
