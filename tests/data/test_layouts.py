@@ -400,7 +400,7 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
 
 @pytest.fixture(scope='module')
 def full_tree(tmp_path_factory):
-    """The full-size SYSU-MM01 on disk. Readers only list files, so folders with the same file names are links to one."""
+    """The full-size SYSU-MM01 on disk. Readers only list files, so folders with equal file names are links to one."""
     folder = tmp_path_factory.mktemp('full')
     root = folder / 'sysu_mm01'
     plan = plan_layout('sysu_mm01', full_size=True)
