@@ -212,7 +212,7 @@ def plan_store(
         ValueError: On an unknown cache, `device` without a device, or too little memory for `device` or `ram`.
         OSError: If the disk cannot hold the store.
     """
-    paths, num_bytes = records.path.tolist(), _num_bytes(len(records), size)
+    paths, num_bytes = records.path.tolist(), math.prod((len(records), 3, *size))
     folder = _store_folder(paths, size, cache, cache_dir)
     return _plan(cache, num_bytes, folder, _find(folder, paths, num_bytes) is not None, device)
 
@@ -245,12 +245,13 @@ def image_store(
         progress: Show a progress bar, if the output is a terminal.
 
     Raises:
-        ValueError: On an unknown cache, `device` without a device, or too little memory for `device` or `ram`.
+        ValueError: On an unknown cache, `device` without a device, too little memory for `device` or `ram`, or if none
+            of the images can be read.
         ImageError: If an image is broken, unless `skip_broken` is set.
         OSError: If the store cannot be written. Nothing is left behind.
     """
     size = (int(size[0]), int(size[1]))
-    paths, num_bytes = records.path.tolist(), _num_bytes(len(records), size)
+    paths, num_bytes = records.path.tolist(), math.prod((len(records), 3, *size))
     folder = _store_folder(paths, size, cache, cache_dir)
     decode = partial(_decode, paths, size, skip_broken=skip_broken, workers=workers, progress=progress)
     broken = _find(folder, paths, num_bytes)
@@ -264,7 +265,7 @@ def image_store(
     pixels = None if plan.folder is None else plan.folder / _PIXELS
     if plan.cache == 'ram':
         pixels = np.empty((len(paths), 3, *size), np.uint8)
-        broken = decode(partial(_copy_chunk, pixels))
+        broken = decode(lambda start, chunk: np.copyto(pixels[start : start + len(chunk)], chunk))
     elif plan.cache == 'off' and skip_broken:
         broken = decode(lambda start, chunk: None)  # only to know which images are broken
     broken = broken or {}
@@ -279,10 +280,6 @@ def image_store(
 def default_cache_dir() -> Path:
     """Return `$VIREID_CACHE`, or `~/.cache/vireid_timm`."""
     return Path(os.environ.get('VIREID_CACHE') or Path.home() / '.cache' / 'vireid_timm')
-
-
-def _num_bytes(count: int, size: tuple[int, int]) -> int:
-    return count * 3 * size[0] * size[1]
 
 
 def _store_folder(
@@ -425,10 +422,6 @@ def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, 
     return images, broken
 
 
-def _copy_chunk(pixels: np.ndarray, start: int, chunk: np.ndarray) -> None:
-    pixels[start : start + len(chunk)] = chunk
-
-
 @contextmanager
 def _build_lock(folder: Path) -> Iterator[bool]:
     """Lock a store for building; wait for another process that builds it.
@@ -458,7 +451,7 @@ def _build(
     folder: Path, paths: list[str], size: tuple[int, int], decode: Callable[..., dict[int, str]], locked: bool
 ) -> dict[int, str]:
     """Decode into a temporary folder, rename it to the store's folder when it is complete; return the broken rows."""
-    num_bytes = _num_bytes(len(paths), size)
+    num_bytes = math.prod((len(paths), 3, *size))
     temporary = folder.with_name(f'{folder.name}.{uuid.uuid4().hex}.tmp')
     try:
         _remove_leftovers(folder, locked)
@@ -533,9 +526,7 @@ def _check_broken(broken: dict[int, str], count: int, skip_broken: bool) -> None
 def _log_plan(plan: StorePlan, count: int, size: tuple[int, int], device: torch.device | None) -> None:
     if plan.cache == 'off':
         return
-    where = {
-        'disk': f'from {plan.folder}',
-        'device': f'from {plan.folder} and held by {device}',
-        'ram': 'from memory' + (f', because the disk cannot hold them ({plan.reason})' if plan.reason else ''),
-    }[plan.cache]
-    _logger.info(f'{count:,} images of {size[0]}x{size[1]} ({format_bytes(plan.num_bytes)}) are read {where}')
+    more = f' and held by {device}' if plan.cache == 'device' else ''
+    more += f', because the disk cannot hold them ({plan.reason})' if plan.reason else ''
+    images = f'{count:,} images of {size[0]}x{size[1]} ({format_bytes(plan.num_bytes)})'
+    _logger.info(f'{images} are read from {plan.folder or "memory"}{more}')
