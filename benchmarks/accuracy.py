@@ -58,22 +58,22 @@ PROTOCOL = 'infrared-to-visible'
 
 
 def histogram(images: torch.Tensor) -> torch.Tensor:
-    """Joint colour histogram of 8 x 8 x 8 bins: [N, H, W, 3] uint8 -> [N, 512]."""
+    """Joint colour histogram of 8 x 8 x 8 bins: [N, 3, H, W] uint8 -> [N, 512]."""
     bins = (images // 32).long()
-    index = (bins[..., 0] * 64 + bins[..., 1] * 8 + bins[..., 2]).flatten(1)
+    index = (bins[:, 0] * 64 + bins[:, 1] * 8 + bins[:, 2]).flatten(1)
     return torch.zeros(len(images), 512).scatter_add_(1, index, torch.ones(index.shape)).sqrt()
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """Grey pixels at 32 x 16 with zero mean: [N, H, W, 3] uint8 -> [N, 512]."""
-    grey = images.float().mean(dim=3)[:, None]
+    """Grey pixels at 32 x 16 with zero mean: [N, 3, H, W] uint8 -> [N, 512]."""
+    grey = images.float().mean(dim=1, keepdim=True)
     values = F.interpolate(grey, size=(32, 16), mode='area').flatten(1)
     return values - values.mean(dim=1, keepdim=True)
 
 
 def unlearned(dataset: vireid_timm.Dataset) -> dict[str, list[dict[str, Any]]]:
     """Results of what needs no training, one per row of the table."""
-    images = torch.from_numpy(image_store(dataset.test, SIZE)[:])
+    images = image_store(dataset.test, SIZE)[:]
     chance = torch.from_numpy(np.random.default_rng(0).normal(size=(len(images), 64))).float()
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -36,7 +36,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -153,7 +152,7 @@ class PerImage(Dataset):
     """Stored images that a worker augments one by one."""
 
     def __init__(self, run: Run) -> None:
-        self.images = np.ascontiguousarray(run.data.store[:])
+        self.images = run.data.store[:].permute(0, 2, 3, 1).contiguous().numpy()
         self.labels, self.chain = run.data.labels, image_chain(run)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vireid_timm import files
-from vireid_timm.files import STALE_AFTER, lock, remove_leftovers, save_json, whole_file, whole_folder
+from vireid_timm.files import STALE_AFTER, remove_leftovers, save_json, whole_file, whole_folder
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -144,36 +144,3 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
         (temporary / 'model').write_text('two')
     assert (target / 'model').read_text() == 'one'
     assert [path.name for path in tmp_path.iterdir()] == ['best']
-
-
-def test_a_system_without_locks_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fcntl = pytest.importorskip('fcntl')
-    with open(tmp_path / 'log', 'w') as first, open(tmp_path / 'log') as second:
-        assert lock(first) is True and lock(second) is False
-
-        def refuse(file: object, operation: int) -> None:
-            raise OSError(errno.ENOLCK, 'No locks available')
-
-        monkeypatch.setattr(fcntl, 'flock', refuse)
-        assert lock(second) is None
-
-
-def test_a_lock_ends_with_its_file_and_with_its_process(tmp_path: Path) -> None:
-    path = tmp_path / 'log'
-    with open(path, 'w') as first, open(path) as second:
-        assert lock(first) and not lock(second)
-    with open(path) as third:
-        assert lock(third)
-    program = f"""if True:
-        import runpy, sys
-        lock = runpy.run_path({files.__file__!r})['lock']  # without the package, which takes seconds to import
-        file = open({str(path)!r})
-        print(lock(file), flush=True)
-        sys.stdin.read()
-    """
-    holder = subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with holder, open(path) as file:
-        assert holder.stdout.readline() == 'True\n'
-        assert not lock(file)
-        holder.kill()
-        assert lock(file, wait=True)

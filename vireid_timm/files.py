@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 STALE_AFTER = 6 * 3600  # seconds without a write after which a temporary file belongs to a process that was killed
 
@@ -106,31 +106,6 @@ def last_written(path: Path) -> float:
         for written in path.glob('*'):
             times.append(written.stat().st_mtime)
     return max(times)
-
-
-def lock(file: IO[Any], wait: bool = False) -> bool | None:
-    """Lock an open file against every other process that asks; the lock ends when the file is closed.
-
-    The kernel keeps it, so that a process that is killed leaves none behind.
-
-    Args:
-        file: Open in any mode.
-        wait: Until the other one is done, rather than not at all.
-
-    Returns:
-        True if it is locked now, False if another process has the lock, None where the system has no such locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks
-        return None
-    return True
 
 
 def save_json(path: str | Path, value: Any) -> None:

@@ -53,7 +53,7 @@ def open_run_folder(folder: Path) -> Iterator[None]:
         ValueError: Another process is training there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:

@@ -1,4 +1,4 @@
-"""The augmentations against per-image versions, their statistics under fixed seeds, and their determinism."""
+"""The augmentations compared with per-image versions; their statistics under fixed seeds, and their determinism."""
 
 import itertools
 import random
@@ -29,7 +29,7 @@ def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def global_random_state_untouched() -> Iterator[None]:
-    """No augmentation, in any test here, may read or advance the caller's random state."""
+    """Check in every test that no augmentation uses or changes the global random state."""
     before = torch.get_rng_state(), repr(np.random.get_bit_generator().state), random.getstate()
     yield
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -86,16 +86,16 @@ def test_each_image_has_its_own_draw(make: Callable) -> None:
 
 @pytest.mark.parametrize('make', TRANSFORMS.values(), ids=TRANSFORMS)
 def test_wrong_shapes_and_types_are_named(make: Callable) -> None:
-    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[2, 1, 8, 8\]'):
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\], got \[2, 1, 8, 8\]'):
         make()(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[3, 8, 8\]'):
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\], got \[3, 8, 8\]'):
         make()(torch.zeros(3, 8, 8))
     assert make()(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize('make', TRANSFORMS.values(), ids=TRANSFORMS)
 def test_never_waits_for_the_device(make: Callable) -> None:
-    """Tensors on the meta device have no values: a step that needs one on the host, and would wait for it, fails."""
+    """Tensors on the meta device have no values: a step that reads one on the host, and so waits for it, fails."""
     result = make()(torch.empty(4, 3, 32, 16, device='meta'), generator())
     assert result.shape == (4, 3, 32, 16)
     assert result.device.type == 'meta'
@@ -103,7 +103,7 @@ def test_never_waits_for_the_device(make: Callable) -> None:
 
 @pytest.mark.parametrize('make', [RandomChannelCombination, ChannelRandomErasing])
 def test_integer_images_are_refused_where_values_are_mixed(make: Callable) -> None:
-    with pytest.raises(ValueError, match='float images expected, got torch.uint8'):
+    with pytest.raises(ValueError, match='float images, got torch.uint8'):
         make()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 
@@ -125,7 +125,7 @@ def test_normalize_is_per_channel(memory_format: torch.memory_format) -> None:
 
 
 def naive_crops(image: torch.Tensor, pad: int) -> Iterator[tuple[tuple[int, int, bool], torch.Tensor]]:
-    """Every crop of one padded image [3, H, W], plain and mirrored."""
+    """Return every crop of one padded image [3, H, W], plain and mirrored."""
     _, height, width = image.shape
     padded = torch.zeros(3, height + 2 * pad, width + 2 * pad, dtype=image.dtype)
     padded[:, pad : pad + height, pad : pad + width] = image
@@ -159,7 +159,7 @@ def test_flip_probability_at_its_ends(flip: float) -> None:
 
 
 def test_crop_moves_every_image_of_a_batch_alone() -> None:
-    """Different images: none may be cut from its neighbour."""
+    """With different images, no crop may take pixels from a neighbour."""
     images = random_images(12, 3, 8, 6)
     for result, image in zip(PadCropFlip(10)(images, generator()), images, strict=True):
         assert any(torch.equal(result, crop) for _, crop in naive_crops(image, 10))
@@ -181,13 +181,13 @@ def chi_square(counts: object) -> float:
 
 
 def chi_square_limit(outcomes: int) -> float:
-    """Generous bound for equally likely outcomes: mean plus four standard deviations of the chi-square law."""
+    """Return a generous bound for equally likely outcomes: chi-square mean plus four standard deviations."""
     freedom = outcomes - 1
     return freedom + 4 * (2 * freedom) ** 0.5
 
 
 def naive_outcomes(image: torch.Tensor) -> list[torch.Tensor]:
-    """The seven images of the paper's section 3.1 made of one image [3, H, W]."""
+    """Return the seven images that the paper's section 3.1 makes of one image [3, H, W]."""
     red, green, blue = image
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
     return [
@@ -228,7 +228,7 @@ def test_combination_is_exact_under_autocast() -> None:
 
 
 def rectangle_of(erased: torch.Tensor) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the erased pixels [H, W], which must be one full rectangle."""
+    """Return (top, left, height, width) of the erased pixels [H, W], which must form one full rectangle."""
     rows, columns = erased.any(1).nonzero().flatten().tolist(), erased.any(0).nonzero().flatten().tolist()
     top, left, height, width = rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
     assert int(erased.sum()) == height * width
@@ -237,7 +237,7 @@ def rectangle_of(erased: torch.Tensor) -> tuple[int, int, int, int]:
 
 def test_erasing_draws_rectangles_in_the_ranges_with_one_value_per_channel() -> None:
     height, width = 72, 36
-    images = torch.full((2000, 3, height, width), 9.0)  # a value that a standard normal does not take
+    images = torch.full((2000, 3, height, width), 9.0)  # a value that a standard normal distribution does not reach
     results = ChannelRandomErasing()(images, generator())
     erased = results != 9.0
     chosen = erased.flatten(1).any(1)
@@ -259,7 +259,7 @@ def test_erasing_draws_rectangles_in_the_ranges_with_one_value_per_channel() -> 
     assert ((tall + 0.5) / (wide - 0.5) >= 0.3).all()
     assert ((tall - 0.5) / (wide + 0.5) <= 3.33).all()
     share = tall * wide / (height * width)
-    assert abs(share.mean() - 0.2) < 0.02  # uniform; a little below 0.21, since what does not fit is large
+    assert abs(share.mean() - 0.2) < 0.02  # uniform; a little below 0.21, because rectangles that do not fit are large
     assert abs((tall > wide).double().mean() - 0.8) < 0.05  # uniform in height / width, not in its inverse or logarithm
     assert share.min() < 0.03
     assert share.max() > 0.37
@@ -287,7 +287,7 @@ def test_erasing_with_fixed_values_and_certainty() -> None:
 def test_erasing_never_with_probability_zero_or_where_nothing_fits() -> None:
     images = random_images(50, 3, 24, 12) / 255
     assert torch.equal(ChannelRandomErasing(0.0)(images, generator()), images)
-    # As tall as wide at the full area: too wide for an upright image, every time.
+    # A square of the image's whole area is always too wide for an upright image.
     assert torch.equal(ChannelRandomErasing(1.0, (1.0, 1.0), (1.0, 1.0))(images, generator()), images)
 
 
@@ -302,9 +302,9 @@ def test_erasing_falls_back_on_a_later_candidate() -> None:
     ('options', 'message'),
     [
         ({'probability': 2}, 'probability in 0..1'),
-        ({'area': (0.5, 0.1)}, 'least <= greatest'),
+        ({'area': (0.5, 0.1)}, 'smallest <= largest'),
         ({'area': (0.5, 1.1)}, 'at most 1'),
-        ({'aspect': (0.0, 1.0)}, 'least <= greatest'),
+        ({'aspect': (0.0, 1.0)}, 'smallest <= largest'),
         ({'fill': 'mean'}, "'random' or one value.*'mean'"),
         ({'fill': (1.0, 2.0)}, 'three channels'),
     ],
@@ -318,7 +318,7 @@ def test_erasing_options_are_checked(options: dict, message: str) -> None:
 
 
 def parts_in_order(modality: str, stored: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """What `Augment` fuses, one public class after the other."""
+    """Apply the public classes that `Augment` fuses, one after the other."""
     expected = PadCropFlip(4, 0.3)(stored, draws).float() / 255
     if modality == 'visible':
         expected = RandomChannelCombination()(expected, draws)
@@ -328,7 +328,7 @@ def parts_in_order(modality: str, stored: torch.Tensor, draws: torch.Generator) 
 @pytest.mark.parametrize('modality', ['visible', 'infrared'])
 def test_augment_is_its_parts_in_order(modality: str) -> None:
     augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, erasing_fill=(0.1, 0.2, 0.3))
-    # Several batches, also of other sizes: nothing of one may show in the next, whose memory is used again.
+    # Several batches, also of other sizes: the memory is reused, and nothing of one batch may show in the next.
     for seed, shape in enumerate([(40, 3, 32, 16), (40, 3, 32, 16), (3, 3, 32, 16), (3, 3, 16, 32), (3, 3, 16, 32)]):
         stored = random_images(*shape, seed=seed)
         before = stored.clone()
@@ -381,7 +381,7 @@ def test_augment_is_the_same_on_a_gpu(modality: str) -> None:
 def test_augment_errors() -> None:
     with pytest.raises(ValueError, match="'grey'; expected one of visible, infrared"):
         Augment('grey', MEAN, STD)
-    with pytest.raises(ValueError, match=r'\[B, 3, H, W\] expected, got \[2, 8, 8, 3\]'):
+    with pytest.raises(ValueError, match=r'\[B, 3, H, W\], got \[2, 8, 8, 3\]'):
         Augment('visible', MEAN, STD)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match='uint8 images expected.*, got torch.float32'):
+    with pytest.raises(ValueError, match='uint8 images.*, got torch.float32'):
         Augment('visible', MEAN, STD)(torch.zeros(2, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""SynthVI's layouts on disk, read back by the readers of the data sets that they imitate."""
+"""SynthVI's layouts on disk, read back by the readers of the datasets that they follow."""
 
 import itertools
 import json
@@ -115,7 +115,7 @@ def test_sysu_mm01_follows_the_owners(written):
 
 
 def owners_orders(root):
-    """(camera, identity) -> the rows of its matrix in the owners' file, as lists."""
+    """Map (camera, identity) to the rows of its matrix in the owners' file, as lists."""
     cameras = loadmat(root / 'exp' / 'rand_perm_cam.mat')['rand_perm_cam']
     assert cameras.shape == (6, 1)
     orders = {}
@@ -180,7 +180,7 @@ def test_without_scipy_there_are_no_permutations(tmp_path, monkeypatch, caplog, 
     with caplog.at_level(logging.INFO, logger='vireid_timm.data.layouts'):
         write_layout(tmp_path / 'data', 'sysu_mm01', identities=5, test_identities=4, seed=3, size=SIZE, workers=0)
     (record,) = caplog.records
-    assert 'No exp/rand_perm_cam.mat' in record.message
+    assert 'exp/rand_perm_cam.mat' in record.message
     assert 'pip install "vireid_timm[official]"' in record.message
     expected = files_in(written['sysu_mm01'][0])
     del expected[os.path.join('exp', 'rand_perm_cam.mat')]
@@ -243,18 +243,18 @@ def test_spectrum_is_chosen_or_the_layouts_own(tmp_path):
 
 def test_written_folder_is_left_as_it_is(tmp_path):
     root = tmp_path / 'deep' / 'data'
-    root.mkdir(parents=True)  # an empty folder will do
+    root.mkdir(parents=True)  # an empty folder is fine
     write_layout(root, 'folder', identities=2, test_identities=1, size=SIZE)
     before = {path: path.stat().st_mtime_ns for path in root.rglob('*')}
     write_layout(str(root), 'folder', identities=2, test_identities=1, size=list(SIZE))
     assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
-    with pytest.raises(ValueError, match=r'holds other SynthVI images \(seed 0 instead of 1\)'):
+    with pytest.raises(ValueError, match=r'other SynthVI images \(seed 0 instead of 1\)'):
         write_layout(root, 'folder', identities=2, test_identities=1, size=SIZE, seed=1)
     assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
     assert os.listdir(root.parent) == ['data']
 
 
-def test_foreign_folders_are_refused(tmp_path):
+def test_folders_with_other_contents_are_rejected(tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('words')
     (tmp_path / 'file').write_text('words')
@@ -268,13 +268,13 @@ def test_interrupted_run_is_noticed(tmp_path):
     with pytest.raises(ValueError, match='an image needs'):
         write_layout(tmp_path / 'data', 'folder', identities=2, size=(4, 2))
     assert not list(tmp_path.iterdir()), 'an error leaves nothing behind'
-    (tmp_path / 'data.partial').mkdir()  # as a killed run leaves it
-    with pytest.raises(ValueError, match='data.partial was left by a run that was interrupted'):
+    (tmp_path / 'data.partial').mkdir()  # left by a killed run
+    with pytest.raises(ValueError, match='data.partial was left by an interrupted run'):
         write_layout(tmp_path / 'data', 'folder', identities=2, size=SIZE)
     assert os.listdir(tmp_path) == ['data.partial']
 
 
-def test_folder_that_cannot_be(tmp_path):
+def test_folder_that_cannot_be_created(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='file'):
         write_layout(tmp_path / 'file' / 'data', 'folder', identities=1, size=SIZE)
@@ -287,8 +287,8 @@ def test_folder_that_cannot_be(tmp_path):
         ('sysu_mm01', {}, 'number of identities must be at least 1, got None'),
         ('sysu_mm01', {'identities': 0}, 'number of identities must be at least 1, got 0'),
         ('llcm', {'identities': 2, 'test_identities': 0}, 'number of test identities must be at least 1, got 0'),
-        ('folder', {'full_size': True}, 'there is none with layout folder'),
-        ('regdb', {'full_size': True, 'identities': 4}, 'sets the number of identities itself'),
+        ('folder', {'full_size': True}, 'layout folder has none'),
+        ('regdb', {'full_size': True, 'identities': 4}, 'sets the numbers of identities'),
     ],
 )
 def test_arguments_are_checked(layout, options, message):
@@ -310,7 +310,7 @@ def test_default_number_of_test_identities(layout, identities, expected):
 
 @pytest.fixture(scope='module')
 def full():
-    """Layout -> (plan, data set as its reader would give it), at full size and without any file."""
+    """Layout -> (plan, dataset as its reader would return it), at full size and without any file."""
     datasets = {}
     for layout in FULL:
         plan = plan_layout(layout, full_size=True)
@@ -347,7 +347,7 @@ def test_full_size_has_the_published_counts(full, layout):
     assert len({image.path for image in plan.images}) == len(plan.images)
 
 
-def test_full_size_is_nothing_odd_to_the_reader(tmp_path, caplog):
+def test_full_size_gives_the_reader_no_warning(tmp_path, caplog):
     plan = plan_layout('regdb', full_size=True)  # the smallest; readers do not open images
     contents = {image.path: '' for image in plan.images} | plan.lists
     for folder in {os.path.dirname(name) for name in contents}:
@@ -373,7 +373,7 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
     val = np.isin(dataset.train.identity.astype(int), sorted(lists['val']))
     assert [int((val & (dataset.train.modality == modality)).sum()) for modality in (VISIBLE, INFRARED)] == [1974, 1980]
 
-    # Camera: images, identities, least and most images per identity of the test; images, identities of training.
+    # Camera: images, identities, fewest and most images per identity of the test set; then of the training set.
     for camera, expected, expected_train in (
         (1, (1374, 56, 13, 42), (4721, 194)),
         (2, (1565, 56, 18, 40), (5753, 195)),
@@ -400,7 +400,7 @@ def test_full_size_sysu_mm01_is_the_real_one_in_every_number(full):
 
 @pytest.fixture(scope='module')
 def full_tree(tmp_path_factory):
-    """The full-size SYSU-MM01 on disk, for readers, which only list: folders of the same file names are one folder."""
+    """The full-size SYSU-MM01 on disk. Readers only list files, so folders with equal file names are links to one."""
     folder = tmp_path_factory.mktemp('full')
     root = folder / 'sysu_mm01'
     plan = plan_layout('sysu_mm01', full_size=True)

@@ -66,7 +66,8 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 def assert_same_images(store: ImageStore, paths: np.ndarray) -> None:
     """Whether the intact rows of a store show these files."""
-    assert np.array_equal(store[store.intact()], np.stack([load_image(path, SIZE[1:]) for path in paths.tolist()]))
+    images = np.stack([load_image(path, SIZE[1:]) for path in paths.tolist()])
+    assert np.array_equal(store[store.intact()], images.transpose(0, 3, 1, 2))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -189,7 +190,7 @@ def test_the_next_batches_are_read_while_one_is_used(data: TrainData, monkeypatc
     reads: list[str] = []
     read = type(data.store).__getitem__
 
-    def noted(store: object, rows: np.ndarray) -> np.ndarray:
+    def noted(store: object, rows: np.ndarray) -> torch.Tensor:
         reads.append(threading.current_thread().name)
         return read(store, rows)
 

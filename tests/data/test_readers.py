@@ -1,4 +1,4 @@
-"""The data set readers on small trees in the owners' layouts, against what was put there."""
+"""The dataset readers on small folders in the real layouts, compared with what was written there."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ SYSU_MODALITY = {1: VISIBLE, 2: VISIBLE, 3: INFRARED, 4: VISIBLE, 5: VISIBLE, 6:
 
 
 def put(root, *names):
-    """A tiny image under every name; the readers must not care what it shows."""
+    """Write a tiny image under every name; readers do not decode it."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new('L', (2, 4)).save(root / name)
@@ -46,7 +46,7 @@ def warnings_in(caplog):
 
 @pytest.fixture
 def sysu(tmp_path):
-    """(root, identity -> camera -> files): uneven, with cameras that some identities do not pass."""
+    """(root, identity -> camera -> files): uneven, with cameras that have not seen some identities."""
     rng = random.Random(4)
     listing = {}
     for identity in (1, 7, 12, 333, 530):
@@ -73,14 +73,14 @@ def test_sysu_mm01(sysu):
     root, listing = sysu
     for stray in ('cam1/Thumbs.db', 'cam3/0007/Thumbs.db', 'cam3/0007/._0001.jpg', 'cam3/0007/notes.txt', 'readme.pdf'):
         text(root, stray, 'stray')
-    put(root, 'cam1/0002/0001.jpg')  # an identity that is on no list
+    put(root, 'cam1/0002/0001.jpg')  # an identity that no list has
     dataset = create_dataset('sysu_mm01', root)
     assert rows_of(dataset.train) == naive_sysu(root, listing, (1, 7, 530), 'train')
     assert rows_of(dataset.test) == naive_sysu(root, listing, (12, 333), 'test')
     assert (dataset.name, dataset.root, dataset.options) == ('sysu_mm01', str(root), {})
 
 
-def test_sysu_mm01_says_what_is_odd(sysu, caplog):
+def test_sysu_mm01_warns_about_oddities(sysu, caplog):
     root, listing = sysu
     text(root, 'exp/test_id.txt', '12,333,44')
     (root / 'cam1/0044').mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_sysu_mm01_says_what_is_odd(sysu, caplog):
     }
     create_dataset('sysu_mm01', root)
     empty, unseen, differing = warnings_in(caplog)
-    assert empty == f'1 folders hold no image: {root}/cam1/0044'
+    assert empty == f'1 folders have no image: {root}/cam1/0044'
     assert unseen == '1 of the listed test identities have no image: 0044'
     assert (
         f'{root}: image counts differ from the published sysu_mm01: training visible {counts[VISIBLE]} '
@@ -125,7 +125,7 @@ def test_sysu_mm01_lists_are_checked(sysu):
 
 @pytest.fixture
 def regdb(tmp_path):
-    """(root, identity -> modality -> files); trial 1 learns from 1 and 3, trial 10 from 20."""
+    """(root, identity -> modality -> files); trial 1 trains on 1 and 3, trial 10 on 20."""
     files = {}
     for identity in (1, 3, 20):
         files[identity] = {
@@ -185,7 +185,7 @@ def test_llcm_below_a_folder_that_is_called_cam(tmp_path, caplog):
         },
     }
     put(root, *(name for split in listing.values() for names in split.values() for name in names))
-    put(root, 'test_vis/cam1/0011/0011_c01_s1_f1_vis.jpg')  # on no list
+    put(root, 'test_vis/cam1/0011/0011_c01_s1_f1_vis.jpg')  # in no list
     (root / 'test_nir/cam3').mkdir()  # as in the real data
     (root / 'test_nir/.cache').mkdir()
     for word, modality in (('vis', VISIBLE), ('nir', INFRARED)):
@@ -214,7 +214,7 @@ def test_llcm_below_a_folder_that_is_called_cam(tmp_path, caplog):
             (INFRARED, '0010', 1, listing['test'][INFRARED][1]),
         ]
     ]
-    assert len(warnings_in(caplog)) == 1  # of counts only
+    assert len(warnings_in(caplog)) == 1  # only about counts
     for name in ('test_vis', 'idx/test_id.txt', 'idx/train_nir.txt'):
         os.rename(root / name, root / 'away')
         with pytest.raises(FileNotFoundError, match=f'there is no {root}/{name}; dataset .llcm. expects'):
@@ -289,7 +289,7 @@ def test_folder_for_testing_only(tmp_path):
     assert rows_of(dataset.test) == rows
 
 
-def test_folder_says_what_is_odd(tmp_path, caplog):
+def test_folder_warns_about_oddities(tmp_path, caplog):
     put_people(tmp_path, 'train', 'abcdef', 'abcdx')
     (tmp_path / 'train/visible/nobody').mkdir()
     text(tmp_path, 'train/infrared/nobody/Thumbs.db', '')
@@ -297,9 +297,8 @@ def test_folder_says_what_is_odd(tmp_path, caplog):
     put_people(tmp_path, 'gallery', [], 'a')
     create_dataset('folder', tmp_path)
     assert warnings_in(caplog) == [
-        f'2 folders hold no image: {tmp_path}/train/visible/nobody, {tmp_path}/train/infrared/nobody',
-        '3 training identities have images of one modality only and are skipped for batches: e, f, x',
-        '1 identities are both learned from and tested on, which flatters the result: a',
+        f'2 folders have no image: {tmp_path}/train/visible/nobody, {tmp_path}/train/infrared/nobody',
+        '1 identities are in both the training and the test set, which inflates the result: a',
     ]
 
 
@@ -316,14 +315,14 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match='has a folder query but no gallery'):
         create_dataset('folder', tmp_path)
     put_people(tmp_path, 'gallery', 'a', [])
-    with pytest.raises(ValueError, match='query holds no image'):
+    with pytest.raises(ValueError, match='query has no image'):
         create_dataset('folder', tmp_path)
 
 
 def test_folder_without_any_image(tmp_path):
     for modality in (VISIBLE, INFRARED):
         (tmp_path / 'train' / modality).mkdir(parents=True)
-    with pytest.raises(ValueError, match=f'{tmp_path} holds no image; expected:'):
+    with pytest.raises(ValueError, match=f'{tmp_path} has no image; expected:'):
         create_dataset('folder', tmp_path, test_share=0)
 
 
@@ -357,10 +356,10 @@ def test_csv(tmp_path, caplog):
         (f'{tmp_path}/e.jpg', '007', 2, INFRARED, 'test'),
         (f'{tmp_path}/f.jpg', 'ben', 1, INFRARED, 'test'),
     ]
-    assert warnings_in(caplog) == [f'{table}: 1 repeated lines are dropped']
+    assert warnings_in(caplog) == [f'{table}: dropped 1 duplicate lines']
 
 
-def test_csv_beside_its_images(tmp_path, monkeypatch):
+def test_csv_next_to_its_images(tmp_path, monkeypatch):
     put(tmp_path, 'a.jpg')
     write_csv(tmp_path, 'a.jpg,anna,1,visible,test')
     monkeypatch.chdir(tmp_path)
@@ -391,7 +390,7 @@ def test_csv_numbers_cameras_that_have_names(tmp_path, caplog):
         (['a.jpg,anna,1,visible,gallery'], 'lists gallery images but no query'),
         (['a.jpg,anna,1,visible,train', 'a.jpg,anna,1,visible,test'], 'lines 2 and 3: .*for training and for testing'),
         (['a.jpg,anna,1,visible,test', 'a.jpg,anna,2,visible,test'], 'lines 2 and 3: .*different identities, cameras'),
-        ([], 'holds no image'),
+        ([], 'has no image'),
     ],
 )
 def test_csv_errors(tmp_path, lines, message):
@@ -403,10 +402,10 @@ def test_csv_errors(tmp_path, lines, message):
 
 def test_csv_without_a_column(tmp_path):
     table = write_csv(tmp_path, 'a.jpg,anna,visible', header='path,identity,modality')
-    with pytest.raises(ValueError, match='the first line names no camera, split; expected:'):
+    with pytest.raises(ValueError, match='the first line lacks camera, split; expected:'):
         create_dataset('csv', table)
     table.write_text('')
-    with pytest.raises(ValueError, match='names no path, identity'):
+    with pytest.raises(ValueError, match='lacks path, identity'):
         create_dataset('csv', table)
 
 
@@ -447,7 +446,7 @@ def test_synthetic_errors():
         create_dataset('synthetic', identities=-1)
     with pytest.raises(ValueError, match="takes no root folder, got '/somewhere'"):
         create_dataset('synthetic', '/somewhere')
-    with pytest.raises(ValueError, match='synthetic holds no image'):
+    with pytest.raises(ValueError, match='synthetic has no image'):
         create_dataset('synthetic', identities=0, test_identities=0)
 
 

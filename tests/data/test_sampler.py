@@ -1,4 +1,4 @@
-"""The identity × modality sampler: what must hold of every batch and every epoch, over uneven data."""
+"""The identity × modality sampler: properties of every batch and every epoch, on uneven data."""
 
 import functools
 import logging
@@ -16,7 +16,7 @@ Table = tuple[list[str], list[str]]
 
 
 def table(counts: dict[str, tuple[int, int]], seed: int = 0) -> Table:
-    """Columns identity and modality of name -> (visible images, infrared images), rows in random order."""
+    """Return columns identity and modality, in random order, from name -> (visible images, infrared images)."""
     rows = [
         (name, modality)
         for name, pair in counts.items()
@@ -34,7 +34,7 @@ def uneven_table() -> Table:
 
 
 def halves_of(batch: list[int], columns: Table, per_identity: int) -> tuple[list[str], list[str]]:
-    """The identities of both halves, one per group of K rows; fails where a group is mixed."""
+    """Return the identities of both halves, one per group of K rows; fail if a group is mixed."""
     identities, modalities = columns
     half = len(batch) // 2
     assert {modalities[row] for row in batch[:half]} == {'visible'}
@@ -78,7 +78,7 @@ def test_epoch_length_is_that_of_agw_over_the_eligible_images() -> None:
 
 @pytest.mark.parametrize(('visible', 'infrared', 'batches'), [(22258, 11909, 696), (2060, 2060, 65)])
 def test_epoch_length_of_the_real_datasets(visible: int, infrared: int, batches: int) -> None:
-    """SYSU-MM01 and RegDB with 8 × 4: the lengths that AGW iterates."""
+    """SYSU-MM01 and RegDB with 8 × 4 have the lengths that AGW iterates."""
     number = np.arange(visible + infrared)
     modalities = np.where(number < visible, 'visible', 'infrared')
     assert len(IdentityModalitySampler(number % 206, modalities)) == batches
@@ -138,7 +138,7 @@ def test_any_batch_of_an_epoch_can_be_the_start() -> None:
 
 
 @pytest.mark.parametrize('world_size', [2, 3])
-def test_joined_processes_draw_the_batches_of_one(world_size: int) -> None:
+def test_joined_ranks_draw_the_batches_of_one_process(world_size: int) -> None:
     columns = uneven_table()
     alone = IdentityModalitySampler(*columns, identities_per_batch=2 * world_size, images_per_modality=3)
     ranks = [
@@ -159,14 +159,14 @@ def test_joined_processes_draw_the_batches_of_one(world_size: int) -> None:
             assert halves == whole
 
 
-def test_processes_share_the_identities_that_there_are() -> None:
+def test_ranks_share_the_available_identities() -> None:
     columns = table({f'{number}': (5, 5) for number in range(11)})
     make = functools.partial(IdentityModalitySampler, *columns, identities_per_batch=None, rank=1)
     assert make(world_size=2).identities_per_batch == 5
     assert make(world_size=11).identities_per_batch == 1
-    with pytest.raises(ValueError, match=r'needs 12 identities .* \(1 in each of 12 processes\), but there are 11'):
+    with pytest.raises(ValueError, match=r'needs 12 identities .* \(1 on each of 12 ranks\), but there are 11'):
         make(world_size=12)
-    with pytest.raises(ValueError, match=r'needs 12 identities .* \(6 in each of 2 processes\), but there are 11'):
+    with pytest.raises(ValueError, match=r'needs 12 identities .* \(6 on each of 2 ranks\), but there are 11'):
         IdentityModalitySampler(*columns, identities_per_batch=6, world_size=2)
     for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match='rank in 0..world_size - 1'):
@@ -201,7 +201,7 @@ def test_identities_of_one_modality_are_skipped_and_named(caplog: pytest.LogCapt
     assert not used & set(sampler.skipped)
 
 
-def test_an_unset_p_takes_eight_or_what_there_is_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unset_p_is_eight_or_what_there_is_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     for available, expected in ((3, 3), (8, 8), (20, 8)):
         columns = table({f'{number}': (5, 5) for number in range(available)})
         caplog.clear()
@@ -231,7 +231,7 @@ def test_arguments_are_checked() -> None:
             IdentityModalitySampler(*columns, **options)
     sampler = IdentityModalitySampler(*columns, identities_per_batch=2)
     for epoch, start in ((-1, 0), (0, -1), (0, len(sampler) + 1)):
-        with pytest.raises(ValueError, match='a start in 0..2 expected'):
+        with pytest.raises(ValueError, match='a start in 0..2'):
             sampler.set_epoch(epoch, start)
 
 

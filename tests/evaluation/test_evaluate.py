@@ -110,7 +110,7 @@ def metrics_of(dataset, trial, similarity, per_identity_cmc=False):
 
 
 def test_other_models_are_refused(dataset):
-    with pytest.raises(ValueError, match='ResNet is none of the models of vireid_timm'):
+    with pytest.raises(ValueError, match='ResNet is not a model of vireid_timm'):
         evaluate(timm.create_model('resnet10t', num_classes=0), dataset)
 
 

@@ -383,7 +383,7 @@ def test_no_identities_give_an_empty_table():
         (dict(visible_cameras=0), 'visible_cameras must be at least 1, got 0'),
         (dict(infrared_cameras=-2), 'infrared_cameras must be at least 1, got -2'),
         (dict(first_camera=0), 'first_camera must be at least 1, got 0'),
-        (dict(identities=[1, 2, 1]), 'an identity is given twice'),
+        (dict(identities=[1, 2, 1]), 'an identity occurs twice'),
         (dict(spectrum='warm'), "unknown spectrum 'warm'"),
         (dict(split='validation'), "unknown split 'validation'"),
     ],

@@ -526,7 +526,7 @@ def test_a_failure_in_the_background_stops_the_run_with_its_reason(
     """An image store that vanished, or a worker that died, as the reading threads meet it."""
     real, reads = ImageStore.__getitem__, 0
 
-    def read(self: ImageStore, rows: Any) -> np.ndarray:
+    def read(self: ImageStore, rows: Any) -> torch.Tensor:
         nonlocal reads
         reads += 1
         if reads > 8:

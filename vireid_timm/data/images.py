@@ -1,4 +1,4 @@
-"""One safe way to decode any image file, or to render a SynthVI address, as 8-bit RGB."""
+"""Decode any image file, or render a SynthVI address, as 8-bit RGB."""
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -7,8 +7,8 @@ from ..synthvi.render import render_address
 
 ADDRESS_PREFIX = 'synthvi:'
 IMAGE_SUFFIXES = ('.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # plain images, none that runs a program
-MAX_PIXELS = 64 * 1024 * 1024  # twice an 8K frame; a file that claims more is refused before it is decoded
+FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # not EPS: Pillow runs Ghostscript on it
+MAX_PIXELS = 64 * 1024 * 1024  # twice an 8K frame; a file that claims more is rejected before it is decoded
 STRETCH_PERCENTILES = (0.1, 99.9)
 
 _ORIENTATION_TAG = 0x0112
@@ -24,36 +24,36 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be used, made from a problem that names the file; the message adds what to do about it."""
+    """An image cannot be read. Its argument names the file and the problem; the message adds the fix."""
 
     def __str__(self) -> str:
-        return f'{self.args[0]}; replace or remove it, or go on without it: skip_broken=True (--skip-broken)'
+        return f'{self.args[0]}; replace or remove it, or skip broken images with skip_broken=True (--skip-broken)'
 
 
 def read_image(path: str) -> Image.Image:
-    """Read one image as 8-bit RGB, whatever it was stored as.
+    """Read one image as 8-bit RGB, whatever its format.
 
-    EXIF orientation is applied, transparent parts become black, of several frames the first is taken. A single channel
-    of more than 8 bits (`I;16`, `I`, `F`, as thermal cameras write) is stretched linearly from the image's own 0.1
-    and 99.9 percentiles to 0..255: raw counts use a small, shifting part of their range, which full-range scaling
-    would leave almost black.
+    EXIF orientation is applied, transparent parts become black, and only the first of several frames is read. A single
+    channel of more than 8 bits (`I;16`, `I`, `F`, as thermal cameras write) is stretched linearly from the image's own
+    0.1 and 99.9 percentiles to 0..255. Raw counts use a small part of their range, and that part moves with the
+    camera's temperature: scaling the full range would leave the image almost black.
 
     Args:
         path: A file, or the address of a rendered image (`synthvi:...`).
 
     Raises:
-        ImageError: If the file is missing, truncated, larger than `MAX_PIXELS`, or no image.
+        ImageError: If the file is missing, truncated, not an image, or larger than `MAX_PIXELS`.
     """
     if path.startswith(ADDRESS_PREFIX):
         return Image.fromarray(render_address(path))
     try:
-        # Opened here, not by Pillow: it would map plain TIFFs into memory, and garbles those that are stored sideways.
+        # Not by path: Pillow would map plain TIFFs into memory, and garbles mapped ones that need a rotation.
         with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'it has {width}x{height} pixels')
             image.load()
-            # Pillow turns TIFFs upright itself, and leaves all else to the caller.
+            # Pillow rotates TIFFs itself, and leaves other formats to the caller.
             turn = None if image.format == 'TIFF' else _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
             upright = _to_rgb(image)
             return upright if turn is None else upright.transpose(turn)
@@ -62,14 +62,14 @@ def read_image(path: str) -> Image.Image:
 
 
 def load_image(path: str, size: tuple[int, int]) -> np.ndarray:
-    """Read one image and squash it to a size.
+    """Read one image and resize it, bilinearly with antialiasing.
 
     Args:
         path: A file, or the address of a rendered image.
-        size: Height and width; the aspect ratio is not kept, as usual for pedestrians.
+        size: Height and width. The aspect ratio is not kept, as is usual in person re-ID.
 
     Returns:
-        Bytes [H, W, 3], resized bilinearly with antialiasing.
+        The image, [H, W, 3] uint8.
     """
     height, width = size
     image = read_image(path)
@@ -92,7 +92,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == 'F' or image.mode.startswith('I'):
         return _stretch(np.asarray(image))
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
-        # Dropping the alpha channel alone would show whatever colour lies under the transparent parts.
+        # Dropping the alpha channel would show whatever colour is stored in the transparent parts.
         image = image.convert('RGBA')
         black = Image.new('RGBA', image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image)
@@ -100,13 +100,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(values: np.ndarray) -> Image.Image:
-    """Scale one channel [H, W] of any range to 8 bits, see `read_image`."""
+    """Scale one channel [H, W] of any range to 8 bits, as described in `read_image`."""
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise ValueError('it has no finite pixel value')
     low, high = np.percentile(finite, STRETCH_PERCENTILES)
-    if high <= low:  # nearly constant: a few hot pixels are all there is to see
+    if high <= low:  # nearly constant: only a few hot pixels differ
         low, high = finite.min(), finite.max()
     values = np.clip(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low, high)
     scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)

@@ -1,8 +1,8 @@
-"""SynthVI on disk: rendered images in the layouts of SYSU-MM01, RegDB, LLCM and own folders.
+"""Write SynthVI to disk, in the layouts of SYSU-MM01, RegDB, LLCM and custom folders.
 
-What is written is read by the data set reader of that name, with the owners' file names, lists and camera numbers, and
-at full size with the real data set's identities and image counts: for trying a pipeline at its true scale before, or
-without, having the licensed images.
+The dataset reader of the same name reads what is written. File names, lists and camera numbers are those of the real
+dataset; at full size, so are the numbers of identities and images. This lets you test a pipeline at its real scale
+before, or without, having the licensed images.
 """
 
 import functools
@@ -14,41 +14,38 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..constants import INFRARED, MODALITIES, VISIBLE
 from ..synthvi.render import SPECTRA, render
 from .readers import PERMUTATION_FILE, PERMUTATION_VARIABLE, REGDB_TRIALS, SYSU_CAMERAS
-from .store import CHUNK, PROCESSES_FROM
-from .workers import default_workers, in_order
+from .workers import map_chunks
 
 _logger = logging.getLogger(__name__)
 
 LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
-ABOUT_FILE = 'synthvi.json'  # in every folder that is written here: what it holds, and that it is complete
+ABOUT_FILE = 'synthvi.json'  # in every folder that is written here: its contents, and the sign that it is complete
 JPEG_QUALITY = 95
 
 _SYSU_IMAGES = {VISIBLE: 2, INFRARED: 4}  # per identity and camera: eight of each modality
-_REGDB_IMAGES = 10  # per identity and modality, in the real data set too
+_REGDB_IMAGES = 10  # per identity and modality, as in the real dataset
 _LLCM_IMAGES = 2  # per identity, modality and camera
 _LLCM_NO_INFRARED = 3  # the one camera without infrared images
 _FOLDER_IMAGES = 6  # per identity and modality
 _PERMUTATION_TRIALS = 10
-# SciPy notes the time and the platform here, in the text that opens a MATLAB file.
+# Replaces SciPy's header text of a MATLAB file, which has the time and the platform.
 _MATLAB_HEADER = b'MATLAB 5.0 MAT-file, written by vireid_timm'.ljust(116)
 
 Cells = dict[tuple[int, int], int]  # (identity, camera) -> number of images
 
 
 class PlannedImage(NamedTuple):
-    """One image to be rendered, and where it goes inside the root folder."""
+    """One image to render, and its path inside the root folder."""
 
     path: str
     modality: str
@@ -59,13 +56,13 @@ class PlannedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayoutPlan:
-    """Everything that a layout consists of.
+    """The contents of a layout.
 
     Attributes:
-        images: In the order of writing.
-        lists: Path inside the root folder -> text of the layout's lists of identities or images.
-        identities: How many identities there are to learn from.
-        test_identities: How many more there are to test on.
+        images: The images, in the order of writing.
+        lists: Path inside the root folder -> text of a list of identities or images.
+        identities: Number of identities to train on.
+        test_identities: Number of further identities to test on.
     """
 
     images: list[PlannedImage]
@@ -87,26 +84,26 @@ def write_layout(
     workers: int | None = None,
     progress: bool = True,
 ) -> LayoutPlan:
-    """Render SynthVI into a folder, which appears when it is complete; the same arguments give the same files.
+    """Render SynthVI into a folder. The folder appears when it is complete; the same arguments give the same files.
 
     Args:
-        root: The folder to create. If it already holds exactly what is asked for, nothing is done.
+        root: The folder to create. Nothing is done if it already has these contents.
         layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
-        identities: How many identities to learn from; see `plan_layout`.
-        test_identities: How many identities to test on; see `plan_layout`.
-        seed: Of the people, their images and the cameras.
-        spectrum: `near-infrared` or `thermal`; None is the layout's own: thermal for RegDB, else near-infrared.
-        size: Height and width of an image.
-        full_size: Mirror the real data set's identities and image counts.
-        workers: How many render at a time; None is one per core, at most 8; 0 renders in the calling thread.
+        identities: Number of identities to train on; see `plan_layout`.
+        test_identities: Number of identities to test on; see `plan_layout`.
+        seed: Seed of the people, their images and the cameras.
+        spectrum: `near-infrared` or `thermal`; None for the layout's own: thermal for RegDB, else near-infrared.
+        size: Height and width of the images.
+        full_size: Use the real dataset's numbers of identities and images.
+        workers: Number of workers that render; None for one per core, at most 8; 0 to render in the calling thread.
         progress: Show a progress bar, if the output is a terminal.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: On arguments that make no sense, or when the folder holds something else.
-        OSError: If writing fails; nothing is left behind.
+        ValueError: On invalid arguments, or if the folder has other contents.
+        OSError: If writing fails. Nothing is left behind.
     """
     plan = plan_layout(layout, identities=identities, test_identities=test_identities, full_size=full_size)
     spectrum = spectrum or ('thermal' if layout == 'regdb' else 'near-infrared')
@@ -124,15 +121,15 @@ def write_layout(
         'images': len(plan.images),
     }
     if _is_written(target, about):
-        _logger.info(f'{target} already holds these {len(plan.images):,} images')
+        _logger.info(f'{target} already has these {len(plan.images):,} images')
         return plan
     partial = target.with_name(f'{target.name}.partial')
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(
-            f'{partial} was left by a run that was interrupted, or is being written; '
-            f'remove it if no other run is at work, then try again'
+            f'{partial} was left by an interrupted run, or another run is writing it; '
+            'if no run is, remove it and try again'
         ) from None
     try:
         _write_plan(plan, partial, seed, spectrum, tuple(size), workers, progress)
@@ -140,9 +137,9 @@ def write_layout(
             write_permutations(plan, partial, seed)
         (partial / ABOUT_FILE).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
         if target.is_dir():
-            target.rmdir()  # empty, as checked above
+            target.rmdir()  # empty, as _is_written has checked
         os.rename(partial, target)
-    except ChildProcessError:  # an OSError that is not about the disk
+    except ChildProcessError:  # an OSError, but not about the disk
         raise
     except OSError as error:
         raise OSError(
@@ -160,28 +157,31 @@ def plan_layout(
     test_identities: int | None = None,
     full_size: bool = False,
 ) -> LayoutPlan:
-    """What `write_layout` would write, without rendering anything.
+    """Return what `write_layout` would write, without rendering anything.
 
     Args:
         layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
-        identities: How many identities to learn from.
-        test_identities: How many more to test on; None is a fifth of `identities`, at least 8, and for RegDB, whose
-            trials halve the identities, as many as to learn from.
-        full_size: Mirror the real data set instead; there is none behind `folder`.
+        identities: Number of identities to train on.
+        test_identities: Number of further identities to test on; None for a fifth of `identities`, at least 8. For
+            RegDB, whose trials halve the identities, None means as many as `identities`.
+        full_size: Use the real dataset's numbers instead. Not for `folder`, which has no real dataset.
+
+    Raises:
+        ValueError: On invalid arguments.
     """
     if layout not in LAYOUT_NAMES:
         raise ValueError(f'unknown layout {layout!r}; expected one of {", ".join(LAYOUT_NAMES)}')
     if full_size:
         if layout == 'folder':
             raise ValueError(
-                'full_size (--full-size) mirrors a real data set, and there is none with layout folder; '
-                'choose sysu_mm01, regdb or llcm, or a number of identities'
+                'full_size (--full-size) follows a real dataset, and layout folder has none; choose sysu_mm01, regdb '
+                'or llcm, or a number of identities'
             )
         if identities is not None or test_identities is not None:
-            raise ValueError('full_size (--full-size) sets the number of identities itself; leave either out')
-        return {'sysu_mm01': _plan_full_sysu_mm01, 'regdb': lambda: _plan_regdb(206, 206), 'llcm': _plan_full_llcm}[
-            layout
-        ]()
+            raise ValueError('full_size (--full-size) sets the numbers of identities; give one or the other')
+        if layout == 'regdb':
+            return _plan_regdb(206, 206)
+        return _plan_full_sysu_mm01() if layout == 'sysu_mm01' else _plan_full_llcm()
     if identities is None or identities < 1:
         raise ValueError(f'the number of identities must be at least 1, got {identities}')
     if test_identities is None:
@@ -193,22 +193,23 @@ def plan_layout(
 
 
 def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
-    """Write what SYSU-MM01's owners draw galleries by, in their format: `exp/rand_perm_cam.mat`.
+    """Write the file that SYSU-MM01's owners sample galleries with, in their format: `exp/rand_perm_cam.mat`.
 
-    A cell array of the cameras, each a cell array by identity number, each a matrix whose row t orders the images of
-    that identity and camera for trial t, counted from 1; empty where there are none. Left out where SciPy is missing.
+    It is a cell array of the cameras, each a cell array by identity number, each a matrix: row t orders the images of
+    that identity and camera for trial t, counted from 1. It is empty if there are no images. Without SciPy, the file is
+    skipped.
 
     Args:
-        plan: Of the layout `sysu_mm01`.
-        folder: Its root folder.
-        seed: Of the permutations.
+        plan: A plan of layout `sysu_mm01`.
+        folder: The layout's root folder.
+        seed: Seed of the permutations.
     """
     try:
         from scipy.io import savemat
     except ImportError:
         _logger.info(
-            f"No {PERMUTATION_FILE}, which draw 'official' needs: install the extra `official` "
-            '(pip install "vireid_timm[official]") and write into another folder to get it'
+            f"Skipping {PERMUTATION_FILE}, which draw 'official' needs: to get it, install the extra `official` "
+            '(pip install "vireid_timm[official]") and write to another folder'
         )
         return
     rng = random.Random(f'permutations {seed}')
@@ -222,16 +223,16 @@ def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
             orders = [rng.sample(numbers, len(numbers)) for _ in range(_PERMUTATION_TRIALS if numbers else 0)]
             cameras[place, 0][identity - 1, 0] = np.asarray(orders, dtype=np.uint16).reshape(len(orders), len(numbers))
     content = io.BytesIO()
-    savemat(content, {PERMUTATION_VARIABLE: cameras}, do_compression=True)  # with a checksum, as MATLAB writes it
+    savemat(content, {PERMUTATION_VARIABLE: cameras}, do_compression=True)  # adds a checksum, as MATLAB does
     (folder / PERMUTATION_FILE).write_bytes(_MATLAB_HEADER + content.getvalue()[len(_MATLAB_HEADER) :])
 
 
 def _is_written(target: Path, about: dict[str, object]) -> bool:
-    """Whether the folder already holds what is asked for; it may also be absent or empty, but nothing else."""
+    """Return whether the folder already has these contents. It may be missing or empty; other contents raise."""
     if not target.exists():
         return False
     if not target.is_dir():
-        raise ValueError(f'{target} is a file; expected a folder to create')
+        raise ValueError(f'{target} is a file; expected the name of a folder to create')
     if not any(target.iterdir()):
         return False
     try:
@@ -243,7 +244,7 @@ def _is_written(target: Path, about: dict[str, object]) -> bool:
             f'{key} {held.get(key)!r} instead of {value!r}' for key, value in about.items() if held.get(key) != value
         ]
         raise ValueError(
-            f'{target} holds other SynthVI images ({", ".join(differing)}); remove it or choose another folder'
+            f'{target} has other SynthVI images ({", ".join(differing)}); remove it or choose another folder'
         )
     return True
 
@@ -261,18 +262,15 @@ def _write_plan(
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for name, text in plan.lists.items():
         (folder / name).write_text(text, encoding='utf-8')
-    chunks = [plan.images[start : start + CHUNK] for start in range(0, len(plan.images), CHUNK)]
-    write = functools.partial(_write_chunk, folder=str(folder), seed=seed, spectrum=spectrum, size=size)
-    written = in_order(
-        write,
-        chunks,
-        workers=default_workers() if workers is None else workers,
-        processes=len(plan.images) >= PROCESSES_FROM,
+    map_chunks(
+        functools.partial(_write_chunk, folder=str(folder), seed=seed, spectrum=spectrum, size=size),
+        plan.images,
+        lambda start, result: None,
+        rendered=len(plan.images),
+        workers=workers,
+        label='rendering images',
+        progress=progress,
     )
-    bar = tqdm(total=len(plan.images), desc='rendering images', unit='img', disable=None if progress else True)
-    with bar, closing(written):
-        for count in written:
-            bar.update(count)
 
 
 def _write_chunk(
@@ -281,17 +279,16 @@ def _write_chunk(
     seed: int,
     spectrum: str,
     size: tuple[int, int],
-) -> int:
+) -> None:
     for plan in images:
         pixels = render(plan.modality, plan.identity, plan.camera, plan.image, seed=seed, spectrum=spectrum, size=size)
-        # One channel for infrared, as the real files have.
+        # One channel for infrared, as in the real files.
         image = Image.fromarray(pixels if plan.modality == VISIBLE else pixels[..., 0])
         image.save(os.path.join(folder, plan.path), quality=JPEG_QUALITY)
-    return len(images)
 
 
 def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:
-    """Own folders; of the test identities, every second image is a query, the others are the gallery."""
+    """Plan custom folders; every second image of a test identity is a query, the others are the gallery."""
     cameras = {modality: [number for number, kind in SYSU_CAMERAS if kind == modality] for modality in MODALITIES}
     images = []
     for identity in range(identities + test_identities):
@@ -305,7 +302,7 @@ def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:
 
 
 def _plan_sysu_mm01(identities: int, test_identities: int) -> LayoutPlan:
-    """A small SYSU-MM01: everybody passes every camera; a quarter of the training identities is the validation list."""
+    """Plan a small SYSU-MM01: every camera sees everyone; a quarter of the training identities is the val list."""
     numbers = range(1, identities + test_identities + 1)
     cells = {(identity, camera): _SYSU_IMAGES[modality] for identity in numbers for camera, modality in SYSU_CAMERAS}
     num_train = identities - identities // 4
@@ -313,10 +310,10 @@ def _plan_sysu_mm01(identities: int, test_identities: int) -> LayoutPlan:
 
 
 def _plan_full_sysu_mm01() -> LayoutPlan:
-    """The real SYSU-MM01's numbers, as its stored permutations give them: who is seen by which camera, how often.
+    """Plan the real SYSU-MM01: who is seen by which camera, and how often, as its stored permutations tell.
 
-    Identities up to 333 pass all cameras, the later ones only 3, 4 and 5. Of the test identities, 40 are not seen by
-    the indoor visible cameras 1 and 2, which leaves 2,208 of the 3,803 queries with a match in the indoor search.
+    All cameras see identities up to 333; only 3, 4 and 5 see later ones. The indoor visible cameras 1 and 2 do not see
+    40 of the test identities, which leaves 2,208 of the 3,803 queries with a match in the indoor search.
     """
     rng = random.Random('SYSU-MM01')
     test = [6, 333, *rng.sample(range(7, 333), 94)]
@@ -326,7 +323,7 @@ def _plan_full_sysu_mm01() -> LayoutPlan:
     rng.shuffle(test)
     indoor, outdoor = test[:56], test[56:]
     cells: Cells = {}
-    # Camera, how many images in all, of whom, at least and at most how many of each.
+    # Camera, number of its images, their identities, and the fewest and most images of each.
     for camera, total, seen, least, most in (
         (1, 1374, indoor, 13, 42),
         (2, 1565, indoor, 18, 40),
@@ -362,7 +359,7 @@ def _sysu_plan(cells: Cells, train: Sequence[int], val: Sequence[int], test: Seq
 
 
 def _plan_regdb(identities: int, test_identities: int) -> LayoutPlan:
-    """RegDB, small or real (206 and 206): each trial draws anew who is learned from."""
+    """Plan RegDB, small or real (206 and 206). Each trial draws its training identities anew."""
     numbers = range(1, identities + test_identities + 1)
     folders = ((VISIBLE, 'visible', 'Visible', 1), (INFRARED, 'thermal', 'Thermal', 2))
     paths: dict[tuple[int, str], list[str]] = {}
@@ -384,7 +381,7 @@ def _plan_regdb(identities: int, test_identities: int) -> LayoutPlan:
 
 
 def _plan_llcm(identities: int, test_identities: int) -> LayoutPlan:
-    """A small LLCM: everybody passes three of the nine cameras."""
+    """Plan a small LLCM: three of the nine cameras see each identity."""
     rng = random.Random('small LLCM')
     numbers = range(1, identities + test_identities + 1)
     visible = [(number, camera) for number in numbers for camera in sorted(rng.sample(range(1, 10), 3))]
@@ -396,7 +393,7 @@ def _plan_llcm(identities: int, test_identities: int) -> LayoutPlan:
 
 
 def _plan_full_llcm() -> LayoutPlan:
-    """The real LLCM's identities and image counts; who passes which five of the cameras is drawn."""
+    """Plan the real LLCM's numbers of identities and images. Five random cameras see each identity."""
     rng = random.Random('LLCM')
     test = sorted([3, *rng.sample([*range(1, 3), *range(4, 1065)], 350)])
     train = sorted(set(range(1, 1065)) - set(test))
@@ -426,7 +423,7 @@ def _llcm_plan(cells: dict[str, Cells], train: Sequence[int], test: Sequence[int
 
 
 def _spread(rng: random.Random, total: int, cells: list[tuple[int, int]], least: int, most: int) -> Cells:
-    """Deal images at random to cells, at least and at most so many to each."""
+    """Distribute images at random over cells, `least` to `most` to each."""
     assert least * len(cells) <= total <= most * len(cells), f'{total} images do not fit into {len(cells)} cells'
     counts = dict.fromkeys(cells, least)
     for _ in range(total - least * len(cells)):

@@ -94,7 +94,7 @@ def _images_ahead(
     """Yield the rows and the stored images [B, 3, H, W] of the sampler's batches, read while earlier ones are used."""
 
     def read(rows: list[int]) -> tuple[list[int], torch.Tensor]:
-        images = torch.from_numpy(store[rows]).permute(0, 3, 1, 2)
+        images = store[rows]
         if device.type != 'cuda':
             return rows, images
         with torch.cuda.device(device):  # a thread starts on the first GPU, whatever this process uses

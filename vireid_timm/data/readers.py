@@ -1,6 +1,6 @@
-"""Data sets as record tables: SYSU-MM01, RegDB and LLCM as their owners distribute them, folders, CSV files, SynthVI.
+"""Read datasets as record tables: SYSU-MM01, RegDB and LLCM as distributed, folders, CSV files, and SynthVI.
 
-Every reader returns a `Dataset`: what may be learned from, and every image that a protocol may need, once. Nothing is
+Every reader returns a `Dataset`: the records to train on, and every image that a protocol may need, once. Nothing is
 decoded here. SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017. RegDB: Nguyen et
 al., "Person Recognition System Based on a Combination of Body Images from Visible Light and Thermal Cameras", Sensors
 2017. LLCM: arXiv:2303.14481.
@@ -16,8 +16,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
 from ..synthvi.render import camera_numbers, camera_order, image_address
+from ..text import format_list
 from .images import IMAGE_SUFFIXES
 from .records import Dataset, Records
 
@@ -46,14 +49,14 @@ LAYOUTS = {
   images/a.jpg,anna,3,visible,train
 (path: relative to the file's folder; camera: may be empty; split: train, query, gallery, or test for both)""",
 }
-# Images of (training visible, training infrared, test visible, test infrared), as the owners and their users count.
+# Images of (training visible, training infrared, test visible, test infrared), as published.
 PUBLISHED_COUNTS = {
     'sysu_mm01': (22258, 11909, 6775, 3803),
     'regdb': (2060, 2060, 2060, 2060),
     'llcm': (16946, 13975, 8680, 7166),
 }
 SYSU_CAMERAS = ((1, VISIBLE), (2, VISIBLE), (3, INFRARED), (4, VISIBLE), (5, VISIBLE), (6, INFRARED))
-# The owners' order of every identity's images in every camera, from which their evaluation takes the first ones.
+# The owners' order of every identity's images in every camera; their evaluation takes the first ones.
 PERMUTATION_FILE = 'exp/rand_perm_cam.mat'
 PERMUTATION_VARIABLE = 'rand_perm_cam'
 REGDB_TRIALS = range(1, 11)
@@ -64,17 +67,17 @@ _CAMERA_FOLDER = re.compile(r'cam(\d+)')
 
 
 def create_dataset(name: str, root: str | os.PathLike | None = None, **options: object) -> Dataset:
-    """Read a data set's record tables.
+    """Read the record tables of a dataset.
 
     Args:
         name: `sysu_mm01`, `regdb`, `llcm`, `folder`, `csv` or `synthetic`.
-        root: Its folder; for `csv` the CSV file; nothing for `synthetic`.
-        **options: The reader's own: `trial` (regdb); `test_share`, `seed` (folder); for `synthetic` see
+        root: The dataset's folder; the CSV file for `csv`; None for `synthetic`.
+        **options: The reader's options: `trial` (regdb); `test_share`, `seed` (folder); for `synthetic` see
             `read_synthetic`.
 
     Raises:
-        ValueError: On an unknown name or option, or on data that make no sense; the message says where.
-        FileNotFoundError: If a file or folder is missing; the message shows the layout that is expected.
+        ValueError: On an unknown name or option, or on invalid data; the message says where.
+        FileNotFoundError: If a file or folder is missing; the message shows the expected layout.
     """
     if name not in READERS:
         raise ValueError(f'unknown dataset {name!r}{_hint(name, READERS)}; available: {", ".join(sorted(READERS))}')
@@ -98,17 +101,17 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
 
 
 def split_identities(records: Records, share: float, seed: int) -> tuple[Records, Records]:
-    """Hold a share of the identities out, as a whole.
+    """Hold out a share of the identities, with all their images.
 
-    Only identities with images of both modalities can be held out: the others cannot be searched for across them.
+    Only identities with images of both modalities can be held out: the others cannot be searched across modalities.
 
     Args:
-        records: The table to divide.
-        share: Share of the identities with both modalities, at least two of them; 0 holds nobody out.
-        seed: Which identities these are.
+        records: The table to split.
+        share: Share of the identities with both modalities, at least two of them; 0 for none.
+        seed: Decides which identities are held out.
 
     Returns:
-        The records that are kept as they are, and those held out, whose split is `test`.
+        The other records, unchanged, and those held out, with split `test`.
     """
     if not 0 <= share < 1:
         raise ValueError(f'the share of identities to hold out must be at least 0 and less than 1, got {share}')
@@ -116,38 +119,37 @@ def split_identities(records: Records, share: float, seed: int) -> tuple[Records
     count = max(2, round(share * len(candidates))) if share > 0 else 0
     if share > 0 and len(candidates) < count + 2:
         raise ValueError(
-            f'cannot hold out {share:g} of the {len(candidates)} identities that have images of both modalities: '
-            f'at least two are needed to search for, and two to learn from; '
-            f'a share of 0 (--val-share 0, test_share=0) holds out nobody'
+            f'cannot hold out {share:g} of the {len(candidates)} identities with images of both modalities: at least '
+            'two must be held out and two must remain; add data, or hold out none with a share of 0 (--val-share 0, '
+            'test_share=0)'
         )
     chosen = set(random.Random(seed).sample(candidates, count))
-    held_out = [name in chosen for name in records.identity.tolist()]
-    kept_rows = [row for row, out in enumerate(held_out) if not out]
-    out_rows = [row for row, out in enumerate(held_out) if out]
-    return records[kept_rows], _with_split(records[out_rows], 'test')
+    is_held_out = np.array([name in chosen for name in records.identity.tolist()], dtype=bool)
+    held_out = records[is_held_out]
+    return records[~is_held_out], replace(held_out, split=['test'] * len(held_out))
 
 
 def read_sysu_mm01(root: str) -> Dataset:
-    """SYSU-MM01: learned from on its 395 training and validation identities, tested on the other 96.
+    """Read SYSU-MM01: 395 identities to train on (its training and validation lists), 96 to test on.
 
-    The test table holds every image of the test identities in all six cameras.
+    The test table has every image of the test identities in all six cameras.
     """
     lists = {name: _read_numbers('sysu_mm01', root, f'exp/{name}_id.txt') for name in ('train', 'val', 'test')}
-    learned = lists['train'] + lists['val']
-    both = sorted(set(learned) & set(lists['test']))
+    train = lists['train'] + lists['val']
+    both = sorted(set(train) & set(lists['test']))
     if both:
         raise ValueError(f'{root}: identity {both[0]} is listed for training and for testing; check exp/*_id.txt')
     cells = [(camera, modality, _required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
     return Dataset(
-        'sysu_mm01', root, _camera_folders(cells, learned, 'train'), _camera_folders(cells, lists['test'], 'test')
+        'sysu_mm01', root, _camera_folders(cells, train, 'train'), _camera_folders(cells, lists['test'], 'test')
     )
 
 
 def read_regdb(root: str, *, trial: int = 1) -> Dataset:
-    """RegDB: 206 of its 412 identities are learned from, the others tested; each of the ten trials divides them anew.
+    """Read RegDB: 206 of the 412 identities to train on, the others to test on, split anew in each of ten trials.
 
-    The camera of every visible image is 1, that of every infrared one 2. A published figure is the mean of ten
-    trainings, one per trial.
+    The camera is 1 for visible images and 2 for infrared ones. Published results are the mean of ten trainings, one per
+    trial.
     """
     if trial not in REGDB_TRIALS:
         raise ValueError(f'RegDB has trials {REGDB_TRIALS[0]} to {REGDB_TRIALS[-1]}, got {trial!r}')
@@ -162,7 +164,7 @@ def read_regdb(root: str, *, trial: int = 1) -> Dataset:
 
 
 def read_llcm(root: str) -> Dataset:
-    """LLCM: 713 identities to learn from, 351 to test on; visible and infrared cameras of one number share a site."""
+    """Read LLCM: 713 identities to train on, 351 to test on. Cameras of one number share a site in both modalities."""
     rows: list[Row] = []
     for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
         for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt'):
@@ -170,7 +172,7 @@ def read_llcm(root: str) -> Dataset:
             rows.append((path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
     cells = []
     for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
-        # The number is read from this folder's own name: "cam" may occur anywhere in the path above it.
+        # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
         folder = _required('llcm', root, name)
         numbers = [_CAMERA_FOLDER.fullmatch(camera) for camera in _folders(folder)]
         cells += [(int(number[1]), modality, os.path.join(folder, number[0])) for number in numbers if number]
@@ -180,16 +182,15 @@ def read_llcm(root: str) -> Dataset:
 
 
 def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset:
-    """Own images in folders, see `LAYOUTS['folder']`.
+    """Read custom images in folders, see `LAYOUTS['folder']`.
 
-    The camera is the number of a `c3_` or `cam3_` prefix of the file name, else 0 (unknown). Without `query` and
-    `gallery` folders, a share of the identities is held out of `train` and tested on; with them, `train` may be missing
-    (for testing only).
+    The camera is the number in a `c3_` or `cam3_` prefix of the file name, else 0 (unknown). Without `query` and
+    `gallery` folders, a share of the identities is held out of `train` for testing. With them, `train` may be missing.
 
     Args:
         root: The folder.
-        test_share: Share of the identities that is held out, 0 for none; without meaning if there is a gallery.
-        seed: Which identities these are.
+        test_share: Share of the identities to hold out, 0 for none; ignored if there is a gallery.
+        seed: Decides which identities are held out.
     """
     present = {split: os.path.isdir(os.path.join(root, split)) for split in ('train', 'query', 'gallery')}
     if present['query'] != present['gallery']:
@@ -207,16 +208,16 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
     for split in ('query', 'gallery'):
         rows = _person_folders(root, split)
         if not rows:
-            raise ValueError(f'{os.path.join(root, split)} holds no image; expected:{LAYOUTS["folder"]}')
+            raise ValueError(f'{os.path.join(root, split)} has no image; expected:{LAYOUTS["folder"]}')
         test += rows
     return Dataset('folder', root, train, Records.from_rows(test))
 
 
 def read_csv(root: str) -> Dataset:
-    """Own images in one CSV file, see `LAYOUTS['csv']`.
+    """Read custom images listed in a CSV file, see `LAYOUTS['csv']`.
 
-    Cameras that are not numbers are numbered in the order of their names. An image that is listed as query and as
-    gallery is one record of split `test`.
+    Cameras that are not numbers are numbered in the order of their names. An image that is listed both as query and as
+    gallery becomes one record of split `test`.
     """
     rows = _number_cameras(root, _merge_repeated(root, _read_csv_lines(root)))
     splits = {row.split for row in rows}
@@ -249,19 +250,19 @@ def read_synthetic(
     first_camera: int = 1,
     first_identity: int = 0,
 ) -> Dataset:
-    """SynthVI, rendered when an image is read.
+    """Return SynthVI; an image is rendered when it is read.
 
     Args:
-        identities: How many to learn from.
-        test_identities: How many to test on, numbered after those.
-        seed: Of the people, their images and the cameras.
-        spectrum: Of the infrared cameras, `near-infrared` or `thermal`.
-        size: Height and width of an image.
-        images_per_modality: Per identity.
-        visible_cameras: How many.
-        infrared_cameras: How many.
-        first_camera: Number of the first camera; others give unseen backgrounds, viewpoints and light.
-        first_identity: Number of the first identity; others give unseen people.
+        identities: Number of identities to train on.
+        test_identities: Number of identities to test on, numbered after those.
+        seed: Seed of the people, their images and the cameras.
+        spectrum: Spectrum of the infrared cameras, `near-infrared` or `thermal`.
+        size: Height and width of the images.
+        images_per_modality: Images of each identity in each modality.
+        visible_cameras: Number of visible cameras.
+        infrared_cameras: Number of infrared cameras.
+        first_camera: Number of the first camera; another range gives unseen backgrounds, viewpoints and light.
+        first_identity: Number of the first identity; another range gives unseen people.
     """
     for name, value in (
         ('identities', identities),
@@ -279,9 +280,9 @@ def read_synthetic(
         'infrared_cameras': infrared_cameras,
         'first_camera': first_camera,
     }
-    first_tested = first_identity + identities
-    train = synthetic_records(range(first_identity, first_tested), split='train', **options)
-    test = synthetic_records(range(first_tested, first_tested + test_identities), split='test', **options)
+    first_test = first_identity + identities
+    train = synthetic_records(range(first_identity, first_test), split='train', **options)
+    test = synthetic_records(range(first_test, first_test + test_identities), split='test', **options)
     counts = {'identities': identities, 'test_identities': test_identities, 'first_identity': first_identity}
     return Dataset('synthetic', '', train, test, counts | options)
 
@@ -315,11 +316,11 @@ def _read_csv_lines(file_name: str) -> list[_Line]:
         reader = csv.DictReader(file, skipinitialspace=True)
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f'{file_name}: the first line names no {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
+            raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
         for row in reader:
             where = f'{file_name}, line {reader.line_num}'
             if None in row or None in row.values():
-                raise ValueError(f'{where}: expected {len(reader.fieldnames)} values as in the first line')
+                raise ValueError(f'{where}: expected {len(reader.fieldnames)} values, as in the first line')
             values = {column: row[column].strip() for column in columns}
             line = _Line(reader.line_num, **values | {'path': os.path.join(base, values['path'])})
             for column, allowed in (('modality', MODALITIES), ('split', SPLITS)):
@@ -336,7 +337,7 @@ def _read_csv_lines(file_name: str) -> list[_Line]:
 
 
 def _merge_repeated(file_name: str, lines: list[_Line]) -> list[_Line]:
-    """One line per image: query and gallery make test, repetitions are dropped, contradictions are errors."""
+    """Reduce to one line per image: query and gallery become test, duplicates are dropped, contradictions raise."""
     merged: dict[str, _Line] = {}
     dropped = 0
     for line in lines:
@@ -354,7 +355,7 @@ def _merge_repeated(file_name: str, lines: list[_Line]) -> list[_Line]:
         else:
             merged[path] = replace(first, split='test')
     if dropped:
-        _logger.warning(f'{file_name}: {dropped} repeated lines are dropped')
+        _logger.warning(f'{file_name}: dropped {dropped} duplicate lines')
     return list(merged.values())
 
 
@@ -370,7 +371,7 @@ def _number_cameras(file_name: str, lines: list[_Line]) -> list[_Line]:
 def _existing_root(name: str, root: str) -> str:
     what = 'file' if name == 'csv' else 'folder'
     if not root:
-        raise ValueError(f'dataset {name!r} needs its {what}: root (--data-dir); expected:{LAYOUTS[name]}')
+        raise ValueError(f'dataset {name!r} needs the {what} to read: root (--data-dir); expected:{LAYOUTS[name]}')
     if not (os.path.isfile(root) if name == 'csv' else os.path.isdir(root)):
         raise FileNotFoundError(f'there is no {what} {root}; dataset {name!r} expects:{LAYOUTS[name]}')
     return root
@@ -394,14 +395,14 @@ def _folders(folder: str) -> list[str]:
 
 
 def _images(folder: str) -> list[str]:
-    """Names of the images in a folder, sorted; Thumbs.db, .DS_Store and their like are passed over."""
+    """Return the names of the images in a folder, sorted. Hidden files and non-images are ignored."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_file()]
     return sorted(name for name in names if not name.startswith('.') and name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _read_numbers(name: str, root: str, inner: str) -> list[int]:
-    """The comma-separated numbers of a file."""
+    """Return the comma-separated numbers in a file."""
     path = _required(name, root, inner)
     with open(path, encoding='utf-8') as file:
         words = file.read().replace(',', ' ').split()
@@ -412,7 +413,7 @@ def _read_numbers(name: str, root: str, inner: str) -> list[int]:
 
 
 def _read_image_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
-    """(path, path inside `root`) of every line `path label` of a file; the files must exist."""
+    """Return (path, path inside `root`) of every line `path label` of a file. The listed files must exist."""
     list_name = _required(name, root, inner)
     images = []
     with open(list_name, encoding='utf-8') as file:
@@ -436,11 +437,11 @@ def _read_image_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
 
 
 def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str) -> Records:
-    """Records of `<camera folder>/<identity, 4 digits>/<image>`, by identity, then camera, then file name.
+    """Return records of `<camera folder>/<identity, 4 digits>/<image>`, by identity, then camera, then file name.
 
     Args:
-        cells: Camera number, modality and folder of every camera.
-        identities: Numbers of the identities to take.
+        cells: Number, modality and folder of every camera.
+        identities: Numbers of the identities.
         split: Split of every record.
     """
     rows: list[Row] = []
@@ -449,7 +450,7 @@ def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[
         before = len(rows)
         for camera, modality, camera_folder in cells:
             folder = os.path.join(camera_folder, name)
-            if not os.path.isdir(folder):  # not everybody passes every camera
+            if not os.path.isdir(folder):  # not every camera has seen everyone
                 continue
             images = _images(folder)
             rows += [(os.path.join(folder, image), name, camera, modality, split) for image in images]
@@ -457,13 +458,13 @@ def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[
                 empty.append(folder)
         if len(rows) == before:
             unseen.append(name)
-    _warn_counted(empty, 'folders hold no image')
+    _warn_counted(empty, 'folders have no image')
     _warn_counted(unseen, f'of the listed {split} identities have no image')
     return Records.from_rows(rows)
 
 
 def _person_folders(root: str, split: str) -> list[Row]:
-    """Rows of `<split>/<modality>/<person>/<image>`."""
+    """Return rows of `<split>/<modality>/<person>/<image>`."""
     rows: list[Row] = []
     empty = []
     for modality in MODALITIES:
@@ -472,24 +473,13 @@ def _person_folders(root: str, split: str) -> list[Row]:
             folder = os.path.join(modality_folder, person)
             images = _images(folder)
             for image in images:
-                camera = _CAMERA_PREFIX.match(image)
-                rows.append(
-                    (
-                        os.path.join(folder, image),
-                        person,
-                        int(camera[1]) if camera else UNKNOWN_CAMERA,
-                        modality,
-                        split,
-                    )
-                )
+                prefix = _CAMERA_PREFIX.match(image)
+                camera = int(prefix[1]) if prefix else UNKNOWN_CAMERA
+                rows.append((os.path.join(folder, image), person, camera, modality, split))
             if not images:
                 empty.append(folder)
-    _warn_counted(empty, 'folders hold no image')
+    _warn_counted(empty, 'folders have no image')
     return rows
-
-
-def _with_split(records: Records, split: str) -> Records:
-    return replace(records, split=[split] * len(records))
 
 
 def _identities_of(records: Records, modality: str) -> set[str]:
@@ -497,16 +487,14 @@ def _identities_of(records: Records, modality: str) -> set[str]:
 
 
 def _check(dataset: Dataset) -> None:
-    """Say aloud what is odd about a data set; without any image it is an error."""
+    """Warn about oddities of a dataset, and raise if it has no image."""
     train, test = dataset.train, dataset.test
     where = dataset.root or dataset.name
     if not len(train) and not len(test):
         expected = f'; expected:{LAYOUTS[dataset.name]}' if dataset.name in LAYOUTS else ''
-        raise ValueError(f'{where} holds no image{expected}')
-    single = _identities_of(train, VISIBLE) ^ _identities_of(train, INFRARED)
-    _warn_counted(sorted(single), 'training identities have images of one modality only and are skipped for batches')
+        raise ValueError(f'{where} has no image{expected}')
     shared = set(train.identity.tolist()) & set(test.identity.tolist())
-    _warn_counted(sorted(shared), 'identities are both learned from and tested on, which flatters the result')
+    _warn_counted(sorted(shared), 'identities are in both the training and the test set, which inflates the result')
     published = PUBLISHED_COUNTS.get(dataset.name)
     counts = tuple(
         int((table.modality == modality).sum()) for table in (train, test) for modality in (VISIBLE, INFRARED)
@@ -523,8 +511,7 @@ def _check(dataset: Dataset) -> None:
 
 def _warn_counted(names: Sequence[str], what: str) -> None:
     if names:
-        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-        _logger.warning(f'{len(names)} {what}: {", ".join(names[:5])}{more}')
+        _logger.warning(f'{len(names)} {what}: {format_list(names)}')
 
 
 def synthetic_records(
@@ -539,25 +526,25 @@ def synthetic_records(
     infrared_cameras: int = 2,
     first_camera: int = 1,
 ) -> Records:
-    """A record table of rendered images; nothing is rendered yet, `path` holds addresses.
+    """Return a record table of rendered images. Nothing is rendered yet: `path` holds addresses.
 
-    Every identity has `images_per_modality` images in each modality, numbered from 0 and dealt evenly to the
-    modality's cameras in an order of the identity's own, so that with fewer images than cameras not everybody is
-    seen by the same ones.
+    Every identity has `images_per_modality` images in each modality. They are numbered from 0 and dealt evenly to the
+    modality's cameras, in a different order for every identity: with fewer images than cameras, identities differ in
+    the cameras that see them.
 
     Args:
-        identities: Numbers of the identities, for example `range(100)`. Their names are these, with five digits.
-        split: `train`, `query`, `gallery` or `test`, the same for all.
+        identities: Numbers of the identities, e.g. `range(100)`. Their names are the numbers with five digits.
+        split: Split of all records: `train`, `query`, `gallery` or `test`.
         seed: See `render`.
         spectrum: See `render`.
         size: See `render`.
         images_per_modality: Images of each identity in each modality.
-        visible_cameras: How many visible cameras there are.
-        infrared_cameras: How many infrared cameras there are.
-        first_camera: Shifts all camera numbers (see `camera_numbers`), for cameras that nobody has seen.
+        visible_cameras: Number of visible cameras.
+        infrared_cameras: Number of infrared cameras.
+        first_camera: Shifts all camera numbers (see `camera_numbers`), for unseen cameras.
 
     Raises:
-        ValueError: If a number is out of range or an identity is given twice.
+        ValueError: If a number is out of range, or an identity occurs twice.
     """
     counts = {
         'images_per_modality': images_per_modality,
@@ -569,7 +556,7 @@ def synthetic_records(
         if count < 1:
             raise ValueError(f'{name} must be at least 1, got {count}')
     if len(set(identities)) < len(identities):
-        raise ValueError('an identity is given twice; every number may occur once')
+        raise ValueError('an identity occurs twice; pass every number once')
     cameras = camera_numbers(visible_cameras, infrared_cameras, first_camera)
     rows = []
     for identity in identities:

@@ -1,28 +1,23 @@
-"""The one table that everything downstream sees: which image shows whom, where, and in which spectrum."""
+"""Record tables: which image shows which identity, from which camera, and in which modality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..constants import INFRARED, MODALITIES, SPLITS, VISIBLE
-
-
-def other_modality(modality: str) -> str:
-    """The modality that is searched from, or with, `modality`."""
-    return INFRARED if modality == VISIBLE else VISIBLE
+from ..constants import MODALITIES, SPLITS
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """A table of images; row i of every column belongs to image i.
+    """A table of images. Row i of every column describes image i.
 
     Attributes:
-        path: What `read_image` opens: a file path or a `synthvi:` address, [N] str.
-        identity: The data's own name of the person, [N] str.
-        camera: Camera number, 0 where it is not known, [N] int64.
+        path: File path or `synthvi:` address, as `read_image` takes it, [N] str.
+        identity: The dataset's own name of the person, [N] str.
+        camera: Camera number, 0 if unknown, [N] int64.
         modality: `visible` or `infrared`, [N] str.
-        split: `train`, `query`, `gallery`, or `test` (query and gallery both), [N] str.
+        split: `train`, `query`, `gallery`, or `test` (both query and gallery), [N] str.
     """
 
     path: np.ndarray
@@ -45,7 +40,7 @@ class Records:
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[str, str, int, str, str]]) -> 'Records':
-        """Build a table from (path, identity, camera, modality, split) rows; no rows give an empty table."""
+        """Build a table from rows of (path, identity, camera, modality, split)."""
         columns = zip(*rows, strict=True) if rows else ([], [], [], [], [])
         return cls(*(list(column) for column in columns))
 
@@ -53,36 +48,32 @@ class Records:
         return len(self.path)
 
     def __getitem__(self, rows: np.ndarray | slice | Sequence[int]) -> 'Records':
-        """The table of the given rows: a slice, integer rows or a boolean mask [N]."""
+        """Return the table of some rows: a slice, integer rows or a boolean mask [N]."""
         if not isinstance(rows, slice):
             rows = np.asarray(rows)
             rows = rows if rows.dtype == bool else rows.astype(np.int64)
         return Records(self.path[rows], self.identity[rows], self.camera[rows], self.modality[rows], self.split[rows])
 
     def identities(self) -> list[str]:
-        """Every identity's name once, sorted."""
+        """Return every identity's name once, sorted."""
         return sorted(set(self.identity.tolist()))
-
-    def labels(self, class_map: dict[str, int]) -> np.ndarray:
-        """Class label of every image under `class_map` (see `class_map_of`), [N] int64."""
-        return np.asarray([class_map[name] for name in self.identity.tolist()], dtype=np.int64)
 
 
 def class_map_of(records: Records) -> dict[str, int]:
-    """Identity name -> class label 0..C-1 in sorted order of the names, so that no run depends on a hash order."""
+    """Map identity names, in sorted order, to class labels 0..C-1."""
     return {name: label for label, name in enumerate(records.identities())}
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What `create_dataset` returns.
+    """A dataset's record tables.
 
     Attributes:
         name: The reader's name, e.g. `sysu_mm01`.
-        root: Where the images lie; empty for images that are rendered in memory.
-        train: Records to learn from.
+        root: Folder of the images; empty if they are rendered in memory.
+        train: Records to train on.
         test: Every image that any protocol may need, once.
-        options: The reader's options as resolved (RegDB's trial, SynthVI's seed, ...), for reports.
+        options: The reader's resolved options (RegDB's trial, SynthVI's seed, ...), for reports.
     """
 
     name: str

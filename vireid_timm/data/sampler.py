@@ -1,4 +1,4 @@
-"""Batches of P identities × (K visible + K infrared images), as in the paper (section 4.2) and AGW."""
+"""Sample batches of P identities × (K visible + K infrared images), as the paper (section 4.2) and AGW do."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..constants import INFRARED, MODALITIES, VISIBLE
+from ..text import format_list
 
 _logger = logging.getLogger(__name__)
 
@@ -16,27 +17,26 @@ _DEFAULT_IDENTITIES_PER_BATCH = 8
 class IdentityModalitySampler(Sampler[list[int]]):
     """Batch sampler over identities and modalities (paper, section 4.2: 8 identities × (4 visible + 4 infrared)).
 
-    A batch is a list of 2·P·K row numbers: P·K visible images, then P·K infrared ones, K per identity, the
-    identities in the same order in both halves. The identities of a batch are distinct. The images of one identity
-    and modality are dealt like a deck of cards that is shuffled anew when it is used up, so that over an epoch no
-    image comes up twice more often than another of its deck, and a batch holds the same image twice only where
-    the deck has fewer than K.
+    A batch is a list of 2·P·K rows: P·K visible images, then P·K infrared ones, K per identity, with the identities in
+    the same order in both halves. The identities of a batch are distinct. The images of one identity and modality form
+    a deck of cards, which is dealt and reshuffled when it is used up. Over an epoch, no image is dealt twice more often
+    than another one of its deck, and a batch repeats an image only if its deck has fewer than K.
 
-    Batches depend on (seed, epoch) alone: `set_epoch(epoch, start_batch)` continues a run at any batch. An identity
-    that is present in only one modality cannot be sampled; it is skipped and named in `skipped`.
+    Batches depend only on (seed, epoch): `set_epoch(epoch, start_batch)` resumes a run at any batch. An identity with
+    images of only one modality cannot be sampled; it is skipped and listed in `skipped`.
 
-    Of several processes that train together each has its own `rank` among `world_size`. All of them draw the same
-    batch of world_size·P distinct identities, and each keeps its own P: joined in the order of the ranks, their batches
-    are those of a single process with that many identities per batch.
+    With several ranks, all of them draw the same batch of world_size·P distinct identities, and each rank keeps its own
+    P. Joined in the order of the ranks, their batches are those of a single process with world_size·P identities per
+    batch.
 
     Attributes:
-        identities_per_batch: P as resolved, of this process.
-        batches_per_epoch: Length of a whole epoch, wherever iteration starts; the same in every process.
+        identities_per_batch: P of this rank; resolved if it was None.
+        batches_per_epoch: Length of a whole epoch, wherever iteration starts; the same on every rank.
         skipped: Names of the identities with only one modality, sorted.
     """
 
-    # Differs from AGW: images are dealt without replacement. AGW draws each with replacement, by which half of all
-    # draws of 4 out of RegDB's 10 images hold a duplicate and an epoch leaves out more images than it must.
+    # Differs from AGW: images are dealt without replacement. AGW draws with replacement, so that half of all draws of 4
+    # out of RegDB's 10 images have a duplicate, and an epoch misses more images than necessary.
     # Differs from AGW: len() is the number of batches that iteration yields. AGW yields one more than its len().
 
     def __init__(
@@ -50,37 +50,37 @@ class IdentityModalitySampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Group the rows and settle P; nothing is drawn yet.
+        """Group the rows by identity and modality, and resolve P.
 
         Args:
             identities: Label or name of every image, [N].
             modalities: `visible` or `infrared` for every image, [N].
-            identities_per_batch: P; None takes 8, or as many as there are for every process if fewer.
+            identities_per_batch: P; None for 8, or for as many as every rank can have if that is less.
             images_per_modality: K.
-            seed: Together with the epoch it decides every draw.
-            rank: Number of this process, from 0.
-            world_size: How many processes train together.
+            seed: Decides every draw, together with the epoch.
+            rank: Rank of this process.
+            world_size: Number of ranks.
 
         Raises:
-            ValueError: Columns of unequal length, an unknown modality, P or K below 1, a rank outside the world, or
+            ValueError: On columns of different lengths, an unknown modality, P or K below 1, a rank out of range, or
                 fewer than world_size·P identities.
         """
         super().__init__()
         identities, modalities = np.asarray(identities), np.asarray(modalities)
         if identities.shape != modalities.shape or identities.ndim != 1:
             raise ValueError(
-                f'one identity and one modality per image expected, got {identities.shape} and {modalities.shape}'
+                f'expected one identity and one modality per image, got {identities.shape} and {modalities.shape}'
             )
         unknown = sorted(set(modalities.tolist()) - set(MODALITIES))
         if unknown:
             raise ValueError(f'unknown modality {unknown[0]!r}; expected one of {", ".join(MODALITIES)}')
         if images_per_modality < 1 or (identities_per_batch is not None and identities_per_batch < 1):
             raise ValueError(
-                'at least one identity per batch and one image per modality expected, '
+                'expected at least one identity per batch and one image per modality, '
                 f'got {identities_per_batch} and {images_per_modality}'
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f'a rank in 0..world_size - 1 expected, got {rank} of {world_size}')
+            raise ValueError(f'expected a rank in 0..world_size - 1, got {rank} of {world_size}')
         self.images_per_modality = images_per_modality
         self.seed = seed
         self.rank = rank
@@ -95,30 +95,27 @@ class IdentityModalitySampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def _resolve_identities_per_batch(self, wanted: int | None) -> int:
-        """P, with everything said aloud that the caller did not ask for."""
+        """Return P, and log what the caller may not expect."""
         available = len(self._identities)
         if self.skipped:
             _logger.warning(
-                '%d of %d identities are present in only one modality and skipped for batches: %s%s',
-                len(self.skipped),
-                len(self.skipped) + available,
-                ', '.join(self.skipped[:10]),
-                ', ...' if len(self.skipped) > 10 else '',
+                f'{len(self.skipped)} of {len(self.skipped) + available} identities are present in only one modality '
+                f'and skipped for batches: {format_list(self.skipped)}'
             )
         needed = (wanted or 1) * self.world_size
         if available < needed:
-            joined = f' ({wanted or 1} in each of {self.world_size} processes)' if self.world_size > 1 else ''
+            each = f' ({wanted or 1} on each of {self.world_size} ranks)' if self.world_size > 1 else ''
             raise ValueError(
-                f'a batch needs {needed} identities with images of both modalities{joined}, but there are '
-                f'{available}; ask for fewer identities per batch or add data'
+                f'a batch needs {needed} identities with images of both modalities{each}, but there are {available}; '
+                'use fewer identities per batch or add data'
             )
         if wanted is None:
             wanted = min(_DEFAULT_IDENTITIES_PER_BATCH, available // self.world_size)
-            _logger.info('%d identities per batch (%d available)', wanted, available)
+            _logger.info(f'{wanted} identities per batch ({available} available)')
         return wanted
 
     def _epoch_length(self) -> int:
-        """Batches per epoch as AGW counts them: as many as the larger modality fills, and one more."""
+        """Return the batches per epoch as AGW counts them: as many as the larger modality fills, plus one."""
         sizes = [sum(len(rows[name]) for name in self._identities) for rows in self._rows.values()]
         return max(sizes) // (self.world_size * self.identities_per_batch * self.images_per_modality) + 1
 
@@ -126,21 +123,21 @@ class IdentityModalitySampler(Sampler[list[int]]):
         """Choose what the next iteration yields.
 
         Args:
-            epoch: From 0.
-            start_batch: Batches of this epoch that are already done; iteration yields the same ones that follow.
+            epoch: Epoch, from 0.
+            start_batch: Number of batches of this epoch to leave out; the rest are the same as without it.
 
         Raises:
-            ValueError: A negative epoch, or a start outside the epoch.
+            ValueError: On a negative epoch or a start outside the epoch.
         """
         if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
             raise ValueError(
-                f'an epoch from 0 and a start in 0..{self.batches_per_epoch} expected, got {epoch} and {start_batch}'
+                f'expected an epoch from 0 and a start in 0..{self.batches_per_epoch}, got {epoch} and {start_batch}'
             )
         self.epoch = epoch
         self.start_batch = start_batch
 
     def __len__(self) -> int:
-        """Batches that iteration yields: `batches_per_epoch` less those before `start_batch`."""
+        """Return the number of batches that iteration yields, from `start_batch` on."""
         return self.batches_per_epoch - self.start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -152,7 +149,7 @@ class IdentityModalitySampler(Sampler[list[int]]):
         for batch in range(self.batches_per_epoch):
             chosen = random.choice(len(self._identities), self.world_size * self.identities_per_batch, replace=False)
             names = [self._identities[position] for position in chosen]
-            # Dealt for other processes and for skipped batches too: what they took decides what is left.
+            # Also dealt for other ranks and for batches before start_batch: their cards decide which ones are left.
             halves = [
                 [row for name in names for row in decks[modality][name].deal(self.images_per_modality, random)]
                 for modality in (VISIBLE, INFRARED)
@@ -162,7 +159,7 @@ class IdentityModalitySampler(Sampler[list[int]]):
 
 
 def _rows_of(identities: np.ndarray, selected: np.ndarray) -> dict[int | str, list[int]]:
-    """Identity -> its rows among the selected ones, ascending."""
+    """Map every identity to its selected rows, ascending."""
     rows: dict[int | str, list[int]] = {}
     for row in np.flatnonzero(selected).tolist():
         rows.setdefault(identities[row].item(), []).append(row)
@@ -170,7 +167,7 @@ def _rows_of(identities: np.ndarray, selected: np.ndarray) -> dict[int | str, li
 
 
 class _Deck:
-    """Images of one identity and modality in random order, reshuffled when used up."""
+    """The images of one identity and modality in random order, reshuffled when used up."""
 
     def __init__(self, rows: list[int]) -> None:
         self.rows = rows
@@ -181,7 +178,7 @@ class _Deck:
         while len(dealt) < count:
             if not self.left:
                 fresh = random.permutation(self.rows).tolist()
-                # Those already in hand go to the bottom (the front: cards are taken from the end).
+                # Cards already in hand go to the bottom (the front of the list: cards are taken from its end).
                 self.left = [row for row in fresh if row in dealt] + [row for row in fresh if row not in dealt]
             dealt.append(self.left.pop())
         return dealt

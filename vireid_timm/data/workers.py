@@ -1,15 +1,21 @@
-"""Map over many items in threads or processes, in order."""
+"""Apply a function to many items in threads or processes, in order."""
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing import get_context
+
+from tqdm import tqdm
+
+CHUNK = 32  # items per task: enough to hide the overhead of a task, few enough for a smooth progress bar
+PROCESSES_FROM = 4000  # rendered images from which processes pay off: each has to import the library first
 
 
 def default_workers() -> int:
-    """One worker per core that this process may use, at most 8."""
+    """Return one worker per core that this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(8, cores)
 
@@ -18,20 +24,21 @@ def in_order(
     function: Callable,
     items: Iterable,
     *,
-    workers: int,
+    workers: int | None,
     processes: bool = False,
 ) -> Iterator:
-    """Apply a function to every item in parallel and yield the results in order, only a few of them ahead of time.
+    """Apply a function to every item in parallel and yield the results in order. Only a few are computed ahead.
 
     Args:
-        function: What to apply; with `processes` it must be picklable.
+        function: The function. It must be picklable if `processes` is set.
         items: Its arguments.
-        workers: How many at a time; 0 and 1 work in the calling thread.
-        processes: Use processes rather than threads, for work that holds Python's lock (rendering does, decoding not).
+        workers: Items at a time; None for `default_workers`, 0 or 1 for the calling thread.
+        processes: Use processes instead of threads, for work that holds the GIL (rendering does, decoding does not).
 
     Raises:
         ChildProcessError: If a worker process dies or cannot start.
     """
+    workers = default_workers() if workers is None else workers
     if workers <= 1:
         yield from map(function, items)
         return
@@ -46,8 +53,37 @@ def in_order(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            'a worker process died or could not start; if a script of yours makes this call, put it under '
+            'a worker process died or could not start; in a script of your own, put this call under '
             '`if __name__ == "__main__":`, or pass workers=0 (--workers 0)'
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_chunks(
+    function: Callable,
+    items: Sequence,
+    use: Callable[[int, object], None],
+    *,
+    rendered: int,
+    workers: int | None,
+    label: str,
+    progress: bool,
+) -> None:
+    """Apply a function to chunks of items in parallel and use the results in order, with a progress bar.
+
+    Args:
+        function: Takes a list of up to `CHUNK` items. It must be picklable.
+        items: The items.
+        use: Takes the position of a chunk's first item and the chunk's result, in the calling thread.
+        rendered: Number of items that are rendered, not decoded. From `PROCESSES_FROM` on, processes do the work.
+        workers: Chunks at a time, as for `in_order`.
+        label: Label of the progress bar.
+        progress: Show the progress bar, if the output is a terminal.
+    """
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    results = in_order(function, chunks, workers=workers, processes=rendered >= PROCESSES_FROM)
+    with tqdm(total=len(items), desc=label, unit='img', disable=None if progress else True) as bar, closing(results):
+        for index, result in enumerate(results):
+            use(index * CHUNK, result)
+            bar.update(len(chunks[index]))

@@ -14,7 +14,15 @@ from torch import nn
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
 from ..version import package_versions
-from .features import Extraction, check_finite, check_model, extract, image_size, open_store, weights_fingerprint
+from .features import (
+    Extraction,
+    check_finite,
+    extract,
+    image_size,
+    open_store,
+    require_dual_stream,
+    weights_fingerprint,
+)
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
 from .report import Report, relative_paths, summarise
@@ -69,7 +77,7 @@ def evaluate(
     """
     # Everything that can be wrong without looking at an image is found before the first one is decoded.
     extraction = Extraction(**options)
-    check_model(model)
+    require_dual_stream(model)
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
     if store is None:  # of the whole table, so that every choice of protocols shares it

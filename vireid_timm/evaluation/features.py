@@ -1,4 +1,4 @@
-"""From images to features: every image once through the network, by one process or dealt out among several."""
+"""Extract features: every image passes through the network once, on one rank or split among several."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from ..distributed import all_ranks, is_rank_zero, rank_and_world_size
 
 FEATURES = ('after-bn', 'before-bn')
 CROPS = (1, 5)
-CROP_BORDER = (10 / 288, 10 / 144)  # the border that training pads with by default, as a share of height and width
+CROP_BORDER = (10 / 288, 10 / 144)  # training's default padding, as a share of height and width
 AMP_DTYPES = (None, torch.bfloat16, torch.float16)
 
 Images = Records | Sequence[str | Path | Image.Image]
@@ -35,18 +35,17 @@ class Extraction:
     """How features are extracted.
 
     Attributes:
-        features: `after-bn` (behind the BN-neck, what the model returns) or `before-bn`.
+        features: `after-bn` (after the BN-neck, as the model returns them) or `before-bn`.
         flip_test: Average over each image and its mirror image.
         crops: 1, or 5 to average over the image and its shifts into the four corners, see `views`.
         size: Height and width that images are resized to; None for the model's own.
         batch_size: Images per forward pass.
-        device: Where to compute; None where the model is.
-        amp_dtype: Type that autocast computes in, bfloat16 or float16; None for full precision.
-        cache: Where decoded images are kept, see `image_store`; `device` is `disk` here. Several processes share
-            `disk` alone.
+        device: Device to compute on; None for the model's own.
+        amp_dtype: Autocast type, bfloat16 or float16; None for full precision.
+        cache: Where decoded images are kept, see `image_store`. `device` means `disk` here. Ranks share only `disk`.
         cache_dir: Folder of the disk cache.
-        skip_broken: Leave unreadable images out rather than stop.
-        workers: Images decoded at a time; None for one per core.
+        skip_broken: Skip images that cannot be read instead of raising.
+        workers: Number of workers that decode; None for one per core, at most 8.
         progress: Show progress bars, if the output is a terminal.
     """
 
@@ -93,28 +92,28 @@ def embed(
     cache: str = 'off',
     **options: object,
 ) -> tuple[torch.Tensor, list[str] | list[int]]:
-    """Features of images, ready to be compared by inner product.
+    """Return the features of images, ready to be compared by inner product.
 
-    The model is left as it was: on its device, every module in the mode that it was in. Where `torch.distributed` runs
-    with several processes, all of them have to make this call: they share the work, and each gets all features.
+    The model keeps its device and the mode of every module. If several ranks run, all of them must make this call: they
+    share the work, and each gets all features.
 
     Args:
         model: One of this package's models, with or without classifiers.
-        images: A record table, paths, or PIL images of mode RGB or L (taken as they are, resized only).
-        modality: Of paths and PIL images, `visible` or `infrared`; records know their own.
+        images: A record table, paths, or PIL images of mode RGB or L, which are only resized.
+        modality: `visible` or `infrared` for paths and PIL images; None for records, which have their own.
         cache: Where decoded images are kept, see `image_store`.
         **options: The other fields of `Extraction`: `features`, `flip_test`, `crops`, `size`, `batch_size`, ...
 
     Returns:
-        L2-normalised features on the CPU, [N, D] float32, and what each row shows: its path, or for PIL images its
-        place in `images`. Rows come in the order of `images`; only images that were skipped are missing.
+        L2-normalised features on the CPU, [N, D] float32, and the path of every row (for PIL images its index in
+        `images`). Rows are in the order of `images`, without the skipped ones.
 
     Raises:
-        ValueError: On a missing or unknown modality, an option that is out of its range, an image that cannot be read,
-            or features that are not finite; the message names the image.
+        ValueError: On a missing or unknown modality, an option out of range, an image that cannot be read, or features
+            that are not finite. The message names the image.
     """
     extraction = Extraction(cache=cache, **options)
-    check_model(model)
+    require_dual_stream(model)
     records, pil_images = _as_records(images, modality)
     if pil_images:
         size = image_size(model, extraction)
@@ -126,38 +125,36 @@ def embed(
     return table, rows.tolist() if pil_images else records.path[rows].tolist()
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse models that do not tell visible from infrared images.
+def require_dual_stream(model: nn.Module) -> None:
+    """Check that a model takes visible and infrared images.
 
     Raises:
-        ValueError: If the model is none of this package's.
+        ValueError: If it is not one of this package's models.
     """
     if not hasattr(model, 'forward_branches'):
         raise ValueError(
-            f'{type(model).__name__} is none of the models of vireid_timm, which take visible and infrared images; '
-            "create one with timm.create_model('vireid_...')"
+            f'{type(model).__name__} is not a model of vireid_timm, which takes visible and infrared images; create '
+            "one with timm.create_model('vireid_...')"
         )
 
 
 def image_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
-    """Height and width that images are resized to: those asked for, or the model's own."""
+    """Return the height and width that images are resized to: the extraction's, or else the model's own."""
     return extraction.size or tuple(resolve_model_data_config(model)['input_size'][-2:])
 
 
 def open_store(model: nn.Module, records: Records, extraction: Extraction) -> ImageStore:
-    """The images of a table as the extraction wants them, see `image_store`.
-
-    Of several processes that share a disk cache, one decodes while the others wait; they then find the file whole.
+    """Open the image store of a table for an extraction. If several ranks run, all of them must make this call.
 
     Raises:
-        ImageError: If an image is broken, unless such images are to be skipped.
+        ImageError: If an image is broken, unless broken images are skipped.
         OSError: If the store cannot be written.
     """
     return all_ranks(
         lambda: image_store(
             records,
             image_size(model, extraction),
-            # Every image is needed once: a copy of all of them on the device would save nothing.
+            # Every image is needed once, so a copy of all of them on the device would save nothing.
             cache='disk' if extraction.cache == 'device' else extraction.cache,
             cache_dir=extraction.cache_dir,
             skip_broken=extraction.skip_broken,
@@ -174,24 +171,24 @@ def extract(
     store_rows: np.ndarray,
     extraction: Extraction,
 ) -> torch.Tensor:
-    """Features of a table's images, one pass.
+    """Return the features of a table's images.
 
-    Where `torch.distributed` runs with several processes, all of them have to make this call. They take turns at the
-    batches, which are composed as in a single process, and each ends up with the features of all images.
+    If several ranks run, all of them must make this call. The batches are those of a single process; of n ranks, each
+    computes every n-th batch, and all of them get the features of all images.
 
     Args:
-        model: One of this package's models, with or without classifiers; left as it was.
+        model: One of this package's models, with or without classifiers. It is left unchanged.
         records: The images, [N].
-        store: Where their bytes are.
-        store_rows: Row of the store that shows each of them, [N].
-        extraction: How.
+        store: The store that holds them.
+        store_rows: Row of the store for each image, [N].
+        extraction: How features are extracted.
 
     Returns:
         L2-normalised features in the order of `records`, [N, D] float32, on the device that computed them.
 
     Raises:
-        ValueError: On an image that cannot be read or has features that are not finite, and if processes were given
-            different things to extract or another of them failed.
+        ValueError: On an image that cannot be read, features that are not finite, ranks with different arguments, or a
+            failure of another rank.
     """
     number, count = rank_and_world_size()
     if count > 1:
@@ -202,20 +199,20 @@ def extract(
     all_ranks(lambda: _fill(table, model, batches, store, store_rows, extraction))
     if count > 1:
         _gather(table, [row for _, rows in batches for row in rows.tolist()])
-    # Not batch by batch: each look at the values would make the processor wait for the GPU.
+    # Once at the end: a check after every batch would make the CPU wait for the GPU.
     check_finite(table, records.path)
     return table
 
 
 def views(images: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iterator[torch.Tensor]:
-    """The variants of each image whose normalised features are averaged.
+    """Yield the variants of each image whose normalised features are averaged.
 
-    With five crops these are the image and its shifts into the four corners of a black border as wide as training's:
-    10 of 288 pixels in height and 10 of 144 in width. With the flip test, each is followed by its mirror image.
+    Five crops are the image and its shifts into the four corners of a black border, as wide as in training: 10 of 288
+    pixels in height, 10 of 144 in width. With `flip_test`, the mirror image follows each variant.
 
     Args:
         images: [B, 3, H, W] float, before normalisation (black is 0).
-        flip_test: Whether mirror images take part.
+        flip_test: Whether to add mirror images.
         crops: 1 or 5.
 
     Yields:
@@ -224,7 +221,7 @@ def views(images: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iter
     high, wide = (max(1, round(side * share)) for side, share in zip(images.shape[2:], CROP_BORDER, strict=True))
     shifts = [(0, 0), (-high, -wide), (-high, wide), (high, -wide), (high, wide)]
     for down, right in shifts[:crops]:
-        # A border of negative width cuts off: what comes in at one edge goes out at the other.
+        # Negative padding crops: the image grows at one edge and shrinks by as much at the opposite one.
         view = F.pad(images, (right, -right, down, -down)) if down else images
         yield view
         if flip_test:
@@ -232,22 +229,22 @@ def views(images: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iter
 
 
 def check_finite(features: torch.Tensor, paths: Sequence[str]) -> None:
-    """Name the first image whose features [N, D] are not finite.
+    """Check that all features [N, D] are finite.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If they are not; the message names the first image with such features.
     """
-    if not features.numel() or torch.stack(features.aminmax()).isfinite().all():
-        return  # found in one pass over the memory
+    if not features.numel() or torch.stack(features.aminmax()).isfinite().all():  # one pass over the memory
+        return
     broken = (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     raise ValueError(
         f'{paths[broken[0]]}: the features of this image are not finite ({len(broken)} such images among '
-        f'{len(paths)}); the weights may have diverged, or half precision may be too narrow for them'
+        f'{len(paths)}); the weights may have diverged, or overflow in half precision'
     )
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """First 12 digits of the SHA-256 over names, shapes, types and values of the state dict, whatever its device."""
+    """Return 12 digits of the SHA-256 of the state dict's names, shapes, types and values, on any device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
@@ -256,13 +253,16 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _as_records(images: Images, modality: str | None) -> tuple[Records, list[Image.Image]]:
-    """The images as a table, and themselves if they are PIL images."""
+    """Return the images as a table, and the images themselves if they are PIL images."""
     if isinstance(images, Records):
         if modality is not None:
-            raise ValueError(f'records know their modality; embed some of them by their rows, not with {modality!r}')
+            raise ValueError(
+                f'records have their own modality, but modality={modality!r} was given; to embed some of them, pass '
+                'those rows'
+            )
         return images, []
     if isinstance(images, (str, Path, Image.Image)):
-        raise ValueError(f'embed takes a list of images, got the single {images!r}')
+        raise ValueError(f'embed takes a list of images, got a single one: {images!r}')
     if modality not in MODALITIES:
         raise ValueError(f'modality must be one of {", ".join(MODALITIES)} unless records are given, got {modality!r}')
     images = list(images)
@@ -274,19 +274,19 @@ def _as_records(images: Images, modality: str | None) -> tuple[Records, list[Ima
 
 
 def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
-    """PIL images as bytes [N, 3, H, W], resized as `image_store` does."""
+    """Return PIL images as an array [N, 3, H, W] uint8, resized as `image_store` does."""
     for i, image in enumerate(images):
         if image.mode not in ('RGB', 'L'):
             raise ValueError(
-                f'image {i} has mode {image.mode}; PIL images must be RGB or L (8 bits): convert it, or give its '
-                'path instead, which is read with all that its format needs'
+                f'image {i} has mode {image.mode}; PIL images must be RGB or L (8 bits): convert it, or pass its path, '
+                'which handles every format'
             )
     squashed = [image.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
     return np.stack([np.asarray(image).transpose(2, 0, 1) for image in squashed])
 
 
 def _batches(records: Records, batch_size: int) -> list[tuple[str, np.ndarray]]:
-    """Modality and rows of every batch; a batch has one modality."""
+    """Return the modality and the rows of every batch. A batch has images of one modality."""
     batches = []
     for modality in MODALITIES:
         rows = np.flatnonzero(records.modality == modality)
@@ -302,16 +302,16 @@ def _fill(
     store_rows: np.ndarray,
     extraction: Extraction,
 ) -> None:
-    """Extract the batches into their rows of the table [N, D]."""
+    """Extract the features of the batches into their rows of the table [N, D]."""
     total = sum(len(rows) for _, rows in batches)
-    hidden = None if extraction.progress and is_rank_zero() else True  # None: unless the output is a terminal
+    hidden = None if extraction.progress and is_rank_zero() else True  # None shows the bar on a terminal only
     bar = tqdm(total=total, desc='features', unit='img', disable=hidden)
     # Two threads read ahead while the network computes.
     loaded = in_order(store.__getitem__, [store_rows[rows] for _, rows in batches], workers=2)
     with bar, closing(loaded), _inference(model, table.device):
-        for (modality, rows), pixels in zip(batches, loaded, strict=True):
+        for (modality, rows), images in zip(batches, loaded, strict=True):
             try:
-                features = _batch_features(model, modality, torch.from_numpy(pixels), table.device, extraction)
+                features = _batch_features(model, modality, images, table.device, extraction)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f'{len(rows)} images at a time do not fit into the memory of {table.device}; try a smaller '
@@ -324,14 +324,14 @@ def _fill(
 def _batch_features(
     model: nn.Module,
     modality: str,
-    pixels: torch.Tensor,
+    images: torch.Tensor,
     device: torch.device,
     extraction: Extraction,
 ) -> torch.Tensor:
-    """L2-normalised features [B, D] float32 of stored images, uint8 [B, H, W, 3]."""
-    if device.type == 'cuda':  # from pinned memory, the copy does not wait for the batch before
-        pixels = pixels.pin_memory()
-    images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    """Return the L2-normalised features [B, D] float32 of stored images [B, 3, H, W] uint8."""
+    if device.type == 'cuda':  # the copy from pinned memory does not wait for the previous batch
+        images = images.pin_memory()
+    images = images.to(device, non_blocking=True).float() / 255
     config = resolve_model_data_config(model)
     amp, dtype = extraction.amp_dtype, next(model.parameters()).dtype
     total = 0
@@ -353,7 +353,7 @@ def _forward(model: nn.Module, modality: str, images: torch.Tensor, features: st
 
 @contextmanager
 def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """No gradients, evaluation mode, on a device; afterwards everything as it was."""
+    """Run without gradients, in evaluation mode, on a device; restore the model afterwards."""
     modes = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device
     try:
@@ -362,13 +362,13 @@ def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
             yield
     finally:
         model.to(home)
-        # Module by module: `model.train()` would also wake those that the caller keeps in evaluation mode.
+        # Module by module: `model.train()` would also switch those that the caller keeps in evaluation mode.
         for module, training in modes.items():
             module.training = training
 
 
 def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:
-    """Make sure that all processes are about to extract the same, or their features would not belong together."""
+    """Check that all ranks were given the same arguments, or their features would not belong together."""
     images = '\n'.join([*records.path.tolist(), *records.modality.tolist()])
     number, count = rank_and_world_size()
     own = {
@@ -386,15 +386,15 @@ def _check_agreement(model: nn.Module, records: Records, extraction: Extraction)
     differing = [name for name, value in own.items() if any(other[name] != value for other in everyone)]
     if differing:
         raise ValueError(
-            f'the {count} processes were given different {", ".join(differing)} to extract features with: give all of '
-            'them the same arguments, and the same seed where weights are random'
+            f'the {count} ranks were given different {", ".join(differing)} to extract features with; give all of them '
+            'the same arguments, and the same seed if weights are random'
         )
 
 
 def _gather(table: torch.Tensor, rows: list[int]) -> None:
-    """Complete a table [N, D] in every process, which filled these rows of it and left zeros in the others.
+    """Complete a table [N, D] on every rank. This rank has filled the given rows and left zeros in the others.
 
-    Adding zeros changes no number, and a sum needs no memory for a second table.
+    Adding zeros changes no value, and a sum needs no memory for a second table.
     """
     filled = torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=len(table)).to(table.device)
     distributed.all_reduce(filled)
@@ -402,6 +402,6 @@ def _gather(table: torch.Tensor, rows: list[int]) -> None:
     wrong = (filled != 1).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
-            f'the processes extracted row {wrong[0]} {int(filled[wrong[0]])} times ({len(wrong)} such rows of '
-            f'{len(table)}); every row has to be extracted exactly once'
+            f'the ranks extracted row {wrong[0]} {int(filled[wrong[0]])} times ({len(wrong)} such rows of '
+            f'{len(table)}); every row must be extracted exactly once'
         )

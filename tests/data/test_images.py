@@ -1,0 +1,188 @@
+"""Decoding of images of every format and in every condition."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+from image_files import noise, write_broken, write_images
+from PIL import Image
+
+from vireid_timm.constants import INFRARED
+from vireid_timm.data.images import ImageError, load_image, read_image
+from vireid_timm.synthvi.render import render
+
+
+@pytest.mark.parametrize(
+    'mode, suffix',
+    [
+        ('1', '.png'),
+        ('L', '.png'),
+        ('L', '.jpg'),
+        ('P', '.gif'),
+        ('RGB', '.bmp'),
+        ('RGB', '.webp'),
+        ('CMYK', '.jpg'),
+        ('CMYK', '.tif'),
+        ('YCbCr', '.jpg'),
+    ],
+)
+def test_every_mode_becomes_three_channels(tmp_path, mode, suffix):
+    path = tmp_path / f'image{suffix}'
+    Image.fromarray(noise(16, 8, 3)).convert(mode).save(path)
+    image = read_image(str(path))
+    with Image.open(path) as expected:
+        assert (image.mode, image.size) == ('RGB', (8, 16))
+        assert np.array_equal(np.asarray(image), np.asarray(expected.convert('RGB')))
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'L', 'RGB'])
+def test_transparent_parts_become_black(tmp_path, mode):
+    path = tmp_path / 'image.png'
+    pixels = noise(16, 8, 4)
+    pixels[:8, :, 3], pixels[8:, :, 3] = 0, 255
+    if mode in ('RGBA', 'LA'):
+        Image.fromarray(pixels).convert(mode).save(path)
+    elif mode == 'P':
+        indices = Image.fromarray(np.repeat(np.uint8([[5], [6]]), 8, axis=0).repeat(8, axis=1), 'L').convert('P')
+        indices.putpalette([number for colour in range(256) for number in (255 - colour, 2, 3)])
+        indices.save(path, transparency=5)
+    else:  # one colour marks transparency
+        opaque = Image.new(mode, (8, 16), 'white')
+        opaque.paste('gray', (0, 0, 8, 8))
+        opaque.save(path, transparency=128 if mode == 'L' else (128, 128, 128))
+    image = np.asarray(read_image(str(path)))
+    assert (image[:8] == 0).all()
+    assert image[8:].any()
+    if mode == 'RGBA':
+        assert np.array_equal(image[8:], pixels[8:, :, :3])
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+@pytest.mark.parametrize(
+    'orientation, upright',
+    [
+        (1, lambda pixels: pixels),
+        (2, lambda pixels: pixels[:, ::-1]),
+        (3, lambda pixels: pixels[::-1, ::-1]),
+        (4, lambda pixels: pixels[::-1]),
+        (5, lambda pixels: pixels.swapaxes(0, 1)),
+        (6, lambda pixels: pixels[::-1].swapaxes(0, 1)),
+        (7, lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1)),
+        (8, lambda pixels: pixels[:, ::-1].swapaxes(0, 1)),
+        (77, lambda pixels: pixels),
+    ],
+)
+@pytest.mark.parametrize('deep', [False, True])
+def test_orientation_is_honoured(tmp_path, suffix, orientation, upright, deep):
+    path = tmp_path / f'image{suffix}'
+    pixels = np.arange(20 * 12, dtype=np.uint16).reshape(20, 12) * 200 if deep else noise(20, 12, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, **({'exif': exif} if suffix == '.png' else {'tiffinfo': {0x0112: orientation}}))
+    plain = tmp_path / 'plain.png'
+    Image.fromarray(pixels).save(plain)
+    assert np.array_equal(np.asarray(read_image(str(path))), upright(np.asarray(read_image(str(plain)))))
+
+
+def naive_stretch(values):
+    """Scale one value at a time; the percentiles come from sorting."""
+    finite = sorted(value for value in values.ravel().tolist() if math.isfinite(value))
+
+    def percentile(percent):
+        position = percent / 100 * (len(finite) - 1)
+        below = int(position)
+        above = min(below + 1, len(finite) - 1)
+        return finite[below] + (position - below) * (finite[above] - finite[below])
+
+    low, high = percentile(0.1), percentile(99.9)
+    if low == high:
+        low, high = finite[0], finite[-1]
+    pixels = np.zeros(values.shape, np.uint8)
+    for place, value in np.ndenumerate(values):
+        share = 0.0 if low == high or math.isnan(value) else (value - low) / (high - low)
+        pixels[place] = round(255 * min(max(share, 0.0), 1.0))
+    return pixels
+
+
+def deep_images():
+    rng = np.random.default_rng(1)
+    counts = rng.normal(7800, 60, (60, 40)).astype(np.uint16)  # a thermal camera's raw counts
+    hot = np.full((60, 40), 4000, np.uint16)
+    hot[5, 5] = 4100
+    gaps = rng.normal(295.0, 3.0, (60, 40)).astype(np.float32)  # kelvin, with pixels that failed
+    gaps[3, :7], gaps[4, 0], gaps[5, 0] = np.nan, np.inf, -np.inf
+    return {
+        'counts': (counts, '.png'),
+        'counts in tiff': (counts, '.tif'),
+        'hot pixel': (hot, '.png'),
+        'constant': (np.full((60, 40), 123, np.uint16), '.png'),
+        'full range': (counts * 8, '.pgm'),
+        'float': (gaps, '.tif'),
+        'int': (counts.astype(np.int32) - 9000, '.tif'),
+        'tiny': (np.array([[700, 900]], np.uint16), '.png'),
+    }
+
+
+@pytest.mark.parametrize('name', deep_images())
+def test_deep_images_are_stretched(tmp_path, name):
+    values, suffix = deep_images()[name]
+    path = tmp_path / f'image{suffix}'
+    if suffix == '.pgm':
+        path.write_bytes(b'P5 %d %d 65535\n' % values.shape[::-1] + values.astype('>u2').tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    pixels = np.asarray(read_image(str(path)))
+    assert pixels.shape == (*values.shape, 3)
+    assert (pixels == pixels[..., :1]).all()
+    # A value halfway between two bytes may round either way.
+    assert np.abs(pixels[..., 0].astype(int) - naive_stretch(values)).max() <= 1
+    assert pixels.min() == 0
+    assert pixels.max() == (0 if name == 'constant' else 255)
+
+
+def test_stretch_ignores_scale_and_offset(tmp_path):
+    values = deep_images()['counts'][0]
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    Image.fromarray(values * 5 + 1000).save(tmp_path / 'b.png')
+    a, b = (np.asarray(read_image(str(tmp_path / name))) for name in ('a.png', 'b.png'))
+    assert np.array_equal(a, b)
+
+
+def test_eight_bits_are_not_stretched(tmp_path):
+    pixels = np.full((8, 8), 50, np.uint8)
+    pixels[0, 0] = 60
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / 'a.png')))[..., 0], pixels)
+
+
+@pytest.mark.parametrize('suffix', ['.gif', '.tif', '.png'])
+def test_first_frame_is_taken(tmp_path, suffix):
+    frames = [Image.new('RGB', (8, 16), colour) for colour in ('red', 'lime')]
+    frames[0].save(tmp_path / f'a{suffix}', save_all=True, append_images=frames[1:])
+    assert (np.asarray(read_image(str(tmp_path / f'a{suffix}'))) == (255, 0, 0)).all()
+
+
+def test_broken_images_are_named(tmp_path):
+    for name, message in write_broken(tmp_path).items():
+        path = str(tmp_path / name)
+        with pytest.raises(ImageError, match=message) as caught:
+            read_image(path)
+        text = str(caught.value)
+        assert text.startswith(f'{path}: this image cannot be read ('), text
+        assert '--skip-broken' in text
+        assert str(copy.copy(caught.value)) == text  # rebuilt from its arguments, as between processes
+
+
+def test_malformed_address_is_no_broken_image():
+    with pytest.raises(ValueError, match='synthvi:nonsense') as caught:
+        read_image('synthvi:nonsense')
+    assert not isinstance(caught.value, ImageError)
+
+
+def test_load_image(tmp_path):
+    files = write_images(tmp_path / 'images')
+    for path in files:
+        expected = read_image(str(path)).resize((12, 24), Image.Resampling.BILINEAR)
+        assert np.array_equal(load_image(str(path), (24, 12)), np.asarray(expected))
+    assert np.array_equal(load_image(files[-1], (32, 16)), render(INFRARED, 3, 1, 0, size=(32, 16)))

@@ -1,0 +1,63 @@
+"""Functions over many items in threads and processes, in order."""
+
+import functools
+import math
+import os
+import pickle
+import threading
+import time
+
+import pytest
+
+from vireid_timm.data.store import _decode_chunk
+from vireid_timm.data.workers import CHUNK, default_workers, in_order, map_chunks
+
+
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_in_order(workers):
+    started = []
+
+    def slow_start(number):
+        started.append(number)
+        time.sleep(0.001 * (number % 3 == 0))
+        return number * number
+
+    results = in_order(slow_start, range(50), workers=workers)
+    assert next(results) == 0
+    assert len(started) <= 2 * max(workers, 1) + 1 + workers  # only a few are computed ahead
+    assert list(results) == [number * number for number in range(1, 50)]
+
+
+def test_in_order_passes_errors_on():
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda number: 1 // number, [1, 0, 1], workers=2))
+
+
+def test_in_order_with_processes():
+    assert list(in_order(math.sqrt, [4.0, 9.0, 16.0], workers=2, processes=True)) == [2.0, 3.0, 4.0]
+    assert pickle.dumps(functools.partial(_decode_chunk, size=(24, 12))), 'worker processes get it pickled'
+
+
+def test_death_of_a_worker_is_reported():
+    with pytest.raises(ChildProcessError, match='worker process died.*--workers 0'):
+        list(in_order(os._exit, [1, 1], workers=2, processes=True))
+
+
+@pytest.mark.parametrize('workers', [0, 3])
+@pytest.mark.parametrize('count', [0, 1, CHUNK, 2 * CHUNK + 5])
+def test_map_chunks(workers, count):
+    used = {}
+    map_chunks(sum, range(count), used.__setitem__, rendered=0, workers=workers, label='', progress=False)
+    assert list(used) == list(range(0, count, CHUNK))
+    assert sum(used.values()) == sum(range(count))
+
+
+def test_map_chunks_ends_its_threads_on_an_error():
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        map_chunks(len, range(20 * CHUNK), lambda start, n: 1 // 0, rendered=0, workers=2, label='', progress=False)
+    assert threading.active_count() == before
+
+
+def test_default_workers():
+    assert 1 <= default_workers() <= 8
