@@ -1,19 +1,21 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and its dependencies.
-#   make demo          see the method learn on rendered people (writes output/demo)
+#   make demo          search, fine-tune and search again on rendered people (writes output/demo)
 #   make test          lint, format check and every test
 #   make test-strict   the tests, with the deprecations that libraries announce as errors
-#   make format        let ruff rewrite the code in the project's form
-#   make soak          a training killed forty times, compared with one that was not (some minutes)
+#   make format        let ruff rewrite the code
+#   make docs          the pages and an API reference as a site in build/docs, warnings as errors
+#   make soak          kill a training forty times and compare it with an undisturbed one (some minutes)
 #   make timm-suite    timm's own model tests on every model of this package (needs the network)
-#   make clean         remove what the other targets made, but not output/
-# PYTHON=... chooses the interpreter that .venv is made from.
+#   make clean         remove what the other targets made, except output/
+# PYTHON=... chooses the interpreter of a new .venv.
 
-.PHONY: demo test test-strict format soak timm-suite clean
+.PHONY: demo test test-strict format docs soak timm-suite clean
 
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$name && break; done)
 INSTALLED := .venv/installed
+DOCS_INSTALLED := .venv/installed-docs
 
 demo: $(INSTALLED)
 	.venv/bin/vireid demo --output output/demo
@@ -30,6 +32,9 @@ format: $(INSTALLED)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+docs: $(DOCS_INSTALLED)
+	.venv/bin/mkdocs build
+
 soak: $(INSTALLED)
 	.venv/bin/python tests/soak.py
 
@@ -39,7 +44,7 @@ timm-suite: $(INSTALLED)
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 
-# Written last, so that an interrupted set-up starts again. PYTHON is expanded once, for its search runs interpreters.
+# Touched last, so an interrupted set-up starts again. PYTHON is expanded once, because its search runs interpreters.
 $(INSTALLED): setup.cfg pyproject.toml
 	@python="$(PYTHON)"; \
 	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
@@ -50,4 +55,8 @@ $(INSTALLED): setup.cfg pyproject.toml
 	echo "Setting up .venv with $$("$$python" --version): some minutes, once"; \
 	rm -rf .venv && "$$python" -m venv .venv
 	.venv/bin/python -m pip install --editable '.[test]'
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	.venv/bin/python -m pip install --editable '.[docs]'
 	@touch $@

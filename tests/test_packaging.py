@@ -1,4 +1,4 @@
-"""What setup.cfg says agrees with the files beside it."""
+"""setup.cfg agrees with the other files."""
 
 import re
 from configparser import ConfigParser

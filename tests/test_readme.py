@@ -1,213 +1,178 @@
 """Every block of README.md and docs/ that can run does run, in order; every other command is checked for what it names.
 
-A page's Python blocks share one namespace and its `vireid` commands one scratch folder. The commands run in this very
-process, through the installed entry point. `<!-- not run: reason -->` above a block exempts what would need licensed
-data, the network or minutes. Its Python still has to compile, and its commands may only use flags that `--help` knows.
+The Python blocks of a page share one namespace, and its `vireid` commands one scratch folder. The commands run in this
+process, through the installed entry point. `<!-- not run: reason -->` above a block exempts what needs licensed data,
+the network or minutes. Its Python must still compile, and its commands may only use flags that exist.
 """
 
 import contextlib
 import functools
 import io
-import os
 import re
 import shlex
 from configparser import ConfigParser
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import yaml
+
+import vireid_timm
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
-PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'CONTRIBUTING.md']
-SHELL = ('bash', 'console', 'sh', 'shell')
+DOCS = sorted((ROOT / 'docs').glob('*.md'))
+PAGES = [README, *DOCS, ROOT / 'CONTRIBUTING.md']
+PACKAGE_FOLDERS = {path.name for path in (ROOT / 'vireid_timm').iterdir() if path.is_dir() and path.name[0] not in '._'}
+BLOCK = re.compile(r'(^<!-- not run: \S[^\n]* -->\n)?^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, the line where the text begins, and whether it is to run."""
+class Block(NamedTuple):
+    """A fenced block: its language, its text, the line where the text begins, and whether it runs."""
 
-    page: str
     language: str
     text: str
     line: int
     runs: bool
-
-    @property
-    def place(self) -> str:
-        return f'{self.page}:{self.line}'
 
 
 def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def _blocks(text: str, page: str) -> list[Block]:
-    blocks = []
-    fence, exempt, start, language = '', False, 0, ''
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        opening = re.match(r'\s*(```+)\s*(\w*)', line)
-        if fence:
-            if line.strip() == fence:
-                blocks.append(Block(page, language, '\n'.join(lines[start : number - 1]) + '\n', start + 1, not exempt))
-                fence, exempt = '', False
-        elif opening:
-            fence, language = opening.groups()
-            start = number
-        elif line.strip():
-            exempt = re.fullmatch(r'<!-- not run: \S.* -->', line.strip()) is not None
-    assert not fence, f'{page}:{start}: this block has no end'
-    return blocks
+def _blocks(text: str) -> list[Block]:
+    assert len(re.findall('^```', text, re.MULTILINE)) % 2 == 0, 'a block has no end'
+    return [
+        Block(match[2], match[3], text.count('\n', 0, match.start(3)) + 1, match[1] is None)
+        for match in BLOCK.finditer(text)
+    ]
 
 
-def _commands(block: Block) -> list[list[str]]:
-    """The block's commands as word lists. A `console` block marks them with `$ `; the other lines are output."""
-    text = block.text.replace('\\\n', ' ')
-    lines = text.splitlines()
-    if block.language == 'console':
-        lines = [line.removeprefix('$ ') for line in lines if line.startswith('$ ')]
-    commands = [part for line in lines for part in line.split(' && ')]
-    return [words for words in (shlex.split(command, comments=True) for command in commands) if words]
+def _commands(text: str) -> list[list[str]]:
+    """Return the words of each command of a `bash` block."""
+    lines = text.replace('\\\n', ' ').splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def _vireid_words(command: list[str]) -> list[str] | None:
-    """What follows `vireid`, in whichever of the documented ways it is called; None for any other command."""
-    if Path(command[0]).name == 'vireid' and command[0] in ('vireid', '.venv/bin/vireid'):
-        return command[1:]
-    return command[3:] if command[:3] == ['python', '-m', 'vireid_timm'] else None
-
-
-def _vireid(*words: str) -> tuple[object, str]:
-    """Exit status of the `vireid` command, and what it said."""
-    installed = entry_points(group='console_scripts', name='vireid')
-    assert installed, 'the package is not installed; `make test` or `pip install --editable .` does that'
-    main = next(iter(installed)).load()
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+def _vireid(*words: str) -> str:
+    """Run the `vireid` command and return what it prints."""
+    (command,) = entry_points(group='console_scripts', name='vireid')
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            status = main(words)
+            status = command.load()(words)
         except SystemExit as stop:  # from argparse
             status = stop.code
-    return status, said.getvalue()
+    assert not status, f'vireid {shlex.join(words)}\n{output.getvalue()[-4000:]}'
+    return output.getvalue()
 
 
 @functools.cache
-def _help(*words: str) -> str:
-    status, said = _vireid(*words, '--help')
-    assert not status, f'vireid {shlex.join(words)} --help: {said}'
-    return said
+def _flags(*command: str) -> set[str]:
+    text = _vireid(*command, '--help')
+    if '--help-all' in text:
+        text = _vireid(*command, '--help-all')
+    return set(re.findall(r'--?[a-zA-Z][\w-]*', text))
 
 
-def _check_vireid(words: list[str], place: str) -> None:
-    depth = 2 if words[:1] == ['hub'] else 1
-    subcommand = [word for word in words[:depth] if not word.startswith('-')]
-    known = set(re.findall(r'--?[a-zA-Z][\w-]*', _help(*subcommand)))
-    unknown = [word for word in words if re.match('--?[a-zA-Z]', word) and word.partition('=')[0] not in known]
-    assert not unknown, f'{place}: vireid {" ".join(subcommand)} has no {", ".join(unknown)}'
+def _check_vireid(words: list[str]) -> None:
+    command = [word for word in words[: 2 if words[:1] == ['hub'] else 1] if not word.startswith('-')]
+    unknown = {word for word in words if re.match('--?[a-zA-Z]', word)} - _flags(*command)
+    assert not unknown, f'vireid {" ".join(command)} has no {unknown}'
+    for flag, value in zip(words, words[1:]):
+        if flag in ('-c', '--config'):
+            assert (ROOT / 'vireid_timm' / 'recipes' / f'{value}.yaml').is_file(), f'no recipe {value}'
 
 
-def _check_other(command: list[str], place: str) -> None:
-    """What a test cannot or should not run: the targets, extras and files that the command names must exist."""
-    said = f'{place}: {shlex.join(command)}'
-    program, words = command[0], command[1:]
+def _check_other(program: str, words: list[str]) -> None:
+    """Check a command that a test cannot or should not run: the targets and files that it names must exist."""
     if program == 'make':
         targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(encoding='utf-8'), flags=re.MULTILINE)
-        wanted = [word for word in words if '=' not in word]
-        assert wanted and set(wanted) <= set(targets), f'{said}: the Makefile has the targets {targets}'
-    elif program == 'pip':
-        config = ConfigParser()
-        config.read(ROOT / 'setup.cfg', encoding='utf-8')
-        extras = [extra for word in words for extra in re.findall(r'[\w-]+', ''.join(re.findall(r'\[(.*)\]', word)))]
-        assert words[:1] == ['install'], said
-        assert set(extras) <= set(config['options.extras_require']), f'{said}: setup.cfg has no such extra'
+        assert words and set(words) <= set(targets), f'the Makefile has the targets {targets}'
     elif program == 'torchrun':
         module = words.index('-m')
-        assert words[module + 1] == 'vireid_timm', f'{said}: no such module'
-        _check_vireid(words[module + 2 :], place)
-    elif program in ('python', 'bash') and words and not words[0].startswith('-'):
-        assert (ROOT / words[0]).is_file(), f'{said}: no such file'
-    elif program.startswith('.'):
-        assert os.access(ROOT / program, os.X_OK), f'{said}: no such program'
+        assert words[module + 1] == 'vireid_timm'
+        _check_vireid(words[module + 2 :])
+    elif program == 'python':
+        assert (ROOT / words[0]).is_file(), f'no file {words[0]}'
     else:
-        assert program in ('git', 'cd', 'source'), f'{said}: this test does not know how to check {program}'
+        assert [program, *words] == ['pip', 'install', '.'], 'this test does not know how to check this command'
 
 
-def _run_vireid(words: list[str], place: str) -> None:
-    status, said = _vireid(*words)
-    assert not status, f'{place}: vireid {shlex.join(words)}\n{said[-4000:]}'
-
-
-def _run_page(page: Path) -> dict[str, int]:
-    """Go through a page in order, in the current folder; returns how many pieces of each kind were run."""
-    ran = {'python': 0, 'vireid': 0}
+@pytest.mark.parametrize('page', PAGES, ids=_name)
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace = {'__name__': '__main__'}
-    for block in _blocks(page.read_text(encoding='utf-8'), _name(page)):
+    for block in _blocks(page.read_text(encoding='utf-8')):
         if block.language == 'python':
             code = compile('\n' * (block.line - 1) + block.text, str(page), 'exec')
             if block.runs:
                 exec(code, namespace)
-                ran['python'] += 1
-        elif block.language in SHELL:
-            for command in _commands(block):
-                words = _vireid_words(command)
-                if words is None:
-                    _check_other(command, block.place)
+        elif block.language == 'bash':
+            for program, *words in _commands(block.text):
+                if program != 'vireid':
+                    _check_other(program, words)
                     continue
-                _check_vireid(words, block.place)
+                _check_vireid(words)
                 if block.runs:
-                    _run_vireid(words, block.place)
-                    ran['vireid'] += 1
-    return ran
+                    _vireid(*words)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=_name)
-def test_page(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ran = _run_page(page)
-    if page == README:
-        assert min(ran.values()) > 0, f'the README must have Python and vireid commands that are run, got {ran}'
-
-
-@pytest.mark.parametrize('page', PAGES, ids=_name)
-def test_local_links_lead_somewhere(page):
-    prose = re.sub(r'```.*?```|`[^`\n]*`', '', page.read_text(encoding='utf-8'), flags=re.DOTALL)
+def test_links_and_extras_exist(page: Path) -> None:
+    text = page.read_text(encoding='utf-8')
+    prose = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.DOTALL)
     targets = re.findall(r'\]\(([^)\s#]+)', prose) + re.findall(r'src="([^"]+)"', prose)
     missing = [target for target in targets if '://' not in target and not (page.parent / target).exists()]
-    assert not missing, f'{_name(page)} points at {missing}'
+    assert not missing, f'{_name(page)} links to {missing}'
+    config = ConfigParser()
+    config.read(ROOT / 'setup.cfg', encoding='utf-8')
+    assert set(re.findall(r'vireid_timm\[(\w+)\]', text)) <= set(config['options.extras_require'])
 
 
-def test_blocks_are_found_with_their_lines_and_marks():
-    text = (
-        'Text\n\n```python\na = 1\n```\n<!-- not run: needs a licence -->\n\n```bash\nvireid demo\n```\n'
-        '```bash\nmake demo\n```\n````\n```\n````\n'
-    )
-    assert _blocks(text, 'page') == [
-        Block('page', 'python', 'a = 1\n', 4, True),
-        Block('page', 'bash', 'vireid demo\n', 9, False),
-        Block('page', 'bash', 'make demo\n', 12, True),
-        Block('page', '', '```\n', 15, True),
+def test_readme_is_short_runs_and_shows_every_package() -> None:
+    text = README.read_text(encoding='utf-8')
+    assert len(text.splitlines()) <= 120 and max(map(len, text.splitlines())) <= 120
+    assert {block.language for block in _blocks(text) if block.runs} >= {'python', 'bash'}
+    (tree,) = (block.text for block in _blocks(text) if block.text.startswith('vireid_timm/\n'))
+    assert set(re.findall(r'^  (\w+)/ ', tree, flags=re.MULTILINE)) == PACKAGE_FOLDERS
+
+
+def test_site_has_every_page_and_public_name() -> None:
+    site = yaml.safe_load((ROOT / 'mkdocs.yml').read_text(encoding='utf-8'))
+    assert sorted(site['nav']) == [page.name for page in DOCS]
+    reference = (ROOT / 'docs' / 'api.md').read_text(encoding='utf-8')
+    names = set(re.findall(r'^::: vireid_timm\.(\w+)$', reference, flags=re.MULTILINE))
+    assert names == set(vireid_timm.__all__) - {'__version__'}
+
+
+def test_blocks_are_found_with_their_lines_and_marks() -> None:
+    text = 'Text\n\n```python\na = 1\n```\n<!-- not run: why -->\n```bash\nvireid demo\n```\n```\nmake demo\n```\n'
+    assert _blocks(text) == [
+        Block('python', 'a = 1\n', 4, True),
+        Block('bash', 'vireid demo\n', 8, False),
+        Block('', 'make demo\n', 11, True),
     ]
-    with pytest.raises(AssertionError, match='page:2'):
-        _blocks('\n```python\na = 1\n', 'page')
+    with pytest.raises(AssertionError, match='no end'):
+        _blocks('\n```python\na = 1\n')
 
 
-def test_commands_are_found_in_every_form():
-    text = 'git clone a && cd a\n# a remark\nvireid eval \\\n  --report "a b.json"  # why\n'
-    assert _commands(Block('page', 'bash', text, 1, True)) == [
-        ['git', 'clone', 'a'],
-        ['cd', 'a'],
-        ['vireid', 'eval', '--report', 'a b.json'],
-    ]
-    assert _commands(Block('page', 'console', '$ make test\n12 passed\n', 1, True)) == [['make', 'test']]
-    assert _vireid_words(['python', '-m', 'vireid_timm', 'demo']) == ['demo']
-    assert _vireid_words(['make', 'demo']) is None
+def test_commands_are_found() -> None:
+    text = '# a remark\nvireid eval \\\n  --report "a b.json"  # why\nmake test\n'
+    assert _commands(text) == [['vireid', 'eval', '--report', 'a b.json'], ['make', 'test']]
 
 
 @pytest.mark.parametrize(
-    'command', ['make nothing', 'pip install vireid_timm[nothing]', 'python benchmarks/nothing.py', 'rm -r .']
+    'command', ['make nothing', 'pip install nothing', 'python benchmarks/nothing.py', 'torchrun -m timm', 'rm -r .']
 )
-def test_commands_that_cannot_work_are_refused(command):
-    with pytest.raises(AssertionError, match='page:1'):
-        _check_other(shlex.split(command), 'page:1')
+def test_commands_that_cannot_work_are_refused(command: str) -> None:
+    program, *words = command.split()
+    with pytest.raises(AssertionError):
+        _check_other(program, words)
+
+
+@pytest.mark.parametrize('command', ['train --epochz 3', 'train --config nothing', 'hub save --nothing'])
+def test_flags_and_recipes_that_do_not_exist_are_refused(command: str) -> None:
+    with pytest.raises(AssertionError):
+        _check_vireid(command.split())
