@@ -95,8 +95,9 @@ def _vireid(*words: str) -> tuple[object, str]:
 
 @functools.cache
 def _help(*words: str) -> str:
-    status, said = _vireid(*words, '--help')
-    assert not status, f'vireid {shlex.join(words)} --help: {said}'
+    flag = '--help-all' if words == ('train',) else '--help'
+    status, said = _vireid(*words, flag)
+    assert not status, f'vireid {shlex.join(words)} {flag}: {said}'
     return said
 
 

@@ -23,15 +23,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..constants import INFRARED, MODALITIES, VISIBLE
-from ..synthvi.render import SPECTRA, render
+from ..constants import INFRARED, LAYOUT_NAMES, MODALITIES, SPECTRA, VISIBLE
+from ..synthvi.render import render
 from .readers import PERMUTATION_FILE, PERMUTATION_VARIABLE, REGDB_TRIALS, SYSU_CAMERAS
 from .store import CHUNK, PROCESSES_FROM
 from .workers import default_workers, in_order
 
 _logger = logging.getLogger(__name__)
 
-LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
 ABOUT_FILE = 'synthvi.json'  # in every folder that is written here: what it holds, and that it is complete
 JPEG_QUALITY = 95
 

@@ -29,6 +29,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
+from ..constants import CACHES
 from ..files import STALE_AFTER, last_written, lock
 from ..synthvi.render import renderer_digest
 from .images import ADDRESS_PREFIX, ImageError, load_image, read_image
@@ -36,7 +37,6 @@ from .records import Records
 from .workers import default_workers, in_order
 
 _logger = logging.getLogger(__name__)
-CACHES = ('auto', 'disk', 'ram', 'device', 'off')
 
 _PIXELS, _ABOUT = 'pixels.bin', 'about.json'  # a store's files
 _STORE_VERSION = 2  # raise it when the same file would give other bytes

@@ -15,11 +15,9 @@ import safetensors.torch
 import timm
 import torch
 
+from ..constants import AGW_FAMILY, SOURCES
 from ..models.dual_stream import DualStreamResNet
 from ..run_folder import MODEL_CONFIG
-
-AGW_FAMILY = ('agw', 'caj')
-SOURCES = (*AGW_FAMILY, 'torchvision', 'timm', 'vireid')
 
 # Where a file may have its weights, the averaged ones first.
 STATE_KEYS = ('net', 'state_dict_ema', 'model_ema', 'state_dict', 'model')

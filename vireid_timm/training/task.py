@@ -14,6 +14,7 @@ from torch import distributed
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..constants import DIST_BN
 from ..distributed import gather, process
 from ..loss.identity import identity_losses
 from ..loss.mutual_learning import MutualLearningLoss
@@ -21,9 +22,6 @@ from ..loss.triplet import WeightedRegularizedTriplet
 from ..models.dual_stream import BranchOutput, DualStreamResNet
 
 _logger = logging.getLogger(__name__)
-
-# How several processes settle on the same running statistics of batch norm: their mean, or those of process 0.
-DIST_BN = ('reduce', 'broadcast')
 
 
 class JoinedTriplet(NamedTuple):
