@@ -39,7 +39,7 @@ from vireid_timm.training.batches import batches, create_augments, load_data
 from vireid_timm.training.config import TrainConfig
 from vireid_timm.training.meter import Meter
 from vireid_timm.training.run import Run, create_optimizer, create_scheduler, frozen_norms, parameter_groups, set_up
-from vireid_timm.training.train import train
+from vireid_timm.training.train import TrainResult, train
 
 SMALL = {
     'dataset': 'synthetic',
@@ -59,7 +59,7 @@ SMALL = {
 }
 
 
-def _train(output: Path, **settings: Any) -> vireid_timm.TrainResult:
+def _train(output: Path, **settings: Any) -> TrainResult:
     return train({**SMALL, 'output': str(output), **settings})
 
 
