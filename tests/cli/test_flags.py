@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from vireid_timm.cli.demo import FINE_TUNING
 from vireid_timm.cli.main import COMMANDS, main
 from vireid_timm.cli.parser import Parser
 from vireid_timm.cli.train import add_arguments
 from vireid_timm.constants import DATASETS
 from vireid_timm.data.readers import READERS
-from vireid_timm.training.config import SETTINGS, TrainConfig
+from vireid_timm.training.config import SETTINGS, TrainConfig, find_config
+
+ROOT = Path(__file__).parents[2]
 
 
 def _parsers(command: str) -> Iterator[Parser]:
@@ -122,6 +125,14 @@ def test_a_recipe_is_found_by_name_and_an_unknown_one_lists_them(capsys: pytest.
     assert main(['train', '--config', 'sysu']) == 1
     error = capsys.readouterr().err
     assert all(name in error for name in ('sysu ', 'fine_tune', 'llcm', 'regdb', 'synthvi', 'sysu_mm01'))
+
+
+def test_the_rule_for_fine_tuning_is_the_same_everywhere() -> None:
+    flags = '--no-freeze-bn --lr 0.001 --warmup-epochs 0 --epochs 3 --identities-per-batch 16 --images-per-modality 2'
+    assert _parse_train(*flags.split()) == FINE_TUNING
+    for page in (ROOT / 'README.md', ROOT / 'docs/training.md', find_config('fine_tune')):
+        words = page.read_text(encoding='utf-8').replace('\\', ' ').replace('#', ' ').split()
+        assert flags in ' '.join(words), page
 
 
 def test_the_datasets_in_the_help_are_those_there_are() -> None:

@@ -719,4 +719,4 @@ def test_two_processes_decide_as_one_and_each_says_what_only_it_knows(tmp_path: 
     assert [path.name for path in (tmp_path / 'diverged').glob('nan-*')] == ['nan-epoch0-step0-process1']
 
     assert second['stopped'] == [128 + signal.SIGTERM, 'process 1: stopped by SIGTERM\n']
-    assert first['stopped'][0] == 1 and 'another process is gone; its own message says why' in first['stopped'][1]
+    assert first['stopped'][0] == 1 and 'is gone; its own message says why' in first['stopped'][1]

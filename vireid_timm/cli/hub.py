@@ -118,7 +118,7 @@ def check(args: argparse.Namespace) -> None:
     from ..hub.publish import check_model
 
     print(*check_model(args.name), sep='\n')
-    print(f'{args.name} is what it says')
+    print(f'Verified: {args.name}')
 
 
 def _add_convert(actions: Any) -> None:

@@ -41,8 +41,9 @@ def add_arguments(parser: Parser, every: bool = False) -> None:
     groups = {}
     for setting in SETTINGS.values():
         title = setting.metadata['group']
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        _add_setting(group, setting, every or setting.metadata.get('everyday', False))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_setting(groups[title], setting, every or setting.metadata.get('everyday', False))
     if not every:
         parser.epilog = f'These are the everyday flags; `{parser.prog} --help-all` shows every flag.'
     parser.set_defaults(run=run)

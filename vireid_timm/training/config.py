@@ -146,7 +146,7 @@ class TrainConfig:
     output: str = _setting('output/train', 'run', 'folder of the run folders')
     experiment: str = _setting('', 'run', 'name of the run folder', everyday=True, unset='time, model and dataset')
     resume: str = _setting(
-        '', 'run', 'run folder, or its previous.pth; auto: resume --experiment, or start it', everyday=True
+        '', 'run', 'run folder to resume, or its previous.pth; auto: that of --experiment, or a new run', everyday=True
     )
     deterministic: bool = _setting(False, 'run', 'reproduce the weights exactly, where torch can; slower on a GPU')
 
