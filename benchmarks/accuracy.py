@@ -26,6 +26,7 @@ from measuring import publish
 import vireid_timm
 from vireid_timm.data.store import image_store
 from vireid_timm.device import resolve_device
+from vireid_timm.evaluation.evaluate import evaluate_features
 from vireid_timm.files import save_json
 from vireid_timm.run_folder import LAST
 
@@ -79,7 +80,7 @@ def unlearned(dataset: vireid_timm.Dataset) -> dict[str, list[dict[str, Any]]]:
         torch.manual_seed(0)
         untrained = timm.create_model('vireid_dml_r10t', num_classes=0)
     rows = {
-        name: vireid_timm.evaluate_features(F.normalize(features, dim=1), dataset, PROTOCOL)
+        name: evaluate_features(F.normalize(features, dim=1), dataset, PROTOCOL)
         for name, features in (
             ('chance', chance),
             ('colour histogram', histogram(images)),

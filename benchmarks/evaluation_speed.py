@@ -24,6 +24,8 @@ from measuring import publish, seconds
 
 import vireid_timm
 from vireid_timm.data.layouts import plan_layout
+from vireid_timm.evaluation.evaluate import evaluate_features
+from vireid_timm.evaluation.metrics import RankMetrics
 
 DIMENSION = 2816
 SIGNAL = 0.2  # share of the identity in the features
@@ -112,14 +114,14 @@ def all_protocols(device: torch.device, repeats: int) -> dict[str, float]:
     """The 40 evaluations of SYSU-MM01 from features to the report, and the one product that they need."""
     dataset = sysu_mm01()
     features = random_features(dataset).to(device)
-    peak = peak_memory(lambda: vireid_timm.evaluate_features(features, dataset), device)
+    peak = peak_memory(lambda: evaluate_features(features, dataset), device)
     query, gallery = (
         features[torch.from_numpy(dataset.test.modality == modality).to(device)] for modality in ('infrared', 'visible')
     )
     times = {'product': [], 'report': []}
     for _ in range(repeats):
         times['product'].append(seconds(lambda: query @ gallery.T, device))
-        times['report'].append(seconds(lambda: vireid_timm.evaluate_features(features, dataset), device))
+        times['report'].append(seconds(lambda: evaluate_features(features, dataset), device))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         'product_s': medians['product'],
@@ -139,7 +141,7 @@ def one_trial(device: torch.device, repeats: int) -> dict[str, float]:
     query, gallery = identities[trial.query], identities[trial.gallery]
     on_device, ignore = similarity.to(device), torch.from_numpy(trial.ignore).to(device)
 
-    def library() -> vireid_timm.RankMetrics:
+    def library() -> RankMetrics:
         return vireid_timm.rank_metrics(on_device, query, gallery, ignore=ignore, per_identity_cmc=True)
 
     start = time.perf_counter()
@@ -157,7 +159,7 @@ def large(device: torch.device) -> dict[str, float]:
     dataset = many()
     features = random_features(dataset).to(device)
     start = time.perf_counter()
-    peak = peak_memory(lambda: vireid_timm.evaluate_features(features, dataset, 'infrared-to-visible'), device)
+    peak = peak_memory(lambda: evaluate_features(features, dataset, 'infrared-to-visible'), device)
     taken = time.perf_counter() - start
     everything = peak + 2 * MANY * DIMENSION * features.element_size()  # with the features of all queries
     return {

@@ -1,9 +1,9 @@
 """Go from a recipe to a published and verified model. To resume, run the same command again.
 
-    python hub/release.py RECIPE.yaml --data-dir DATA                      train, evaluate, save
-    python hub/release.py RECIPE.yaml --data-dir DATA --push OWNER/NAME    the same, push, load back, compare
-    python hub/release.py RECIPE.yaml --data-dir DATA --trials 1-10        RegDB: ten models, and their mean
-    python hub/release.py RECIPE.yaml --embed                              write the weights that the package ships
+    python hub/release.py RECIPE --data-dir DATA                      train, evaluate, save
+    python hub/release.py RECIPE --data-dir DATA --push OWNER/NAME    the same, push, load back, compare
+    python hub/release.py RECIPE --data-dir DATA --trials 1-10        RegDB: ten models, and their mean
+    python hub/release.py RECIPE --embed                              write weights that the package ships
 
 Everything is written to output/release/<name of the recipe>: the run, report.json, and model/, the folder to push. A
 stage is skipped if its result exists; delete the result to repeat the stage. With `--trials` each trial has its own
@@ -33,7 +33,7 @@ from vireid_timm.files import save_json, whole_file
 from vireid_timm.hub.card import evaluation_facts, model_card
 from vireid_timm.hub.folder import CARD, WEIGHTS, load_model, round_to_half, save_run, sha256_of
 from vireid_timm.hub.publish import check_model, push_folder
-from vireid_timm.training.config import load_yaml
+from vireid_timm.training.config import find_config, load_yaml
 
 EMBEDDED = Path(vireid_timm.__file__).with_name('weights')
 LICENSE = 'apache-2.0'  # of the weights in the package
@@ -42,6 +42,7 @@ LICENSE = 'apache-2.0'  # of the weights in the package
 def main() -> None:
     """Run all stages."""
     args = _arguments()
+    args.recipe = find_config(args.recipe)
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     settings = load_yaml(args.recipe)
     settings |= {'data_dir': args.data_dir} if args.data_dir else {}
@@ -148,7 +149,7 @@ def verified(folder: Path, repo_id: str) -> None:
 
 def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> None:
     """Write weights, scores and card of a model that the package ships; existing weights are kept."""
-    name = args.recipe.stem
+    name = f'{settings["model"].partition(".")[0]}.{args.recipe.stem}'
     target = EMBEDDED / f'{name}.safetensors'
     if target.is_file():
         print(f'train: done already ({target})')
@@ -225,7 +226,7 @@ def _keep_recipe(recipe: Path, work: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('recipe', type=Path, metavar='RECIPE.yaml', help='settings for `vireid train`')
+    parser.add_argument('recipe', metavar='RECIPE', help='recipe of the package, by name, or a YAML file of settings')
     parser.add_argument('--data-dir', default='', help='root of the data')
     parser.add_argument(
         '--test-kwargs',

@@ -1,4 +1,4 @@
-"""The benchmark of training runs from end to end on a small network; what it measures is not looked at."""
+"""The benchmarks of training and of the start run from end to end in small; what they measure is not looked at."""
 
 import json
 import subprocess
@@ -24,3 +24,15 @@ def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> No
     assert abs(sum(result['profile'].values()) - 1) < 1e-6 and result['profile']['convolutions'] > 0
     assert result['batches'].keys() == {'4'}
     assert '| ... times the bare one |' in done.stdout
+
+
+def test_startup_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
+    saved = tmp_path / 'result.json'
+    command = [sys.executable, str(BENCHMARKS / 'startup.py'), '--repeats', '1', '--save', str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text())
+    assert result['over_import_timm'].keys() == result['cpu_s'].keys() - {'import timm'}
+    assert all(ratio > 0 for ratio in result['over_import_timm'].values())
+    assert '| `vireid --version` |' in done.stdout

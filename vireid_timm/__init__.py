@@ -1,39 +1,77 @@
-"""Visible-infrared person re-identification as a timm plugin: importing it registers the models."""
+"""Visible-infrared person re-identification as a timm plugin: importing it registers the models.
 
-from .data.augment import Augment as Augment
-from .data.augment import ChannelRandomErasing as ChannelRandomErasing
-from .data.augment import PadCropFlip as PadCropFlip
-from .data.augment import RandomChannelCombination as RandomChannelCombination
-from .data.readers import create_dataset as create_dataset
-from .data.readers import split_identities as split_identities
-from .data.records import Dataset as Dataset
-from .data.records import Records as Records
-from .data.sampler import IdentityModalitySampler as IdentityModalitySampler
-from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.evaluate import evaluate_features as evaluate_features
-from .evaluation.features import Extraction as Extraction
-from .evaluation.features import embed as embed
-from .evaluation.metrics import RankMetrics as RankMetrics
-from .evaluation.metrics import rank_metrics as rank_metrics
-from .evaluation.protocols import Trial as Trial
-from .evaluation.protocols import protocol_trials as protocol_trials
-from .evaluation.protocols import protocols_of as protocols_of
-from .evaluation.report import Report as Report
-from .evaluation.reranking import ReRanking as ReRanking
-from .figures.rank_list import rank_list_image as rank_list_image
-from .hub.folder import load_model as load_model
-from .hub.folder import save_model_folder as save_model_folder
-from .hub.folder import save_run as save_run
-from .hub.publish import check_model as check_model
-from .hub.publish import push_folder as push_folder
-from .layers.power_mean import GeneralizedMeanPool as GeneralizedMeanPool
-from .loss.mutual_learning import MutualLearningLoss as MutualLearningLoss
-from .loss.triplet import WeightedRegularizedTriplet as WeightedRegularizedTriplet
-from .models.dual_stream import BranchOutput as BranchOutput
-from .models.dual_stream import DualStreamResNet as DualStreamResNet
-from .retrieval.search import nearest as nearest
-from .training.config import TrainConfig as TrainConfig
-from .training.loop import TrainResult as TrainResult
-from .training.loop import train as train
-from .training.task import ViReIDTask as ViReIDTask
-from .version import __version__ as __version__
+Only the models are imported here. Every other public name is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .cli.startup import interrupt_ends_command
+from .version import __version__
+
+with interrupt_ends_command():
+    from .models.dual_stream import BranchOutput
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from .data.augment import ChannelRandomErasing as ChannelRandomErasing
+    from .data.augment import RandomChannelCombination as RandomChannelCombination
+    from .data.readers import create_dataset as create_dataset
+    from .data.records import Dataset as Dataset
+    from .data.records import Records as Records
+    from .data.sampler import IdentityModalitySampler as IdentityModalitySampler
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.features import embed as embed
+    from .evaluation.metrics import rank_metrics as rank_metrics
+    from .evaluation.protocols import protocol_trials as protocol_trials
+    from .evaluation.protocols import protocols_of as protocols_of
+    from .evaluation.report import Report as Report
+    from .evaluation.reranking import ReRanking as ReRanking
+    from .hub.folder import load_model as load_model
+    from .hub.folder import save_model_folder as save_model_folder
+    from .layers.power_mean import GeneralizedMeanPool as GeneralizedMeanPool
+    from .loss.mutual_learning import MutualLearningLoss as MutualLearningLoss
+    from .loss.triplet import WeightedRegularizedTriplet as WeightedRegularizedTriplet
+    from .retrieval.search import nearest as nearest
+    from .training.config import TrainConfig as TrainConfig
+    from .training.loop import train as train
+    from .training.task import ViReIDTask as ViReIDTask
+
+_MODULE_OF = {
+    'ChannelRandomErasing': 'data.augment',
+    'Dataset': 'data.records',
+    'GeneralizedMeanPool': 'layers.power_mean',
+    'IdentityModalitySampler': 'data.sampler',
+    'MutualLearningLoss': 'loss.mutual_learning',
+    'RandomChannelCombination': 'data.augment',
+    'ReRanking': 'evaluation.reranking',
+    'Records': 'data.records',
+    'Report': 'evaluation.report',
+    'TrainConfig': 'training.config',
+    'ViReIDTask': 'training.task',
+    'WeightedRegularizedTriplet': 'loss.triplet',
+    'create_dataset': 'data.readers',
+    'embed': 'evaluation.features',
+    'evaluate': 'evaluation.evaluate',
+    'load_model': 'hub.folder',
+    'nearest': 'retrieval.search',
+    'protocol_trials': 'evaluation.protocols',
+    'protocols_of': 'evaluation.protocols',
+    'rank_metrics': 'evaluation.metrics',
+    'save_model_folder': 'hub.folder',
+    'train': 'training.loop',
+}
+
+__all__ = ['BranchOutput', '__version__', *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(importlib.import_module(f'.{_MODULE_OF[name]}', __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

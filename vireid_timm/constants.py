@@ -1,7 +1,19 @@
-"""The words for modalities and splits, one each, everywhere."""
+"""Words with one spelling everywhere: modalities, splits, and the choices that functions and flags share."""
 
 VISIBLE = 'visible'
 INFRARED = 'infrared'
 MODALITIES = (VISIBLE, INFRARED)
 SPLITS = ('train', 'query', 'gallery', 'test')  # test: an image that may serve as query and as gallery
 UNKNOWN_CAMERA = 0
+
+DATASETS = ('csv', 'folder', 'llcm', 'regdb', 'synthetic', 'sysu_mm01')
+LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
+SPECTRA = ('near-infrared', 'thermal')
+CACHES = ('auto', 'disk', 'ram', 'device', 'off')
+DRAWS = ('seeded', 'official')
+FEATURES = ('after-bn', 'before-bn')
+CROPS = (1, 5)
+RERANKINGS = ('none', 'k-reciprocal', 'cross-modality')
+GROUPINGS = ('camera', 'identity', 'modality')  # of a breakdown
+SOURCES = ('agw', 'caj')  # whose checkpoints can be converted
+DIST_BN = ('reduce', 'broadcast')  # running statistics of batch norm: the mean over the ranks, or those of rank 0

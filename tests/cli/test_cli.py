@@ -16,22 +16,9 @@ from vireid_timm.cli.main import main
 from vireid_timm.evaluation.report import Report
 
 TINY = (
-    '--identities-per-batch',
-    '3',
-    '--images-per-modality',
-    '2',
-    '--epochs',
-    '1',
-    '--val-share',
-    '0',
-    '--workers',
-    '0',
-    '--no-amp',
-    '--lr',
-    '0.01',
-    '--pad',
-    '2',
-)
+    '--input-size 3 64 32 --identities-per-batch 3 --images-per-modality 2 --epochs 1 --val-share 0 --workers 0 '
+    '--no-amp --lr 0.01 --pad 2 --experiment run'
+).split()
 PROTOCOLS = {
     'folder': {'visible-to-infrared', 'infrared-to-visible', 'mixed'},
     'sysu_mm01': {'all-single', 'all-multi', 'indoor-single', 'indoor-multi'},
@@ -41,16 +28,13 @@ PROTOCOLS = {
 
 
 def _synth(folder: Path, layout: str = 'folder') -> Path:
-    assert (
-        main(['synth', str(folder), '--layout', layout, '--identities', '4', '--size', '64', '32', '--workers', '0'])
-        == 0
-    )
+    small = '--identities 4 --size 64 32 --workers 0'.split()
+    assert main(['synth', str(folder), '--layout', layout, *small]) == 0
     return folder
 
 
-def _train_command(root: Path, output: Path) -> list[str]:
-    small = ['--model', 'vireid_base_r10t', '--input-size', '3', '64', '32', *TINY]
-    return ['train', '--data-dir', str(root), '--output', str(output), '--experiment', 'run', *small]
+def _train_command(root: Path, output: Path, *arguments: str, model: str = 'vireid_base_r10t') -> list[str]:
+    return ['train', '--data-dir', str(root), '--output', str(output), '--model', model, *TINY, *arguments]
 
 
 @pytest.fixture(scope='module')
@@ -61,56 +45,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp('runs')
-    assert (
-        main(
-            [
-                'train',
-                '--data-dir',
-                str(data),
-                '--model',
-                'vireid_dml_r10t',
-                '--input-size',
-                '3',
-                '64',
-                '32',
-                '--output',
-                str(output),
-                '--experiment',
-                'run',
-                *TINY,
-            ]
-        )
-        == 0
-    )
+    assert main(_train_command(data, output, model='vireid_dml_r10t')) == 0
     return output / 'run'
 
 
 @pytest.mark.parametrize('layout', sorted(PROTOCOLS))
 def test_synth_train_and_eval_work_for_every_layout(layout: str, tmp_path: Path) -> None:
     root = _synth(tmp_path / 'data', layout)
-    arguments = ['--dataset', layout, '--data-dir', str(root)]
-    assert (
-        main(
-            [
-                'train',
-                *arguments,
-                '--model',
-                'vireid_base_r10t',
-                '--input-size',
-                '3',
-                '64',
-                '32',
-                '--output',
-                str(tmp_path),
-                '--experiment',
-                'run',
-                *TINY,
-            ]
-        )
-        == 0
-    )
+    assert main(_train_command(root, tmp_path, '--dataset', layout)) == 0
     report = tmp_path / 'report.json'
-    assert main(['eval', *arguments, '--checkpoint', str(tmp_path / 'run'), '--report', str(report)]) == 0
+    arguments = ['--dataset', layout, '--data-dir', str(root), '--checkpoint', str(tmp_path / 'run')]
+    assert main(['eval', *arguments, '--report', str(report)]) == 0
     saved = json.loads(report.read_text())
     assert set(saved['protocols']) == PROTOCOLS[layout]
     assert saved['size'] == [64, 32] and saved['model'] == 'vireid_base_r10t'
@@ -127,24 +72,13 @@ def test_every_way_to_name_a_trained_model_gives_the_same_report(
         ['--checkpoint', run / 'best'],
         ['--checkpoint', run / 'best/model.safetensors'],
         ['--model', f'local-dir:{run / "best"}'],
+        ['--model', run],
     )
     metrics = []
     for number, source in enumerate(sources):
         report = tmp_path / f'{number}.json'
-        command = [
-            'eval',
-            *map(str, source),
-            '--data-dir',
-            str(data),
-            '--input-size',
-            '3',
-            '64',
-            '32',
-            '--protocol',
-            'infrared-to-visible',
-            '--report',
-            str(report),
-        ]
+        chosen = '--input-size 3 64 32 --protocol infrared-to-visible'.split()
+        command = ['eval', *map(str, source), '--data-dir', str(data), *chosen, '--report', str(report)]
         assert main(command) == 0
         metrics.append(json.loads(report.read_text())['protocols'])
     assert all(other == metrics[0] for other in metrics)
@@ -224,8 +158,8 @@ def test_a_run_resumes_from_its_own_settings(run: Path) -> None:
 
 def test_config_file_and_flags_share_settings(data: Path, tmp_path: Path) -> None:
     config = tmp_path / 'recipe.yaml'
-    config.write_text(f'data_dir: {data}\nmodel: vireid_base_r10t\ninput_size: [3, 64, 32]\nlr: 0.5\n')
-    assert main(['train', '--config', str(config), '--output', str(tmp_path), '--experiment', 'run', *TINY]) == 0
+    config.write_text(f'data_dir: {data}\nmodel: vireid_base_r10t\nlr: 0.5\n')
+    assert main(['train', '--config', str(config), '--output', str(tmp_path), *TINY]) == 0
     saved = (tmp_path / 'run/args.yaml').read_text()
     assert 'model: vireid_base_r10t' in saved and 'lr: 0.01' in saved  # the flag wins
 

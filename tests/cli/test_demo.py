@@ -30,7 +30,9 @@ def test_the_demo_fails_if_the_saved_model_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     # What was trained is taken for an untrained network, so that the saved one cannot agree with it.
-    monkeypatch.setattr(demo, 'load_model', lambda path: timm.create_model('vireid_dml_r10t', num_classes=0))
+    monkeypatch.setattr(
+        'vireid_timm.hub.folder.load_model', lambda path: timm.create_model('vireid_dml_r10t', num_classes=0)
+    )
     assert main(['demo', '--output', str(tmp_path / 'demo'), '--device', 'cpu']) == 1
     assert 'does not give the numbers of the trained one' in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from vireid_timm.data.layouts import write_layout
 from vireid_timm.hub.card import INTENDED_USE
 from vireid_timm.hub.folder import save_model_folder
 from vireid_timm.hub.publish import check_model
-from vireid_timm.training.config import TrainConfig, load_yaml
+from vireid_timm.training.config import TrainConfig, find_config, load_yaml, recipe_names
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
@@ -26,7 +26,6 @@ pytestmark = [
 ]
 
 HUB = Path(__file__).parents[2] / 'hub'
-RECIPES = sorted(HUB.glob('*.yaml'))
 EMBEDDED = Path(vireid_timm.__file__).with_name('weights')
 SMALL_RESNET = dict(stem_width=8, stem_type='deep_tiered', avg_down=True)
 RECIPE = {
@@ -196,24 +195,20 @@ def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> No
         torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_settings_for_models_that_exist(path: Path) -> None:
-    settings = load_yaml(path)
-    config = TrainConfig.from_mapping(settings)
-    model, _, dataset = path.stem.partition('.')
-    if dataset:  # the recipe of a model that has its name
-        assert config.model.partition('.')[0] == model
-        assert config.dataset == {'synthvi': 'synthetic'}.get(dataset, dataset)
+@pytest.mark.parametrize('recipe', recipe_names())
+def test_recipes_are_settings_for_models_that_exist(recipe: str) -> None:
+    config = TrainConfig.from_mapping(load_yaml(recipe))
+    assert config.dataset == {'synthvi': 'synthetic', 'fine_tune': 'folder'}.get(recipe, recipe)
     assert timm.is_model(config.model.partition('.')[0])
-    head = [line for line in path.read_text().splitlines() if line.startswith('#')]
-    for part in (f'hub/{path.name}', '  command:  ', '  cost:     ', '  expected: '):
+    head = [line for line in find_config(recipe).read_text().splitlines() if line.startswith('#')]
+    for part in (f'  command:  vireid train --config {recipe}', '  cost:     ', '  expected: '):
         assert any(part in line for line in head), f'{part} in its first lines'
 
 
 @pytest.mark.parametrize('dataset', ['sysu_mm01', 'regdb', 'llcm'])
 def test_recipes_for_the_licensed_datasets_are_the_papers(dataset: str) -> None:
     # The defaults are the paper's recipe; a recipe says what would change with them.
-    settings = load_yaml(HUB / f'vireid_dml_r50.{dataset}.yaml')
+    settings = load_yaml(dataset)
     defaults = TrainConfig()
     of_its_own = ('dataset', 'dataset_kwargs', 'model', 'pretrained', 'val_share')
     assert settings['pretrained'] and settings['val_share'] == 0 and settings['model'] == 'vireid_dml_r50.tv_in1k'
@@ -224,8 +219,8 @@ def test_recipes_for_the_licensed_datasets_are_the_papers(dataset: str) -> None:
 
 def test_the_table_of_weights_knows_every_recipe_and_claims_what_was_measured() -> None:
     table = (HUB / 'weights.md').read_text(encoding='utf-8')
-    for path in RECIPES:
-        assert f'`{path.name}`' in table or '.' not in path.stem  # not a recipe for weights of their own
+    for recipe in set(recipe_names()) - {'fine_tune'}:  # which makes no weights of ours
+        assert f'`{recipe}`' in table
     for weights in EMBEDDED.glob('*.safetensors'):
         stated = json.loads(weights.with_suffix('.json').read_text())['protocols']
         rows = [line for line in table.splitlines() if line.startswith('| ') and 'SynthVI `' in line]

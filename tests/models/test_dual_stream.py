@@ -21,10 +21,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import vireid_timm
-from vireid_timm import BranchOutput, DualStreamResNet
 from vireid_timm.layers.non_local import NonLocalBlock
 from vireid_timm.layers.power_mean import POWER_EPS, root
-from vireid_timm.models.dual_stream import checkpoint_filter_fn
+from vireid_timm.models.dual_stream import BranchOutput, DualStreamResNet, checkpoint_filter_fn
 
 MODELS = timm.list_models('vireid_*')
 IMAGENET_TAGS = timm.list_pretrained('vireid_*in1k')

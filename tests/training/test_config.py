@@ -1,17 +1,10 @@
 """Settings: one dataclass behind the command line, YAML files and `train()`."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 
-from vireid_timm.training.config import SETTINGS, TrainConfig, add_arguments, load_yaml
-
-
-def _parse(*arguments: str) -> dict:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return vars(parser.parse_args(arguments))
+from vireid_timm.training.config import RECIPES, TrainConfig, find_config, load_yaml, recipe_names
 
 
 def test_defaults_are_the_papers_recipe() -> None:
@@ -20,46 +13,6 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.global_weight, config.fusion_weight, config.mutual) == (0.6, 1.8, 'joint-to-both')
     assert (config.identities_per_batch, config.images_per_modality) == (None, 4)
     assert (config.channel_combination, config.reprob, config.smoothing) == (True, 0.5, 0.0)
-
-
-def test_every_setting_has_a_flag_and_only_given_flags_are_returned() -> None:
-    assert _parse() == {}
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    flags = {action.dest for action in parser._actions}
-    assert set(SETTINGS) <= flags
-
-
-def test_flags_parse_to_the_settings_types() -> None:
-    given = _parse(
-        '--lr',
-        '0.02',
-        '--epochs',
-        '3',
-        '--no-channel-combination',
-        '--amp',
-        '--decay-milestones',
-        '3',
-        '5',
-        '--input-size',
-        '3',
-        '64',
-        '32',
-        '--model-kwargs',
-        'spatial_weights=static',
-        'fuse_layers=(2,3)',
-        '--dataset-kwargs',
-        'trial=4',
-        '--identities-per-batch',
-        '6',
-        '--clip-grad',
-        '1',
-    )
-    config = TrainConfig.from_mapping(given)
-    assert config.lr == 0.02 and config.epochs == 3 and config.channel_combination is False and config.amp is True
-    assert config.decay_milestones == [3, 5] and config.input_size == [3, 64, 32]
-    assert config.model_kwargs == {'spatial_weights': 'static', 'fuse_layers': (2, 3)}
-    assert config.dataset_kwargs == {'trial': 4} and config.identities_per_batch == 6 and config.clip_grad == 1.0
 
 
 def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
@@ -125,3 +78,14 @@ def test_numbers_can_be_text(tmp_path: Path) -> None:
 def test_a_missing_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='nowhere.yaml'):
         load_yaml(tmp_path / 'nowhere.yaml')
+
+
+def test_recipes_are_found_by_name_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names() == ['fine_tune', 'llcm', 'regdb', 'synthvi', 'sysu_mm01']
+    Path('regdb').mkdir()  # a folder of data, for example
+    Path('other').write_text('lr: 0.5')
+    assert find_config('regdb') == RECIPES / 'regdb.yaml' and load_yaml('regdb')['dataset'] == 'regdb'
+    assert load_yaml('other') == {'lr': 0.5} and load_yaml(RECIPES / 'regdb.yaml') == load_yaml('regdb')
+    with pytest.raises(ValueError, match='sysu is neither a recipe nor a file; .*regdb.*sysu_mm01'):
+        load_yaml('sysu')

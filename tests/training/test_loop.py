@@ -36,7 +36,7 @@ from vireid_timm.run_folder import load_checkpoint, open_run_folder
 from vireid_timm.training import loop
 from vireid_timm.training.checkpoint import save_checkpoint
 from vireid_timm.training.config import TrainConfig
-from vireid_timm.training.loop import train
+from vireid_timm.training.loop import TrainResult, train
 from vireid_timm.training.progress import Progress
 from vireid_timm.training.run import (
     Run,
@@ -68,7 +68,7 @@ SMALL = {
 }
 
 
-def _train(output: Path, **settings: Any) -> vireid_timm.TrainResult:
+def _train(output: Path, **settings: Any) -> TrainResult:
     return train({**SMALL, 'output': str(output), **settings})
 
 

@@ -1,53 +1,48 @@
-"""The demo: an untrained network, the weights in the package, and the same after fine-tuning on new cameras."""
+"""`vireid demo`: an untrained network, the weights in the package, and the same after fine-tuning on new cameras."""
 
 import logging
 from pathlib import Path
-from typing import Any
-
-import timm
-import torch
-import torch.nn as nn
+from typing import TYPE_CHECKING, Any
 
 from ..constants import INFRARED, VISIBLE
-from ..data.readers import create_dataset
-from ..data.records import Dataset
-from ..device import resolve_device
-from ..evaluation.evaluate import evaluate
-from ..evaluation.features import embed
-from ..figures.rank_list import rank_list_image
-from ..files import save_json, whole_file
-from ..hub.folder import load_model
-from ..retrieval.search import nearest
-from ..run_folder import LAST
-from ..training.loop import train
+from .parser import Parser, add_device_flag
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..data.records import Dataset
 
 _logger = logging.getLogger(__name__)
 
 MODEL = 'vireid_dml_r10t'
 WEIGHTS = f'{MODEL}.synthvi'
 PROTOCOL = 'infrared-to-visible'
-# Another world than any that the weights in the package were trained in: none of its people or cameras was seen.
+# Another world than those that the weights in the package were trained in: all people and cameras are new to them.
 WORLD = 2024
 IDENTITIES, TEST_IDENTITIES = 400, 120
-FINE_TUNING = dict(
-    epochs=3,
-    opt='adamw',
-    lr=0.001,
-    weight_decay=0.02,
-    sched='cosine',
-    sched_on_updates=True,
-    warmup_epochs=0,
-    backbone_lr_scale=1.0,
-    identities_per_batch=16,
-    images_per_modality=2,
-    val_share=0.0,
-    pad=5,
-)
+RECIPE = 'fine_tune'
+# What the recipe asks to change for hundreds of people.
+FINE_TUNING = dict(freeze_bn=False, lr=0.001, warmup_epochs=0, epochs=3, identities_per_batch=16, images_per_modality=2)
 ROWS = 8
 
 
+def add_arguments(parser: Parser) -> None:
+    """Add the flags."""
+    parser.usage = '%(prog)s [flags]'
+    parser.description = (
+        'Evaluate an untrained network and the weights in the package, fine-tune, evaluate again, save, reload and '
+        'draw what the model finds, on rendered images. Takes about four minutes on two CPU cores.'
+    )
+    text = 'folder for the model, demo.json and ranking.png (default: output/demo)'
+    parser.add_argument('--output', type=Path, default=Path('output/demo'), metavar='DIR', help=text)
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the fine-tuning (default: 0)')
+    add_device_flag(parser)
+    parser.set_defaults(run=lambda args: run_demo(args.output, args.seed, args.device))
+
+
 def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'cuda') -> dict[str, Any]:
-    """Evaluate, fine-tune, evaluate again, save, reload and look, on rendered images; a few minutes on two cores.
+    """Evaluate, fine-tune, evaluate again, save, reload and draw, on rendered images; a few minutes on two cores.
 
     Args:
         output: Where the model, `demo.json` and `ranking.png` go.
@@ -55,13 +50,27 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         device: Where to compute; falls back to the CPU.
 
     Returns:
-        What `demo.json` holds: `untrained`, `embedded`, `fine_tuned` and `reloaded`, each with `rank1` and `mAP` as
-        fractions on the same test identities, and where things lie.
+        The content of `demo.json`: `untrained`, `embedded`, `fine_tuned` and `reloaded`, each with `rank1` and `mAP`
+        as fractions on the same test identities, and the paths of the model and the image.
+
+    Raises:
+        ValueError: The reloaded model gives other numbers than the trained one.
     """
+    import timm
+    import torch
+
+    from ..data.readers import create_dataset
+    from ..device import resolve_device
+    from ..files import save_json
+    from ..hub.folder import load_model
+    from ..run_folder import LAST
+    from ..training.config import load_yaml
+    from ..training.loop import train
+
     output = Path(output)
-    images = output / 'images'  # the store of decoded images: nothing is left outside the output folder
+    images = output / 'images'  # decoded images: nothing is left outside the output folder
     options = dict(identities=IDENTITIES, test_identities=TEST_IDENTITIES, seed=WORLD)
-    _logger.info(f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people that no weights here have seen, by new cameras')
+    _logger.info(f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people and cameras that no weights here have seen')
     dataset = create_dataset('synthetic', **options)
     where = resolve_device(device)
     results = {}
@@ -71,19 +80,8 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, images)
     results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where, images)
     _logger.info(f'3/5 Fine-tuning on the other {IDENTITIES} people')
-    run = train(
-        {
-            'dataset': 'synthetic',
-            'dataset_kwargs': options,
-            'model': WEIGHTS,
-            'pretrained': True,
-            'device': device,
-            'seed': seed,
-            'output': str(output),
-            'cache': 'ram',
-            **FINE_TUNING,
-        }
-    )
+    places = dict(dataset='synthetic', dataset_kwargs=options, output=str(output), cache='ram')
+    run = train({**load_yaml(RECIPE), **FINE_TUNING, **places, 'seed': seed, 'device': device})
     results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where, images)
     _logger.info('4/5 Reloading the saved model with timm')
     model = timm.create_model(f'local-dir:{run.best}', pretrained=True, num_classes=0)
@@ -100,21 +98,28 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         'image': str(ranking),
     }
     save_json(output / 'demo.json', summary)
-    _say(summary)
+    _log_summary(summary)
     if results['reloaded'] != results['fine_tuned']:
-        raise ValueError(f'the model that was saved in {run.best} does not give the numbers of the trained one')
+        raise ValueError(f'the model saved in {run.best} does not give the numbers of the trained one')
     return summary
 
 
-def _score(model: nn.Module, dataset: Dataset, device: torch.device, images: Path) -> dict[str, float]:
-    """Rank-1 and mAP in full precision, so that a reloaded model can be held to the same numbers."""
+def _score(model: 'nn.Module', dataset: 'Dataset', device: 'torch.device', images: Path) -> dict[str, float]:
+    """Return rank-1 and mAP in full precision, so that a reloaded model can be held to the same numbers."""
+    from ..evaluation.evaluate import evaluate
+
     result = evaluate(model.to(device), dataset, PROTOCOL, cache_dir=images)[PROTOCOL]
     _logger.info(f'    rank-1 {result.mean["rank1"]:6.1%}   mAP {result.mean["mAP"]:6.1%}')
     return {name: result.mean[name] for name in ('rank1', 'mAP')}
 
 
-def _draw(model: nn.Module, dataset: Dataset, path: Path) -> None:
-    """One infrared query of each of the first identities, with the ten nearest visible images (paper, fig. 6)."""
+def _draw(model: 'nn.Module', dataset: 'Dataset', path: Path) -> None:
+    """Draw an infrared query of each of the first identities, with the ten nearest visible images (paper, fig. 6)."""
+    from ..evaluation.features import embed
+    from ..figures.rank_list import rank_list_image
+    from ..files import whole_file
+    from ..retrieval.search import nearest
+
     test = dataset.test
     infrared = test[test.modality == INFRARED]
     visible = test[test.modality == VISIBLE]
@@ -130,27 +135,29 @@ def _draw(model: nn.Module, dataset: Dataset, path: Path) -> None:
         image.save(temporary, format='PNG')
 
 
-def _say(summary: dict[str, Any]) -> None:
-    rows = (
-        ('untrained network', 'untrained'),
-        ('weights in the package', 'embedded'),
-        ('after fine-tuning', 'fine_tuned'),
-        ('reloaded with timm', 'reloaded'),
-    )
-    lines = [f'{name:<24}{summary[key]["rank1"]:>8.1%}{summary[key]["mAP"]:>8.1%}' for name, key in rows]
+def _log_summary(summary: dict[str, Any]) -> None:
+    rows = {
+        'untrained network': 'untrained',
+        'weights in the package': 'embedded',
+        'after fine-tuning': 'fine_tuned',
+        'reloaded with timm': 'reloaded',
+    }
+    table = [f'{name:<24}{summary[key]["rank1"]:>8.1%}{summary[key]["mAP"]:>8.1%}' for name, key in rows.items()]
     _logger.info(
         '\n'.join(
             [
                 '',
                 f'{TEST_IDENTITIES} people never seen, infrared searches visible',
                 f'{"":<24}{"rank-1":>8}{"mAP":>8}',
-                *lines,
+                *table,
                 '',
-                f'Model:   {summary["model"]}',
+                f'Model: {summary["model"]}',
                 f'Image: {summary["image"]}',
-                'On your own images (root/train/visible/<person>/..., root/train/infrared/<person>/...):',
-                f'  vireid train --data-dir ROOT --model {WEIGHTS} --pretrained --backbone-lr-scale 1 \\',
-                '      --opt adamw --lr 0.001 --weight-decay 0.02 --sched cosine --warmup-epochs 0 --epochs 20',
+                'Tens of people of your own, ROOT/train/visible/<person>/... and ROOT/train/infrared/<person>/...:',
+                f'  vireid train --config {RECIPE} --data-dir ROOT',
+                'For hundreds, as here, add',
+                '  --no-freeze-bn --lr 0.001 --warmup-epochs 0 --epochs 3 '
+                '--identities-per-batch 16 --images-per-modality 2',
             ]
         )
     )

@@ -21,14 +21,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..constants import INFRARED, MODALITIES, VISIBLE
-from ..synthvi.render import SPECTRA, render
+from ..constants import INFRARED, LAYOUT_NAMES, MODALITIES, SPECTRA, VISIBLE
+from ..synthvi.render import render
 from .readers import PERMUTATION_FILE, PERMUTATION_VARIABLE, REGDB_TRIALS, SYSU_CAMERAS
 from .workers import map_chunks
 
 _logger = logging.getLogger(__name__)
 
-LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
 ABOUT_FILE = 'synthvi.json'  # in every folder that is written here: its contents, and the sign that it is complete
 JPEG_QUALITY = 95
 

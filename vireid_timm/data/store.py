@@ -28,6 +28,7 @@ import PIL
 import torch
 from filelock import FileLock, Timeout
 
+from ..constants import CACHES
 from ..files import STALE_AFTER, last_written
 from ..synthvi.render import renderer_digest
 from ..text import format_bytes, format_list
@@ -36,7 +37,6 @@ from .records import Records
 from .workers import CHUNK, in_order, map_chunks
 
 _logger = logging.getLogger(__name__)
-CACHES = ('auto', 'disk', 'ram', 'device', 'off')
 
 _PIXELS, _ABOUT = 'pixels.bin', 'about.json'  # the files of a store
 _STORE_VERSION = 2  # raise it when the same image would give other bytes

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..constants import RERANKINGS
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
 from ..version import package_versions
@@ -28,7 +29,6 @@ from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocol
 from .report import Report, relative_paths, summarise
 from .reranking import ReRanking
 
-RERANKINGS = ('none', 'k-reciprocal', 'cross-modality')
 ANSWERS = 5  # first answers that are named for each of the worst queries
 
 Rows = tuple[np.ndarray, np.ndarray]  # of the queries and of the gallery of one trial

@@ -14,16 +14,14 @@ from timm.data import resolve_model_data_config
 from torch import distributed, nn
 from tqdm import tqdm
 
-from ..constants import MODALITIES
+from ..constants import CACHES, CROPS, FEATURES, MODALITIES
 from ..data.augment import normalize
 from ..data.records import Records
-from ..data.store import CACHES, ImageStore, image_store
+from ..data.store import ImageStore, image_store
 from ..data.workers import in_order
 from ..device import named_device
 from ..distributed import all_ranks, is_rank_zero, rank_and_world_size
 
-FEATURES = ('after-bn', 'before-bn')
-CROPS = (1, 5)
 CROP_BORDER = (10 / 288, 10 / 144)  # training's default padding, as a share of height and width
 AMP_DTYPES = (None, torch.bfloat16, torch.float16)
 

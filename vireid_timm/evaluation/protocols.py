@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..constants import INFRARED, MODALITIES, UNKNOWN_CAMERA, VISIBLE
+from ..constants import DRAWS, INFRARED, MODALITIES, UNKNOWN_CAMERA, VISIBLE
 from ..data.readers import PERMUTATION_FILE, PERMUTATION_VARIABLE
 from ..data.records import Dataset, Records
 
-DRAWS = ('seeded', 'official')
 IGNORE_NOTHING = 'nothing'
 IGNORE_SAME_LOCATION = 'same location'
 IGNORE_SAME_IDENTITY_AND_CAMERA = 'same identity and camera'

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from ..constants import UNKNOWN_CAMERA
+from ..constants import GROUPINGS, UNKNOWN_CAMERA
 from ..data.records import Records
 from ..files import whole_file
 from ..text import aligned
@@ -19,7 +19,6 @@ from .confidence import bootstrap_intervals
 from .metrics import RankMetrics
 
 RANKS = (1, 5, 10, 20)
-GROUPINGS = ('camera', 'identity', 'modality')  # what a breakdown can be by
 METRICS = (*(f'rank{k}' for k in RANKS), 'mAP', 'mINP')
 # The metrics that are means over queries, and the column of `ProtocolResult.queries` that each is the mean of.
 COLUMN_OF = {'rank1': 'rank1', 'mAP': 'AP', 'mINP': 'INP'}

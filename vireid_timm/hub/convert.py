@@ -15,9 +15,9 @@ import safetensors.torch
 import timm
 import torch
 
+from ..constants import SOURCES
 from ..models.dual_stream import DualStreamResNet
 
-SOURCES = ('agw', 'caj')
 STATE_KEYS = ('net', 'state_dict', 'model')  # where a file may keep its weights
 
 # AGW stores three whole ResNet-50s, but uses only the stems of the first two and the layers of the third.

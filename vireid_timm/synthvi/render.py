@@ -26,13 +26,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..constants import INFRARED, MODALITIES, VISIBLE
+from ..constants import INFRARED, MODALITIES, SPECTRA, VISIBLE
 from .body import draw_labels
 from .canvas import BASE, FRAME, SHADES, SHADOW, Sketch, View
 from .person import GROUND, NUM_MATERIALS, OBSTACLE, OBSTACLE_TRIM, Person, draw_person, uniform
 from .scene import draw_scene
 
-SPECTRA = ('near-infrared', 'thermal')
 _LARGEST = 2048  # height or width of an image: an address from a file cannot ask for all memory
 _LUMA = np.array([0.299, 0.587, 0.114])
 _ADDRESS = re.compile(

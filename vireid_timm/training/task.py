@@ -14,6 +14,7 @@ from torch import distributed
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..constants import DIST_BN
 from ..distributed import rank_and_world_size
 from ..loss.identity import identity_losses
 from ..loss.mutual_learning import MutualLearningLoss
@@ -22,9 +23,6 @@ from ..models.dual_stream import BranchOutput, DualStreamResNet
 from .joined_triplet import JoinedTriplet, join_triplets
 
 _logger = logging.getLogger(__name__)
-
-# How ranks agree on the running statistics of batch norm: their mean, or those of rank 0. timm's words.
-DIST_BN = ('reduce', 'broadcast')
 
 
 class BranchForward(nn.Module):

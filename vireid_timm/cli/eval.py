@@ -1,0 +1,129 @@
+"""`vireid eval`."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ..constants import CACHES, CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
+from ..training.config import MODEL_HELP
+from .parser import Parser, add_batch_size_flag, add_data_flags, add_device_flag, add_switch
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.report import Report
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the flags."""
+    parser.usage = '%(prog)s --model NAME --data-dir PATH [flags]'
+    parser.description = (
+        'Evaluate a model: extract features once, then run every protocol of the dataset with all its trials. '
+        'Or compare two reports. With several GPUs: torchrun --nproc-per-node N -m vireid_timm eval ...'
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument('--model', '--checkpoint', metavar='NAME', help=MODEL_HELP)
+    which.add_argument('--compare', nargs=2, metavar='FILE.json', help='compare two reports instead')
+    add_switch(parser, '--pretrained', 'load the weights (default: on)', default=True)
+    _add_data(parser.add_argument_group('data'))
+    _add_features(parser.add_argument_group('features'))
+    _add_output(parser.add_argument_group('output'))
+    parser.set_defaults(run=run)
+
+
+def _add_data(group: Any) -> None:
+    text = f'reader: {", ".join(DATASETS)} (default: folder)'
+    group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
+    add_data_flags(group)
+    text = "protocols to run (default: all of the dataset's)"
+    group.add_argument('--protocol', nargs='+', metavar='NAME', help=text)
+    text = "how gallery images are sampled: seeded (AGW's code) or official (the owners' file) (default: seeded)"
+    group.add_argument('--draw', choices=DRAWS, default='seeded', help=text)
+    text = 'skip unreadable images instead of stopping (default: off)'
+    group.add_argument('--skip-broken', action='store_true', help=text)
+    group.add_argument('--cache', choices=CACHES, default='auto', help='where to keep decoded images (default: auto)')
+    text = 'images decoded at once (default: one per core, at most 8)'
+    group.add_argument('--workers', type=int, metavar='N', help=text)
+
+
+def _add_features(group: Any) -> None:
+    text = 'compare features after or before the BN-neck (default: after-bn)'
+    group.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
+    text = 'average over each image and its mirror image (default: off)'
+    group.add_argument('--flip-test', action='store_true', help=text)
+    text = '5: average over the image and shifts into its corners (default: 1)'
+    group.add_argument('--crops', type=int, choices=CROPS, default=1, help=text)
+    group.add_argument('--reranking', choices=RERANKINGS, default='none', help='re-rank the results (default: none)')
+    text = "channels, height, width (default: the model's)"
+    group.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help=text)
+    add_batch_size_flag(group)
+    add_device_flag(group)
+    add_switch(group, '--amp', 'mixed precision (default: off)', default=False)
+    text = 'type of mixed precision (default: bfloat16)'
+    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help=text)
+
+
+def _add_output(group: Any) -> None:
+    text = 'also print results by camera, identity or modality (default: none)'
+    group.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help=text)
+    text = 'list the N worst queries of each protocol (default: 0)'
+    group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
+    group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
+    group.add_argument('--results-file', metavar='FILE.csv', help='save one row per protocol (default: none)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate a model, or compare two reports."""
+    from ..distributed import is_rank_zero, process_group
+    from ..evaluation.compare import compare
+    from ..evaluation.report import Report
+
+    if args.compare:
+        print(compare(*map(Report.load, args.compare)))
+        return
+    with process_group(args.device) as device:
+        report = _evaluate(args, device)
+    if is_rank_zero():
+        _show(report, args)
+
+
+def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
+    from ..data.readers import create_dataset
+    from ..device import autocast_dtype
+    from ..evaluation.evaluate import evaluate
+    from ..hub.folder import load_model
+
+    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
+    model = load_model(args.model, pretrained=args.pretrained)
+    return evaluate(
+        model.to(device),
+        dataset,
+        args.protocol,
+        draw=args.draw,
+        reranking=args.reranking,
+        failures=args.failures,
+        features=args.features,
+        flip_test=args.flip_test,
+        crops=args.crops,
+        size=tuple(args.input_size[1:]) if args.input_size else None,
+        batch_size=args.batch_size,
+        amp_dtype=autocast_dtype(device, args.amp, args.amp_dtype),
+        cache=args.cache,
+        skip_broken=args.skip_broken,
+        workers=args.workers,
+        progress=True,
+    )
+
+
+def _show(report: 'Report', args: argparse.Namespace) -> None:
+    from ..evaluation.report import breakdown_table, failures_table
+
+    if args.report:
+        report.save(args.report)
+    if args.results_file:
+        report.save_csv(args.results_file)
+    print(report)
+    for name, result in report.protocols.items():
+        for by in args.breakdown:
+            print(f'\n{name} by {by}\n{breakdown_table(result, by)}')
+        if args.failures:
+            print(f'\n{name}, the worst queries\n{failures_table(result)}')
