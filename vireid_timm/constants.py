@@ -1,7 +1,7 @@
-"""The words for modalities and splits, one each, everywhere."""
+"""Names of the modalities and the splits."""
 
 VISIBLE = 'visible'
 INFRARED = 'infrared'
 MODALITIES = (VISIBLE, INFRARED)
-SPLITS = ('train', 'query', 'gallery', 'test')  # test: an image that may serve as query and as gallery
+SPLITS = ('train', 'query', 'gallery', 'test')  # a test image can be both a query and a gallery image
 UNKNOWN_CAMERA = 0
