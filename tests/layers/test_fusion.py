@@ -12,7 +12,7 @@ from vireid_timm.layers.fusion import FusionBranch, SpatialWeights
 from vireid_timm.layers.power_mean import root
 
 WIDTHS = {1: 3, 2: 5, 3: 6, 4: 7}  # channels of layer1-4's maps
-STEPS = {1: 1, 2: 2, 3: 4, 4: 4}  # positions of layer1's grid that one of theirs covers, last stride 1
+STEPS = {1: 1, 2: 2, 3: 4, 4: 4}  # positions of layer1's grid per position, with last stride 1
 SUBSETS = [layers for count in (1, 2, 3) for layers in combinations((1, 2, 3), count)]  # table 2 without the baseline
 IMAGE_SIZES = [(64, 32), (101, 57), (33, 17), (16, 48), (7, 70)]
 KINDS = ['asff', 'static']
@@ -30,7 +30,7 @@ def grid_of(size: tuple[int, int], step: int) -> tuple[int, int]:
 
 
 def fusion_branch(layers: tuple[int, ...], kind: str, grid: tuple[int, int], **options) -> FusionBranch:
-    """A small branch in float64 whose every parameter and running statistic is random."""
+    """A small branch in float64 with random parameters and running statistics."""
     settings = dict(out_step=4, channels=4, power=3.0, spatial_weights=kind, grid=grid, dtype=torch.float64)
     branch = FusionBranch([WIDTHS[i] for i in layers], [STEPS[i] for i in layers], **dict(settings, **options))
     generator = torch.Generator().manual_seed(3)
@@ -58,7 +58,7 @@ def convolution_norm_relu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def paper_weights(weights: SpatialWeights, reduced: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
-    """ASFF as it is printed: everything is brought to the finest grid before the weights' convolutions see it."""
+    """ASFF as printed: upsample everything to the finest grid, then apply the convolutions that predict the weights."""
     if weights.kind == 'static':
         return F.interpolate(weights.maps, size=grid, mode='bilinear', align_corners=False).softmax(dim=1)
     squeezed = [convolution_norm_relu(layer, x) for layer, x in zip(weights.squeeze, reduced)]
@@ -139,7 +139,7 @@ def test_fusion_equals_the_paper_forward_and_backward(layers, kind, training):
 @pytest.mark.parametrize('out_step', [4, 8])
 @pytest.mark.parametrize('size', IMAGE_SIZES)
 def test_fused_map_holds_the_mean_power_of_its_cells(size, out_step):
-    """Position by position: sums over layer4's cells of the paper's map, scaled so that their mean is the mean."""
+    """Sums of the paper's map over each of layer4's cells, scaled so that their mean is the map's mean."""
     branch = fusion_branch((1, 2, 3), 'asff', grid=(16, 8), out_step=out_step).eval()
     levels, grid = level_maps((1, 2, 3), size), grid_of(size, 1)
     cubes = paper_fused_map(branch, levels, grid) ** 3

@@ -29,13 +29,13 @@ def test_head_is_neck_then_classifier_without_a_bias():
     assert torch.equal(head(x, pre_logits=True), head.neck(x))
 
 
-def test_head_without_classes_returns_the_features_behind_the_neck():
+def test_head_without_classes_returns_the_features_after_the_neck():
     head = BranchHead(5, 0).eval()
     x = torch.randn(4, 5)
     assert torch.equal(head(x), head.neck(x))
 
 
-def test_head_drops_features_in_training_alone():
+def test_head_drops_features_only_in_training():
     head = BranchHead(64, 3, drop_rate=0.5)
     x = torch.randn(8, 64)
     dropped = head.drop(head.neck(x)) == 0
@@ -46,7 +46,7 @@ def test_head_drops_features_in_training_alone():
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_new_classifiers_take_after_the_neck(dtype):
+def test_new_classifiers_match_the_neck(dtype):
     head = BranchHead(5, 3, dtype=dtype).eval()
     neck = head.neck.weight.clone()
     for count in (4, 0, 2):

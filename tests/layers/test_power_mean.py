@@ -119,7 +119,7 @@ def test_power_sum_is_the_sum_with_its_gradients(power, weighted, block):
 
 
 @pytest.mark.parametrize('rows', [1, 4, 7])
-def test_blocks_cover_all_rows_whatever_the_memory_format(monkeypatch, rows):
+def test_blocks_cover_all_rows_in_any_memory_format(monkeypatch, rows):
     monkeypatch.setattr(power_mean, '_BLOCK', 2 * 6 * 15 + 1)  # two rows each, the last block has one
     for memory_format in (torch.contiguous_format, torch.channels_last):
         features = (random_map(rows, 6, 5, 3) - 0.3).contiguous(memory_format=memory_format).requires_grad_()
@@ -128,7 +128,7 @@ def test_blocks_cover_all_rows_whatever_the_memory_format(monkeypatch, rows):
         actual = with_gradients(power_sum(features, weights, 3.0), [features, weights])
         assert_all_close(actual, expected)
         assert actual[1].is_contiguous(memory_format=memory_format)
-        one_map = weights[:1].detach().expand(rows, -1, -1, -1)  # as the static weights come
+        one_map = weights[:1].detach().expand(rows, -1, -1, -1)  # like the static weights
         torch.testing.assert_close(power_sum(features, one_map, 3.0), naive_power_sum(features, one_map, 3.0))
 
 
@@ -151,7 +151,7 @@ def test_power_sum_in_half_precision(dtype, block):
     assert_all_close([values.double() for values in actual], expected, rtol=0.01, atol=1e-5)
 
 
-def test_power_sum_keeps_its_inputs_alone():
+def test_power_sum_saves_only_its_inputs():
     features = random_map(2, 3, 8, 4).requires_grad_()
     weights = random_map(2, 1, 8, 4, seed=1).requires_grad_()
     kept = []

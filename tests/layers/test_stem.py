@@ -37,7 +37,7 @@ def test_dual_stem_stacks_visible_rows_first():
     assert not torch.equal(stem(infrared=visible), stem(visible))
 
 
-def test_dual_stem_says_what_it_was_given():
+def test_wrong_images_are_named():
     stem = dual_stem(in_chans=1)
     good = torch.zeros(2, 1, 32, 16)
     with pytest.raises(ValueError, match=r'visible=, infrared=, or both, each \[B, C, H, W\]'):
@@ -46,6 +46,6 @@ def test_dual_stem_says_what_it_was_given():
         stem(torch.zeros(2, 3, 32, 16), good)
     with pytest.raises(ValueError, match=r'infrared images need shape \[B, 1, H, W\], got \[1, 32, 16\]'):
         stem(good, good[0])
-    sizes = r'same height and width, got \[2, 1, 32, 16\] and \[2, 1, 31, 16\]'  # they meet again behind the stem
+    sizes = r'same height and width, got \[2, 1, 32, 16\] and \[2, 1, 31, 16\]'  # the stem halves both to the same size
     with pytest.raises(ValueError, match=sizes):
         stem(good, good[:, :, 1:])

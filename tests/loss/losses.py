@@ -1,4 +1,4 @@
-"""Inputs for the losses, and what every loss has to do."""
+"""Inputs for the losses, and checks that every loss must pass."""
 
 from collections.abc import Callable
 
@@ -22,6 +22,6 @@ def value_and_gradient(function, *inputs: torch.Tensor) -> tuple[torch.Tensor, .
 
 
 def assert_compiles(loss: Callable, *inputs: object) -> None:
-    """One graph: no Python branch depends on a value, so the loss never waits for the device."""
+    """Compile into one graph: no Python branch depends on a value, so the loss never waits for the device."""
     compiled = torch.compile(loss, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(*inputs), loss(*inputs))

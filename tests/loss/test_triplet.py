@@ -12,7 +12,7 @@ from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 GROUPS = {
     'paper': [name for _ in range(2) for name in range(8) for _ in range(4)],
     'uneven': [3, 3, 3, 3, 3, 7, 7, 1],
-    'every image alone': [0, 1, 2, 3, 4],
+    'one image per identity': [0, 1, 2, 3, 4],
     'one against many': [5, 5, 5, 5, 5, 5, 9],
     'negative and large labels': [-1, 2**40, -1, 2**40],
     'several blocks of rows': [name % 12 for name in range(70)],
@@ -144,7 +144,7 @@ def test_triplet_does_not_depend_on_the_order_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize(('features', 'identities'), [((4, 3), (5,)), ((4,), (4,)), ((0, 3), (0,)), ((4, 3), (4, 1))])
-def test_triplet_names_shapes_that_do_not_fit(features: tuple[int, ...], identities: tuple[int, ...]) -> None:
+def test_wrong_shapes_are_named(features: tuple[int, ...], identities: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r'features \[N, D\] and identities \[N\]'):
         WeightedRegularizedTriplet()(torch.zeros(features), torch.zeros(identities, dtype=torch.long))
 

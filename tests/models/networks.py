@@ -1,4 +1,4 @@
-"""Small networks, inputs for them, and what to compare; for all tests of the models."""
+"""Small networks, inputs for them, and values to compare."""
 
 import timm
 import torch
@@ -17,7 +17,7 @@ def images(count: int = 2, size: tuple[int, int] = (32, 16), seed: int = 0, chan
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Normalisations with random values: fresh ones turn residual blocks off, and the two stems start as one."""
+    """Randomise the normalisations: fresh ones turn residual blocks off, and both stems start with equal values."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -34,7 +34,7 @@ def small(**kwargs) -> DualStreamResNet:
 
 
 def on_meta(name: str, **kwargs) -> DualStreamResNet:
-    """The shapes of a network without its values."""
+    """A network with shapes but no values."""
     return timm.create_model(name, device='meta', **kwargs).eval()
 
 
@@ -49,13 +49,13 @@ def gradients(model: nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def training_value(output: BranchOutput) -> torch.Tensor:
-    """Something that every branch has a part in."""
+    """A scalar that depends on every branch."""
     parts = [output.features, *output.logits.values()]
     return sum((part * torch.linspace(-1, 1, part.shape[1])).square().mean() for part in parts)
 
 
 def forward_calls(module: nn.Module) -> list[nn.Module]:
-    """A list that grows with every forward pass of the module."""
+    """Return a list that grows with every forward pass of the module."""
     calls: list[nn.Module] = []
     module.register_forward_pre_hook(lambda called, inputs: calls.append(called))
     return calls

@@ -1,4 +1,4 @@
-"""The networks against timm's contract, naive ResNets, and themselves in other forms."""
+"""The networks against timm's contract, naive ResNets, and other forms of themselves."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module', params=MODELS)
 def network(request):
-    """Every registered network, with five classes; its maps have a batch's statistics, so that no deep one overflows."""
+    """Every registered network, with five classes and the statistics of a batch, so that deep ones do not overflow."""
     torch.manual_seed(0)
     model = randomised(timm.create_model(request.param, num_classes=5))
     for module in model.modules():
@@ -135,7 +135,7 @@ def test_necks_and_classifiers_have_no_bias_and_classifiers_are_named(network):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_the_configuration_says_the_truth(name):
+def test_the_configuration_matches_the_network(name):
     model = on_meta(name)
     cfg = model.pretrained_cfg
     assert (model.num_classes, model.in_chans) == (0, 3) == (cfg['num_classes'], cfg['input_size'][0])
@@ -234,7 +234,7 @@ def test_a_batch_of_both_modalities_trains_every_parameter(kind):
         assert gradient.any(), name
 
 
-def test_shapes_alone_can_be_trained():
+def test_meta_tensors_can_be_trained():
     model = on_meta('vireid_dml_r18', num_classes=4).train()
     output = model.forward_branches(meta_images(model), meta_images(model))
     (output.features.sum() + sum(logits.sum() for logits in output.logits.values())).backward()
@@ -245,7 +245,7 @@ def test_shapes_alone_can_be_trained():
 
 
 def naive_resnet(model: DualStreamResNet, modality: str, last_stride: int) -> nn.Module:
-    """timm's own ResNet with the network's weights, and the first block of layer4 told not to stride."""
+    """timm's own ResNet with the network's weights, and stride 1 in the first block of layer4."""
     name = {BasicBlock: 'resnet18', Bottleneck: 'resnet50'}[type(model.layer1[0])]
     layers = [len(getattr(model, layer[:-1])) for layer in TRUNK]
     options = dict(layers=layers, num_classes=0, global_pool='')
@@ -327,7 +327,7 @@ def test_every_subset_of_fused_layers_in_both_forms(layers, kind):
 @pytest.mark.parametrize('pool', ['gem', 'avg'])
 @pytest.mark.parametrize('power', [2.0, 3.0])
 def test_training_and_retrieval_pool_alike(pool, power):
-    """What `forward_branches` trains is what `forward` retrieves with, whatever the pooling."""
+    """`forward_branches` trains the features that `forward` retrieves with, for any pooling."""
     model = small(global_pool=pool, gem_power=power)
     x = images()
     with torch.no_grad():
@@ -342,7 +342,7 @@ def test_training_and_retrieval_pool_alike(pool, power):
         assert torch.equal(other(x), model(x))
 
 
-def test_without_classes_the_output_is_the_features_behind_the_neck():
+def test_without_classes_the_output_is_the_features_after_the_neck():
     model = small(num_classes=5)
     x = images()
     with torch.inference_mode():
@@ -356,7 +356,7 @@ def test_without_classes_the_output_is_the_features_behind_the_neck():
         torch.testing.assert_close(model.joint_head.neck(output.features), features, rtol=1e-4, atol=1e-4)
 
 
-def test_new_classifiers_leave_the_rest_alone():
+def test_new_classifiers_change_nothing_else():
     model = small(num_classes=5).train()
     before = copy.deepcopy(model.state_dict())
     model.reset_classifier(11)
@@ -378,7 +378,7 @@ def test_a_refused_reset_changes_nothing():
     assert torch.equal(model(images()), expected)
 
 
-def test_a_classifier_beside_no_pooling_waits_for_one_as_in_timms_own_models():
+def test_a_classifier_without_pooling_is_used_once_there_is_one_as_in_timm():
     model = small(num_classes=0, global_pool='')
     model.reset_classifier(2)
     assert model.get_classifier().weight.shape[0] == 2 and model(images()).ndim == 4

@@ -1,4 +1,4 @@
-"""Non-local blocks, alone and in a network."""
+"""Non-local blocks, on their own and in a network."""
 
 import copy
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def naive_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
-    """With the affinity of every pair of positions."""
+    """Build the affinity of every pair of positions."""
     positions = x.shape[2] * x.shape[3]
     theta, phi, g = (part(x).flatten(2) for part in (block.theta, block.phi, block.g))
     affinity = theta.transpose(1, 2) @ phi / positions  # [B, to, from]

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def source_of(tag: str) -> str:
-    """The name of timm's ResNet whose weights an ImageNet tag points at."""
+    """Name of the timm ResNet whose weights an ImageNet tag uses."""
     return timm.get_pretrained_cfg(tag).hf_hub_id.removeprefix('timm/').partition('.')[0]
 
 
 def imagenet_weights(tag: str) -> dict[str, torch.Tensor]:
-    """As timm's Hub repository has them, but with random values everywhere."""
+    """The tensors of timm's Hub repository, with random values."""
     state = timm.create_model(source_of(tag)).state_dict()
     generator = torch.Generator().manual_seed(5)
     for value in state.values():
@@ -188,5 +188,5 @@ def test_saved_folders_give_the_same_outputs(name, arguments, tmp_path, caplog):
         assert torch.equal(loaded.forward_branches(*x).features, branches.features)
         loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, num_classes=9).eval()
         assert torch.equal(loaded.forward_head(loaded.forward_features(*x), pre_logits=True), features)
-    # Whatever it was started from, it is a re-identification model now.
+    # The warning is for ImageNet weights only.
     assert not [record for record in caplog.records if START in record.getMessage()]
