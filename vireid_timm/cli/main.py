@@ -15,11 +15,12 @@ from ..data.readers import READERS, create_dataset
 from ..data.store import CACHES
 from ..device import autocast_dtype, keep_memory, resolve_device
 from ..distributed import end_distributed, has_lost_contact, init_distributed, is_announced, is_primary
+from ..evaluation.breakdown import GROUPINGS, breakdown_table, failures_table
 from ..evaluation.compare import compare
 from ..evaluation.evaluate import RERANKINGS, evaluate
 from ..evaluation.features import CROPS, FEATURES
 from ..evaluation.protocols import DRAWS
-from ..evaluation.report import GROUPINGS, Report, breakdown_table, failures_table
+from ..evaluation.report import Report
 from ..hub.convert import SOURCES, convert_checkpoint
 from ..hub.folder import load_model, round_to_half, save_model_folder, save_run
 from ..hub.publish import check_model, push_folder
