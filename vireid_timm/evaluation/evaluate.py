@@ -48,8 +48,8 @@ def evaluate(
 ) -> Report:
     """Evaluate a model on a dataset's test images: extract features once, then run every protocol and trial.
 
-    The device of the model and the mode of its modules stay as they are. Under `torchrun` every rank must make this
-    call; the ranks share the images and get the same report.
+    Leaves the model on its device and its modules in their modes. Under `torchrun` every rank must make this call; the
+    ranks share the images and return the same report.
 
     Args:
         model: A model of this package, with or without classifiers.

@@ -80,7 +80,10 @@ class ReRanking:
             ValueError: Features do not match or are not L2-normalised, modalities or rows do not fit them, or a setting
                 is out of range.
         """
-        _check_settings(k1, k2, original_weight)
+        if k1 < 1 or k2 < 1:
+            raise ValueError(f'k1 and k2 must be at least 1, got {k1} and {k2}')
+        if not 0 <= original_weight <= 1:
+            raise ValueError(f'original_weight must be between 0 and 1, got {original_weight}')
         _check_features(query, gallery)
         self.num_queries, self.gallery_size = len(query), len(gallery)
         # The images are the gallery, then the queries that are not in it.
@@ -264,13 +267,6 @@ def _offsets(counts: torch.Tensor) -> torch.Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _check_settings(k1: int, k2: int, original_weight: float) -> None:
-    if k1 < 1 or k2 < 1:
-        raise ValueError(f'k1 and k2 must be at least 1, got {k1} and {k2}')
-    if not 0 <= original_weight <= 1:
-        raise ValueError(f'original_weight must lie between 0 and 1, got {original_weight}')
-
-
 def _check_features(query: torch.Tensor, gallery: torch.Tensor) -> None:
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1] or not len(query) or not len(gallery):
         raise ValueError(
@@ -302,7 +298,7 @@ def _checked_rows(rows: Sequence[int] | np.ndarray | None, num_queries: int, gal
         )
     if rows.min() < -1 or rows.max() >= gallery_size:
         raise ValueError(
-            f'query_in_gallery must lie between -1 (not in the gallery) and {gallery_size - 1}, '
+            f'query_in_gallery must be between -1 (not in the gallery) and {gallery_size - 1}, '
             f'got {rows.min()} to {rows.max()}'
         )
     return rows.astype(np.int64)

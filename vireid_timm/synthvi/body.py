@@ -265,26 +265,10 @@ def _handbag(canvas: Canvas, person: Person, wrist: tuple[float, float, float]) 
     _, low = canvas.point(wrist[0], wrist[1], bottom)
     canvas.fill([(x, y), (x + half * 0.8, level), (x - half * 0.8, level)], 3 * BAG_TRIM + EDGE)
     for grow, shade in LAYERS:
-        canvas.fill(
-            [
-                (x - half * 0.85 - grow, level - grow),
-                (x + half * 0.85 + grow, level - grow),
-                (x + half + grow, low + grow),
-                (x - half - grow, low + grow),
-            ],
-            3 * BAG + shade,
-        )
+        canvas.trapezoid(x, (half * 0.85, level), (half, low), 3 * BAG + shade, grow)
     if bag.pocket:
         third = level + (low - level) / 3
-        canvas.fill(
-            [
-                (x - half, third),
-                (x + half, third),
-                (x + half, third + (low - level) / 3),
-                (x - half, third + (low - level) / 3),
-            ],
-            3 * BAG_TRIM + BASE,
-        )
+        canvas.trapezoid(x, (half, third), (half, third + (low - level) / 3), 3 * BAG_TRIM + BASE)
 
 
 def _back(canvas: Canvas, person: Person, torso: list) -> None:
@@ -342,15 +326,7 @@ def _hip_bag(canvas: Canvas, person: Person, torso: list) -> None:
     (x, y), (_, low) = canvas.point(lateral, 0, top), canvas.point(lateral, 0, bottom)
     half = canvas.size(canvas.spread(bag.thick, bag.width), top)
     for grow, shade in LAYERS:
-        canvas.fill(
-            [
-                (x - half - grow, y - grow),
-                (x + half + grow, y - grow),
-                (x + half * 1.05 + grow, low + grow),
-                (x - half * 1.05 - grow, low + grow),
-            ],
-            3 * BAG + shade,
-        )
+        canvas.trapezoid(x, (half, y), (half * 1.05, low), 3 * BAG + shade, grow)
     if bag.pocket:
         canvas.fill(
             [

@@ -83,6 +83,14 @@ class Canvas:
         across, down = self.scale
         self.pen.polygon([(x * across, y * down) for x, y in points], fill=label)
 
+    def trapezoid(
+        self, x: float, top: tuple[float, float], bottom: tuple[float, float], label: int, grow: float = 0.0
+    ) -> None:
+        """Fill an upright trapezoid around x, given (half-width, y) of its top and bottom in drawing units."""
+        (wide, y), (low_wide, low_y) = top, bottom
+        upper = [(x - wide - grow, y - grow), (x + wide + grow, y - grow)]
+        self.fill([*upper, (x + low_wide + grow, low_y + grow), (x - low_wide - grow, low_y + grow)], label)
+
     def limb(self, material: int, *joints: tuple[float, float, float, float]) -> None:
         """Draw a chain of joints (lateral, forward, t, radius): edges darker, the lit side lighter."""
         ends = [(*self.point(*joint[:3]), self.size(joint[3], joint[2])) for joint in joints]
