@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import timm
 
+from vireid_timm import DualStreamResNet
+
 BUILD = Path(__file__).parents[2] / 'build' / 'timm_suite'
-MODULE = 'dual_stream'  # timm knows modules by their last name only
+MODULE = DualStreamResNet.__module__.rpartition('.')[2]  # timm knows modules by their last name only
 SELECTION = 'vireid and (not pretrained or synthvi)'
 FEATURE_MODULES = 'FEAT_INTER_FILTERS = [\n'
 PASSED_BY_EVERY_MODEL = ('test_model_forward', 'test_model_forward_fx', 'test_model_forward_intermediates')

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 CHUNK_CELLS = 2**23  # cells of the similarity matrix ranked at a time: about 150 MB of working memory at most
-# Fewest and most queries per chunk: fewer would read a large gallery again for each few queries, more are slower too.
+# Fewest and most queries per chunk. With fewer, a large gallery is read again for every few of them; more are slower.
 CHUNK_ROWS = (64, 1280)
 _BLOCK_CELLS = 2**16  # cells that stay in a core's cache while they are compared with one match after the other
 

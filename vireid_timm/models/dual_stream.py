@@ -416,7 +416,7 @@ def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) ->
     )
     if given != own:
         missing, unknown = (format_list(sorted(keys)) or 'none' for keys in (own - given, given - own))
-        raise RuntimeError(f'these weights are of another network; missing keys: {missing}; unexpected keys: {unknown}')
+        raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
 
 
 def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:

@@ -186,7 +186,7 @@ def _check(modality: str, identity: int, camera: int, image: int, seed: int, spe
             f'camera {camera}, identity {identity}, image {image}, seed {seed}'
         )
     if len(size) != 2 or size[0] < 32 or size[1] < 16 or max(size) > _MAX_SIDE:
-        raise ValueError(f'size must be (height, width) from (32, 16) to ({_MAX_SIDE}, {_MAX_SIDE}), got {size}')
+        raise ValueError(f'an image needs a (height, width) from (32, 16) to ({_MAX_SIDE}, {_MAX_SIDE}), got {size}')
 
 
 def _draw_view(rng: np.random.Generator, profile: CameraProfile) -> View:
