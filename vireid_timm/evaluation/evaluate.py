@@ -77,7 +77,7 @@ def evaluate(
     elif (len(store), store.size) != (len(dataset.test), image_size(model, extraction)):
         raise ValueError(
             f'the store has {len(store)} images of size {store.size}, but {dataset.name} needs {len(dataset.test)} of '
-            f'size {image_size(model, extraction)}; pass the store of dataset.test, or None'
+            f'size {image_size(model, extraction)}; give the store of this table, or None'
         )
     if store.broken:
         plans = [_only_intact(plan, store.intact()) for plan in plans]
