@@ -3,7 +3,7 @@
 VISIBLE = 'visible'
 INFRARED = 'infrared'
 MODALITIES = (VISIBLE, INFRARED)
-SPLITS = ('train', 'query', 'gallery', 'test')  # test: an image that may serve as query and as gallery
+SPLITS = ('train', 'query', 'gallery', 'test')  # a test image can be both a query and a gallery image
 UNKNOWN_CAMERA = 0
 
 DATASETS = ('csv', 'folder', 'llcm', 'regdb', 'synthetic', 'sysu_mm01')

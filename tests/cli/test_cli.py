@@ -120,7 +120,7 @@ def test_two_reports_are_compared(data: Path, run: Path, tmp_path: Path, capsys:
     printed = capsys.readouterr().out
     assert 'flip' in printed and 'infrared-to-visible' in printed and 'mAP' in printed
     assert main(['eval', '--compare', files[0], str(run / 'summary.csv')]) == 1
-    assert 'summary.csv is no report' in capsys.readouterr().err
+    assert 'summary.csv is not a report' in capsys.readouterr().err
 
 
 def test_official_galleries_of_a_written_tree(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Intervals and tests against drawing, counting and enumerating in plain loops."""
+"""Intervals and tests against plain loops that resample, count and enumerate."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ def test_intervals_are_by_resampling(monkeypatch, block_cells, queries):
     np.testing.assert_allclose(result, slow_intervals(values.tolist(), 0.8, 50, 7), atol=1e-12)
 
 
-def test_intervals_are_those_of_theory():
+def test_intervals_agree_with_theory():
     values = np.random.default_rng(0).random((2, 400)) * [[1], [3]]
     intervals = bootstrap_intervals(values)
     for row, (low, high) in zip(values, intervals, strict=True):
@@ -81,7 +81,7 @@ def test_more_queries_than_a_block_holds():
     [
         ([[]], {}, 'at least one'),
         (np.empty((0, 3)), {}, 'at least one'),
-        ([[0.5, math.nan]], {}, 'leave out queries'),
+        ([[0.5, math.nan]], {}, 'leave out invalid queries'),
         ([[0.5, math.inf]], {}, 'finite'),
         ([0.5], {}, r'got shape \[1\]'),
         ([[0.5]], {'level': 1.0}, 'between 0 and 1'),
@@ -110,7 +110,7 @@ def test_paired_test_agrees_with_every_choice_of_signs(monkeypatch, block_cells,
 
 
 def test_equal_sums_count_as_hits_in_spite_of_rounding():
-    # 0.1 + 0.2 + 0.3 and its fellows differ in the last digit with the order of their terms.
+    # 0.1 + 0.2 + 0.3 and similar sums differ in the last digit with the order of their terms.
     first = np.zeros(6)
     second = np.asarray([0.1, 0.2, 0.3, -0.1, -0.2, -0.3])
     assert paired_test(first, second) == 1.0, 'a difference of zero is reached by every choice of signs'
@@ -118,7 +118,7 @@ def test_equal_sums_count_as_hits_in_spite_of_rounding():
     assert paired_test([0.7], [0.1]) == 1.0, 'one query decides nothing'
 
 
-def test_paired_test_sees_what_is_there():
+def test_paired_test_finds_real_differences_only():
     generator = np.random.default_rng(0)
     first = generator.random(300)
     assert paired_test(first, first + 0.05 + 0.1 * generator.standard_normal(300)) == 1e-4

@@ -1,4 +1,4 @@
-"""The evaluation on rendered images, against the same steps taken one by one."""
+"""The evaluation on rendered images against the same steps, one by one."""
 
 import dataclasses
 import math
@@ -62,7 +62,7 @@ def network_input(model, path, size):
 
 
 def naive_features(model, paths, modalities, size=SIZE):
-    """One image at a time through the network's public call."""
+    """Pass one image at a time through the network's public call."""
     with torch.no_grad():
         return torch.cat(
             [
@@ -83,7 +83,7 @@ def random_features(dataset, dimension=8, seed=0):
 
 
 def sysu_like(identities=5):
-    """Every identity in every camera of SYSU-MM01, but the first, which only one infrared camera saw."""
+    """Every identity in every camera of SYSU-MM01, except the first, which is in one infrared camera only."""
     rows = []
     for number in range(identities):
         for camera in (1, 2, 3, 4, 5, 6) if number else (3,):
@@ -98,7 +98,7 @@ def interval(values):
 
 
 def metrics_of(dataset, trial, similarity, per_identity_cmc=False):
-    """Metrics of a trial on its own, from the similarities of all test images."""
+    """Return the metrics of one trial, given the similarities of all test images."""
     identity = dataset.test.identity
     return rank_metrics(
         similarity[trial.query][:, trial.gallery],
@@ -236,7 +236,7 @@ def test_split_column_decides_who_searches(model, saved):
         assert report[protocol].gallery_size == (searched & (saved.test.split != 'query')).sum()
 
 
-def test_only_the_rows_of_the_protocol_have_to_be_there():
+def test_only_the_rows_of_the_protocol_are_needed():
     dataset = sysu_like()
     features = random_features(dataset)
     outdoor = np.isin(dataset.test.camera, (4, 5))
@@ -247,7 +247,7 @@ def test_only_the_rows_of_the_protocol_have_to_be_there():
         evaluate_features(features, dataset, 'all-multi')
 
 
-def test_broken_images_are_left_out_and_counted(model, saved, tmp_path):
+def test_broken_images_are_skipped_and_counted(model, saved, tmp_path):
     (tmp_path / 'broken.png').write_bytes(b'no image')
     columns = {field.name: getattr(saved.test, field.name).copy() for field in dataclasses.fields(Records)}
     columns['path'] = columns['path'].astype(object)
@@ -264,10 +264,10 @@ def test_broken_images_are_left_out_and_counted(model, saved, tmp_path):
             expected[protocol], trials_fingerprint=''
         )
         assert result.trials_fingerprint != expected[protocol].trials_fingerprint
-    assert '2 broken images left out' in str(report)
+    assert '2 broken images skipped' in str(report)
 
 
-def test_a_broken_image_changes_no_other_draw(model, tmp_path):
+def test_a_broken_image_does_not_change_the_sampling(model, tmp_path):
     rows = []
     for number in range(4):
         for camera, modality in ((1, VISIBLE), (2, VISIBLE), (6, INFRARED)):
@@ -423,7 +423,7 @@ def test_results_can_be_paired_where_the_images_are_the_same():
     moved = dataclasses.replace(dataset, root='')
     assert evaluate_features(random_features(dataset), moved)['all-single'].trials_fingerprint == (
         first['all-single'].trials_fingerprint
-    ), 'paths of this table do not lie below its root'
+    ), 'the paths of this table are not below its root'
     fewer = dataclasses.replace(dataset, test=dataset.test[1:])
     assert evaluate_features(random_features(fewer), fewer)['all-single'].trials_fingerprint != (
         first['all-single'].trials_fingerprint

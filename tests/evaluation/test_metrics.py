@@ -1,4 +1,4 @@
-"""The metrics against a loop that sorts and counts one query at a time."""
+"""The metrics against a loop that sorts and counts, one query at a time."""
 
 import math
 
@@ -11,7 +11,7 @@ from vireid_timm.evaluation.metrics import rank_metrics
 
 
 def naive_query(similarity, identity, gallery, ignore, per_identity_cmc):
-    """(first rank, AP, INP) of one query by walking down the sorted list, or None without a match."""
+    """Return (first rank, AP, INP) of one query by walking down the sorted list, or None without a match."""
     seen = [(similarity[i], gallery[i] == identity, gallery[i]) for i in range(len(gallery)) if not ignore[i]]
     seen.sort(key=lambda entry: (-entry[0], entry[1]))  # among equals, wrong images come first
     hits = [position for position, entry in enumerate(seen, start=1) if entry[1]]
@@ -21,7 +21,7 @@ def naive_query(similarity, identity, gallery, ignore, per_identity_cmc):
     first = hits[0]
     if per_identity_cmc:
         distinct = list(dict.fromkeys(name for _, _, name in seen))  # every identity at its first occurrence
-        # A wrong identity whose best image ties with the right one's stands before it, wrong images coming first.
+        # A wrong identity whose best image ties with the right one comes first, because wrong images come first.
         first = distinct.index(identity) + 1
     return first, average_precision, len(hits) / hits[-1]
 
@@ -115,9 +115,9 @@ def test_many_galleries_share_a_matrix():
     galleries = [np.sort(generator.choice(60, size, replace=False)) for size in (1, 7, 30, 59)]
     galleries.append(generator.permutation(60))
     ranker = metrics.Ranker(gallery)
-    searches = [ranker.search(columns, bool(i % 2)) for i, columns in enumerate(galleries)]
+    chosen = [ranker.gallery(columns, bool(i % 2)) for i, columns in enumerate(galleries)]
     tensors = torch.from_numpy(similarity), torch.from_numpy(ignore)
-    found = ranker.rank(tensors[0], queries, tensors[1], searches)
+    found = ranker.rank(tensors[0], queries, tensors[1], chosen)
     for i, (columns, (rank, ap, inp)) in enumerate(zip(galleries, found, strict=True)):
         rows = naive_metrics(similarity[:, columns], queries, gallery[columns], ignore[:, columns], bool(i % 2))[3]
         assert rank.tolist() == [0 if row is None else row[0] for row in rows]
@@ -209,7 +209,7 @@ def test_chunks_change_nothing(monkeypatch, per_identity_cmc):
         np.testing.assert_array_equal(chunked.cmc, whole.cmc)
 
 
-def test_input_is_left_as_it_was():
+def test_inputs_are_not_changed():
     similarity, queries, gallery, ignore = random_case(np.random.default_rng(4), 9, 12, 3, 2, 0.3)
     copies = similarity.copy(), ignore.copy()
     rank_metrics(similarity, queries, gallery, ignore=ignore, per_identity_cmc=True)
@@ -219,7 +219,7 @@ def test_input_is_left_as_it_was():
 
 def test_queries_without_a_match_are_excluded_and_counted():
     similarity = np.asarray([[0.1, 0.9], [0.9, 0.1], [0.3, 0.2]])
-    ignore = np.asarray([[False, False], [True, True], [False, False]])  # the second query sees nothing
+    ignore = np.asarray([[False, False], [True, True], [False, False]])  # everything is ignored for the second query
     result = rank_metrics(similarity, ['a', 'a', 'stranger'], ['a', 'b'], ignore=ignore, max_rank=4)
     assert result.num_valid_queries == 1
     assert result.valid.tolist() == [True, False, False]
@@ -252,9 +252,9 @@ def test_non_finite_similarity_is_named(monkeypatch, value, dtype):
         ((np.zeros((2, 3)), [1], [1, 2, 3]), {}, r'must be \[queries, gallery\] = \[1, 3\]'),
         ((np.zeros(3), [1], [1, 2, 3]), {}, r'got \[3\]'),
         ((np.zeros((1, 3)), [1], [[1, 2, 3]]), {}, 'one-dimensional'),
-        ((np.zeros((1, 3), dtype=int), [1], [1, 2, 3]), {}, 'floating-point type, got int64'),
-        ((torch.zeros(1, 3, dtype=int), [1], [1, 2, 3]), {}, 'floating-point type, got torch.int64'),
-        ((np.zeros((1, 3)), ['1'], [1, 2, 3]), {}, 'none could ever match'),
+        ((np.zeros((1, 3), dtype=int), [1], [1, 2, 3]), {}, 'floating-point dtype, got int64'),
+        ((torch.zeros(1, 3, dtype=int), [1], [1, 2, 3]), {}, 'floating-point dtype, got torch.int64'),
+        ((np.zeros((1, 3)), ['1'], [1, 2, 3]), {}, 'nothing can match'),
         ((np.zeros((1, 3)), [1], [1, 2, 3]), {'ignore': np.zeros((3, 1), dtype=bool)}, r'ignore must be bool'),
         ((np.zeros((1, 3)), [1], [1, 2, 3]), {'ignore': np.zeros((1, 3))}, r'got float64 \[1, 3\]'),
         ((np.zeros((1, 3)), [1], [1, 2, 3]), {'max_rank': 0}, 'at least 1, got 0'),

@@ -12,11 +12,12 @@ from vireid_timm.data.records import Dataset, Records
 from vireid_timm.evaluation.protocols import draw_trials, ignore_keys, protocol_of, protocol_trials, protocols_of
 
 EMPTY = Records.from_rows([])
+OTHER = {VISIBLE: INFRARED, INFRARED: VISIBLE}
 SYSU_MODALITY = {1: VISIBLE, 2: VISIBLE, 3: INFRARED, 4: VISIBLE, 5: VISIBLE, 6: INFRARED}
 
 
 def sysu_listing():
-    """(camera, identity) -> its files, sorted; uneven, with identities that some cameras never saw."""
+    """(camera, identity) -> sorted files; uneven, and some identities are missing in some cameras."""
     rng = random.Random(2017)
     listing = {}
     for number in rng.sample(range(1, 534), 17):
@@ -76,7 +77,7 @@ def global_random_state():
 
 
 def agw_gallery(listing, cameras, trial):
-    """The draw as the field's scripts write it: seeding the global generator."""
+    """Sample as the field's scripts do, by seeding the global generator."""
     random.seed(trial)
     drawn = []
     for identity in sorted({identity for _, identity in listing}):
@@ -87,7 +88,7 @@ def agw_gallery(listing, cameras, trial):
 
 
 @pytest.mark.parametrize('protocol, cameras', [('all-single', [1, 2, 4, 5]), ('indoor-single', [1, 2])])
-def test_sysu_gallery_is_the_one_that_agw_draws(global_random_state, protocol, cameras):
+def test_sysu_gallery_is_the_one_of_agw(global_random_state, protocol, cameras):
     listing = sysu_listing()
     dataset = sysu_dataset(listing)
     trials = protocol_trials(dataset, protocol)
@@ -172,7 +173,7 @@ def test_both_directions(name):
         assert rule.direction == protocol.replace('-', ' ')
 
 
-def test_global_random_state_is_left_alone(global_random_state):
+def test_global_random_state_is_not_changed(global_random_state):
     for dataset in (sysu_dataset(sysu_listing()), llcm_dataset(), two_way_dataset()):
         random.seed('the caller')
         state = random.getstate()
@@ -186,15 +187,15 @@ def test_protocols_that_the_images_do_not_allow_are_not_listed():
     gallery = two_way_dataset(splits=('gallery',), modalities=(VISIBLE,)).test
     dataset = Dataset('folder', 'root', EMPTY, joined(one_way, gallery))
     assert protocols_of(dataset) == ('infrared-to-visible',)
-    with pytest.raises(ValueError, match='searches with visible images, but there are none.*infrared-to-visible'):
+    with pytest.raises(ValueError, match='needs visible query images, but there are none.*infrared-to-visible'):
         protocol_trials(dataset, 'visible-to-infrared')
-    with pytest.raises(ValueError, match='searches among infrared images, but there are none.*infrared-to-visible$'):
+    with pytest.raises(ValueError, match='needs infrared gallery images, but there are none.*infrared-to-visible$'):
         protocol_trials(dataset, 'mixed')
     both = two_way_dataset(splits=('gallery',)).test
     assert protocols_of(Dataset('folder', 'root', EMPTY, joined(one_way, both))) == ('infrared-to-visible', 'mixed')
     no_query = Dataset('folder', 'root', EMPTY, both)
     assert protocols_of(no_query) == ()
-    with pytest.raises(ValueError, match='searches with visible or infrared images, but there are none.*: none$'):
+    with pytest.raises(ValueError, match='needs visible or infrared query images, but there are none.*: none$'):
         protocol_trials(no_query, 'mixed')
     assert protocols_of(Dataset('folder', 'root', EMPTY, EMPTY)) == ()
 
@@ -203,12 +204,12 @@ def test_sysu_without_indoor_gallery():
     listing = {cell: files for cell, files in sysu_listing().items() if cell[0] not in (1, 2)}
     dataset = sysu_dataset(listing)
     assert protocols_of(dataset) == ('all-single', 'all-multi')
-    with pytest.raises(ValueError, match=r'visible images of cameras \(1, 2\), but there are none.*all-multi'):
+    with pytest.raises(ValueError, match=r'visible gallery images of cameras \(1, 2\), but there are none.*all-multi'):
         protocol_trials(dataset, 'indoor-single')
 
 
 def random_records(seed):
-    """Few identities and cameras, so that all kinds of agreement occur; camera 0 is the unknown one."""
+    """Few identities and cameras, so that all combinations occur; camera 0 means unknown."""
     rng = random.Random(seed)
     rows = [
         (
@@ -247,7 +248,7 @@ def test_mixed(name):
 def test_mixed_where_everybody_was_seen_once():
     rows = [('a.png', 'anna', 0, VISIBLE, 'test'), ('b.png', 'ben', 1, INFRARED, 'test')]
     dataset = Dataset('csv', 'root', EMPTY, Records.from_rows(rows))
-    with pytest.raises(ValueError, match='2 visible or infrared query.*same identity, modality and camera.*nothing'):
+    with pytest.raises(ValueError, match='2 visible or infrared query.*same identity, modality and camera'):
         protocol_trials(dataset, 'mixed')
     again = Records.from_rows([*rows, ('c.png', 'anna', 0, VISIBLE, 'test')])
     (trial,) = protocol_trials(Dataset('csv', 'root', EMPTY, again), 'mixed')
@@ -262,7 +263,7 @@ def test_other_data_have_no_mixed_protocol(name):
         protocol_trials(dataset, 'mixed')
 
 
-def test_rows_and_keys_are_what_the_trials_are_made_of():
+def test_rows_and_keys_make_up_the_trials():
     for dataset in (sysu_dataset(sysu_listing()), llcm_dataset(), Dataset('folder', '', EMPTY, random_records(0))):
         for protocol in protocols_of(dataset):
             rule = protocol_of(dataset, protocol)
@@ -298,11 +299,11 @@ def test_unknown_names_list_what_exists(protocol, draw, message):
 def test_nothing_to_find_is_an_error():
     rows = [('a.png', 'anna', 0, VISIBLE, 'test'), ('b.png', 'ben', 0, INFRARED, 'test')]
     dataset = Dataset('folder', 'root', EMPTY, Records.from_rows(rows))
-    with pytest.raises(ValueError, match='none of the 1 visible query.*1 infrared gallery.*found.*same name'):
+    with pytest.raises(ValueError, match='none of the 1 visible query.*1 infrared gallery.*same name'):
         protocol_trials(dataset, 'visible-to-infrared')
 
 
-def test_nothing_to_find_because_the_rule_forbids_it():
+def test_nothing_to_find_because_all_matches_are_ignored():
     rows = [
         *(('a.png', '0001', 3, INFRARED, 'test'), ('b.png', '0001', 2, VISIBLE, 'test')),
         ('c.png', '0002', 1, VISIBLE, 'test'),
@@ -313,7 +314,7 @@ def test_nothing_to_find_because_the_rule_forbids_it():
 
 
 def owners_orders(listing, num_trials=10):
-    """(camera, identity) -> for each trial an order of its images, counted from 1."""
+    """(camera, identity) -> an order of its images for each trial, counted from 1."""
     rng = random.Random(1)
     return {
         cell: [rng.sample(range(1, len(files) + 1), len(files)) for _ in range(num_trials)]
@@ -322,7 +323,7 @@ def owners_orders(listing, num_trials=10):
 
 
 def write_orders(root, orders, dtype=np.uint8, shape=(-1, 1), variable='rand_perm_cam'):
-    """As the owners' file has it: a cell of cameras of cells of identities of matrices, empty for who was not seen."""
+    """Write nested cells like the owners' file: cameras, identities, and a matrix each, empty without images."""
     cameras = np.empty(6, dtype=object)
     for camera in range(1, 7):
         numbers = {int(identity): matrix for (seen_by, identity), matrix in orders.items() if seen_by == camera}
@@ -337,7 +338,7 @@ def write_orders(root, orders, dtype=np.uint8, shape=(-1, 1), variable='rand_per
 
 @pytest.mark.parametrize('dtype, shape', [(np.uint8, (-1, 1)), (np.float64, (1, -1))])
 @pytest.mark.parametrize('protocol', ['all-single', 'all-multi', 'indoor-single', 'indoor-multi'])
-def test_official_gallery_is_what_the_owners_file_says(tmp_path, protocol, dtype, shape):
+def test_official_gallery_follows_the_owners_file(tmp_path, protocol, dtype, shape):
     listing = sysu_listing()
     orders = owners_orders(listing, num_trials=12)  # more rows than trials are fine
     write_orders(tmp_path, orders, dtype, shape)
@@ -436,13 +437,13 @@ def test_official_file_of_other_values(tmp_path, dtype):
         protocol_trials(sysu_dataset(listing, tmp_path), 'all-single', draw='official')
 
 
-def test_official_file_that_knows_somebody_whose_folders_are_all_missing(tmp_path):
+def test_official_file_with_an_identity_whose_folders_are_missing(tmp_path):
     listing = sysu_listing()
     orders = owners_orders(listing)
     write_orders(tmp_path, orders)
     identity = min(identity for camera, identity in listing if camera == 1)
     left = without(listing, lambda camera, name: name == identity and camera in (1, 2))
-    assert identity in {name for _, name in left}, 'other cameras saw this person'
+    assert identity in {name for _, name in left}, 'other cameras have this person'
     with pytest.raises(ValueError, match=f'camera 1, identity {identity}: .* but the folder holds 0;'):
         protocol_trials(sysu_dataset(left, tmp_path), 'indoor-single', draw='official')
 
@@ -454,13 +455,13 @@ def test_official_file_that_cannot_be_read(tmp_path, keep, text):
     write_orders(tmp_path, owners_orders(listing))
     path = tmp_path / 'exp' / 'rand_perm_cam.mat'
     path.write_bytes(path.read_bytes()[:keep] + text)
-    with pytest.raises(ValueError, match=r'rand_perm_cam\.mat cannot be read as a MATLAB file of version 5 .*again'):
+    with pytest.raises(ValueError, match=r'rand_perm_cam\.mat is not a readable MATLAB file of version 5 .*again'):
         protocol_trials(sysu_dataset(listing, tmp_path), 'all-single', draw='official')
 
 
 def test_official_file_that_is_not_there(tmp_path):
     dataset = sysu_dataset(sysu_listing(), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r'exp.rand_perm_cam\.mat.*owners \(folder data_split\).*into .*exp;'):
+    with pytest.raises(FileNotFoundError, match=r'exp.rand_perm_cam\.mat.*owners \(folder data_split\).*exp;'):
         protocol_trials(dataset, 'all-single', draw='official')
 
 
@@ -477,7 +478,7 @@ def test_official_draw_where_the_owners_have_none():
     for protocol in protocols_of(dataset):
         with pytest.raises(ValueError, match=f"{protocol} of llcm has no draw 'official'; available: seeded"):
             protocol_trials(dataset, protocol, draw='official')
-    for name in ('folder', 'regdb'):  # nothing is drawn: whatever is valid will do
+    for name in ('folder', 'regdb'):  # nothing is sampled, so any valid draw is accepted
         (trial,) = protocol_trials(two_way_dataset(name), 'visible-to-infrared', draw='official')
         (seeded,) = protocol_trials(two_way_dataset(name), 'visible-to-infrared')
         np.testing.assert_array_equal(trial.gallery, seeded.gallery)

@@ -1,8 +1,7 @@
-"""The networks against timm's contract, naive ResNets, and themselves in other forms; pretrained weights offline."""
+"""The networks against timm's contract, naive ResNets, and other forms of themselves."""
 
 import copy
 import io
-import logging
 import math
 import subprocess
 import sys
@@ -10,9 +9,21 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm
 import torch
+from networks import (
+    IMAGENET_TAGS,
+    THIN,
+    TRUNK,
+    forward_calls,
+    gradients,
+    images,
+    meta_images,
+    on_meta,
+    randomised,
+    small,
+    training_value,
+)
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import create_feature_extractor, get_graph_node_names
@@ -20,85 +31,30 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-import vireid_timm
-from vireid_timm.layers.non_local import NonLocalBlock
 from vireid_timm.layers.power_mean import POWER_EPS, root
-from vireid_timm.models.dual_stream import BranchOutput, DualStreamResNet, checkpoint_filter_fn
+from vireid_timm.models.dual_stream import BranchOutput, DualStreamResNet
 
 MODELS = timm.list_models('vireid_*')
-IMAGENET_TAGS = timm.list_pretrained('vireid_*in1k')
-TRUNK = ('layer1.', 'layer2.', 'layer3.', 'layer4.')
 SUBSETS = [layers for count in range(4) for layers in combinations((1, 2, 3), count)]  # table 2
-START = 'start for fine-tuning'
-# ResNet-10-T with an eighth of its channels.
-THIN = dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 32, 64))
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.fixture(autouse=True)
-def seed():
+@pytest.fixture(scope='module', params=MODELS)
+def network(request):
+    """Every registered network, with five classes and the statistics of a batch, so that deep ones do not overflow."""
     torch.manual_seed(0)
-
-
-def images(count: int = 2, size: tuple[int, int] = (32, 16), seed: int = 0, channels: int = 3) -> torch.Tensor:
-    return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Normalisations with random values: fresh ones turn residual blocks off, and the two stems start as one."""
-    generator = torch.Generator().manual_seed(1)
+    model = randomised(timm.create_model(request.param, num_classes=5))
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            for tensor in (module.bias, module.running_mean):
-                if tensor is not None:
-                    tensor.data.normal_(0.0, 0.2, generator=generator)
-    return model
-
-
-def small(**kwargs) -> DualStreamResNet:
-    return randomised(timm.create_model('vireid_dml_r10t', resnet_args=THIN, fuse_width=8, **kwargs)).eval()
-
-
-def on_meta(name: str, **kwargs) -> DualStreamResNet:
-    """The shapes of a network without its values."""
-    return timm.create_model(name, device='meta', **kwargs).eval()
-
-
-def meta_images(model: nn.Module, count: int = 2) -> torch.Tensor:
-    return torch.zeros(count, *model.pretrained_cfg['input_size'], device='meta')
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images(8, (64, 32), seed=2), images(8, (64, 32), seed=3))
+    return model.eval()
 
 
 def pooled(features_map: torch.Tensor, power: float = 3.0) -> torch.Tensor:
     return ((features_map.clamp(min=0) ** power).mean(dim=(2, 3)) + POWER_EPS) ** (1 / power)
-
-
-def gradients(model: nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    value.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def training_value(output: BranchOutput) -> torch.Tensor:
-    """Something that every branch has a part in."""
-    parts = [output.features, *output.logits.values()]
-    return sum((part * torch.linspace(-1, 1, part.shape[1])).square().mean() for part in parts)
-
-
-@pytest.fixture(scope='module', params=MODELS)
-def network(request):
-    """Every registered network with five classes."""
-    torch.manual_seed(0)
-    return randomised(timm.create_model(request.param, num_classes=5)).eval()
-
-
-def forward_calls(module: nn.Module) -> list[nn.Module]:
-    """A list that grows with every forward pass of the module."""
-    calls: list[nn.Module] = []
-    module.register_forward_pre_hook(lambda called, inputs: calls.append(called))
-    return calls
 
 
 # What every registered network does
@@ -160,7 +116,7 @@ def test_branches_are_slices_of_the_joint_features(network):
 def test_wrong_images_are_named(network):
     x = images()
     for call in (network, network.forward_features, network.forward_branches, network.forward_intermediates):
-        with pytest.raises(ValueError, match='no images: give visible=, infrared=, or both'):
+        with pytest.raises(ValueError, match='no images: .*visible=, infrared=, or both'):
             call()
         with pytest.raises(ValueError, match=r'infrared images need shape \[B, 3, H, W\], got \[2, 1, 32, 16\]'):
             call(x, x[:, :1])
@@ -179,7 +135,7 @@ def test_necks_and_classifiers_have_no_bias_and_classifiers_are_named(network):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_the_configuration_says_the_truth(name):
+def test_the_configuration_matches_the_network(name):
     model = on_meta(name)
     cfg = model.pretrained_cfg
     assert (model.num_classes, model.in_chans) == (0, 3) == (cfg['num_classes'], cfg['input_size'][0])
@@ -206,7 +162,7 @@ def test_no_pooling_gives_the_map(name):
     expected = model.forward_features(meta_images(model)).shape
     assert model(meta_images(model)).shape == expected
     assert model.forward_head(model.forward_features(meta_images(model)), pre_logits=True).shape == expected
-    with pytest.raises(ValueError, match="forward_branches needs a pooling; .* global_pool=''"):
+    with pytest.raises(ValueError, match="forward_branches needs pooling.* global_pool=''"):
         model.forward_branches(x.to('meta'))
     with pytest.raises(ValueError, match="use num_classes=0 with global_pool=''"):
         on_meta(name, num_classes=3, global_pool='')
@@ -278,7 +234,7 @@ def test_a_batch_of_both_modalities_trains_every_parameter(kind):
         assert gradient.any(), name
 
 
-def test_shapes_alone_can_be_trained():
+def test_meta_tensors_can_be_trained():
     model = on_meta('vireid_dml_r18', num_classes=4).train()
     output = model.forward_branches(meta_images(model), meta_images(model))
     (output.features.sum() + sum(logits.sum() for logits in output.logits.values())).backward()
@@ -289,7 +245,7 @@ def test_shapes_alone_can_be_trained():
 
 
 def naive_resnet(model: DualStreamResNet, modality: str, last_stride: int) -> nn.Module:
-    """timm's own ResNet with the network's weights, and the first block of layer4 told not to stride."""
+    """timm's own ResNet with the network's weights, and stride 1 in the first block of layer4."""
     name = {BasicBlock: 'resnet18', Bottleneck: 'resnet50'}[type(model.layer1[0])]
     layers = [len(getattr(model, layer[:-1])) for layer in TRUNK]
     options = dict(layers=layers, num_classes=0, global_pool='')
@@ -371,7 +327,7 @@ def test_every_subset_of_fused_layers_in_both_forms(layers, kind):
 @pytest.mark.parametrize('pool', ['gem', 'avg'])
 @pytest.mark.parametrize('power', [2.0, 3.0])
 def test_training_and_retrieval_pool_alike(pool, power):
-    """What `forward_branches` trains is what `forward` retrieves with, whatever the pooling."""
+    """`forward_branches` trains the features that `forward` retrieves with, for any pooling."""
     model = small(global_pool=pool, gem_power=power)
     x = images()
     with torch.no_grad():
@@ -386,7 +342,7 @@ def test_training_and_retrieval_pool_alike(pool, power):
         assert torch.equal(other(x), model(x))
 
 
-def test_without_classes_the_output_is_the_features_behind_the_neck():
+def test_without_classes_the_output_is_the_features_after_the_neck():
     model = small(num_classes=5)
     x = images()
     with torch.inference_mode():
@@ -400,7 +356,7 @@ def test_without_classes_the_output_is_the_features_behind_the_neck():
         torch.testing.assert_close(model.joint_head.neck(output.features), features, rtol=1e-4, atol=1e-4)
 
 
-def test_new_classifiers_leave_the_rest_alone():
+def test_new_classifiers_change_nothing_else():
     model = small(num_classes=5).train()
     before = copy.deepcopy(model.state_dict())
     model.reset_classifier(11)
@@ -422,7 +378,7 @@ def test_a_refused_reset_changes_nothing():
     assert torch.equal(model(images()), expected)
 
 
-def test_a_classifier_beside_no_pooling_waits_for_one_as_in_timms_own_models():
+def test_a_classifier_without_pooling_is_used_once_there_is_one_as_in_timm():
     model = small(num_classes=0, global_pool='')
     model.reset_classifier(2)
     assert model.get_classifier().weight.shape[0] == 2 and model(images()).ndim == 4
@@ -433,131 +389,22 @@ def test_a_classifier_beside_no_pooling_waits_for_one_as_in_timms_own_models():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(fuse_layers=(2, 1)), r'increasing layer numbers of 1 to 4, got \(2, 1\)'),
-        (dict(fuse_layers=(0, 1)), r'increasing layer numbers of 1 to 4, got \(0, 1\)'),
-        (dict(fuse_layers=(1, 1)), r'increasing layer numbers of 1 to 4, got \(1, 1\)'),
+        (dict(fuse_layers=(2, 1)), r'increasing layer numbers .*1 to 4, got \(2, 1\)'),
+        (dict(fuse_layers=(0, 1)), r'increasing layer numbers .*1 to 4, got \(0, 1\)'),
+        (dict(fuse_layers=(1, 1)), r'increasing layer numbers .*1 to 4, got \(1, 1\)'),
         (dict(spatial_weights='learned'), r"unknown spatial_weights 'learned'; expected one of \('asff', 'static'\)"),
         (dict(last_stride=3), 'last_stride must be 1 or 2, got 3'),
         (dict(gem_power=0.5), 'power of at least 1, got 0.5'),
         (dict(global_pool='max'), "unknown pooling 'max'"),
         (dict(non_local_blocks=(0, 2, 0, 0)), r'four counts of at most \(1, 1, 1, 1\), got \(0, 2, 0, 0\)'),
         (dict(non_local_blocks=(0, 1)), r'four counts of at most \(1, 1, 1, 1\), got \(0, 1\)'),
-        (dict(non_local_width='full'), "number of channels from 1 on, or 'half', got 'full'"),
-        (dict(non_local_width=0), "number of channels from 1 on, or 'half', got 0"),
+        (dict(non_local_width='full'), "non_local_width .* 'half', got 'full'"),
+        (dict(non_local_width=0), "non_local_width .* 'half', got 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         on_meta('vireid_dml_r10t', **arguments)
-
-
-# Non-local blocks
-
-
-def naive_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
-    """With the affinity of every pair of positions."""
-    positions = x.shape[2] * x.shape[3]
-    theta, phi, g = (part(x).flatten(2) for part in (block.theta, block.phi, block.g))
-    affinity = theta.transpose(1, 2) @ phi / positions  # [B, to, from]
-    sums = (affinity @ g.transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
-    return x + block.norm(block.out(sums))
-
-
-@pytest.mark.parametrize('width', [1, 5])
-def test_non_local_blocks_against_the_affinity_of_all_pairs(width):
-    block = NonLocalBlock(6, width, dtype=torch.float64)
-    for count, size in ((2, (3, 5)), (1, (1, 1)), (0, (4, 2))):
-        x = torch.randn(count, 6, *size, dtype=torch.float64)
-        assert torch.equal(block.eval()(x), x)  # adds nothing at first
-        with torch.no_grad():
-            expected = naive_non_local(randomised(block), x)
-            torch.testing.assert_close(block(x), expected)
-            assert not count or not torch.allclose(expected, x, rtol=1e-3)
-        nn.init.zeros_(block.norm.weight)
-        nn.init.zeros_(block.norm.bias)
-
-
-@pytest.mark.parametrize('width', [1, 'half'])
-def test_agw_has_five_non_local_blocks(width):
-    model = on_meta('vireid_agw_r50', non_local_width=width)
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, NonLocalBlock)}
-    assert list(blocks) == [f'layer2.{i}_non_local' for i in (2, 3)] + [f'layer3.{i}_non_local' for i in (3, 4, 5)]
-    assert [name for name, _ in model.layer2.named_children()] == ['0', '1', '2', '2_non_local', '3', '3_non_local']
-    for name, block in blocks.items():
-        channels = 512 if name.startswith('layer2') else 1024
-        assert block.theta.weight.shape == (channels // 2 if width == 'half' else 1, channels, 1, 1)
-    added = sum(parameter.numel() for block in blocks.values() for parameter in block.parameters())
-    assert width == 'half' or added == 28_687
-    base = on_meta('vireid_base_r50')
-    assert added == sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
-    assert set(base.state_dict()) == {key for key in model.state_dict() if '_non_local.' not in key}
-
-
-def non_local(**kwargs) -> DualStreamResNet:
-    return small(fuse_layers=(), non_local_blocks=(0, 1, 1, 0), non_local_width='half', **kwargs)
-
-
-def test_non_local_blocks_add_nothing_at_first():
-    model, plain = non_local(num_classes=3), small(num_classes=3, fuse_layers=())
-    x = images(), images(seed=1)
-    with torch.inference_mode():
-        model.load_state_dict(plain.state_dict(), strict=False)
-        assert not torch.allclose(model(*x), plain(*x), rtol=0.1)
-        for block in (model.layer2[1], model.layer3[1]):
-            nn.init.zeros_(block.norm.weight)
-            nn.init.zeros_(block.norm.bias)
-        assert torch.equal(model(*x), plain(*x))
-
-
-def test_non_local_blocks_are_part_of_their_layers():
-    model = non_local()
-    features = non_local(features_only=True)
-    features.model.load_state_dict(model.state_dict(), strict=False)
-    with torch.inference_mode():
-        levels = model.forward_intermediates(images(), intermediates_only=True)
-        for i, layer in ((1, model.layer2), (2, model.layer3)):
-            expected = naive_non_local(layer[1], layer[0](levels[i - 1]))
-            torch.testing.assert_close(levels[i], expected, rtol=1e-5, atol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(features(images()), levels, strict=True))
-
-
-def test_non_local_blocks_train_with_and_without_checkpointing():
-    model = non_local(num_classes=3).train()
-    x = images(), images(seed=1)
-    expected = gradients(model, training_value(model.forward_branches(*x)))
-    calls = forward_calls(model.layer3[1])
-    model.set_grad_checkpointing()
-    actual = gradients(model, training_value(model.forward_branches(*x)))
-    assert len(calls) == 2
-    for name, gradient in actual.items():
-        assert gradient.any(), name
-        torch.testing.assert_close(gradient, expected[name])
-
-
-def test_non_local_blocks_are_traced_compiled_and_exported(compiled):
-    model = non_local(num_classes=3)
-    _, nodes = get_graph_node_names(model)
-    traced = create_feature_extractor(model, nodes[-1:])
-    count = torch.export.Dim('count', min=1, max=64)
-    exported = torch.export.export(model, (images(),), dynamic_shapes={'visible': {0: count}}).module()
-    with torch.inference_mode():
-        for x in (images(), images(3, seed=1)):
-            expected = model(x)
-            assert torch.equal(next(iter(traced(x).values())), expected)
-            for other in (exported(x), compiled(model)(x)):
-                torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_non_local_blocks_in_half_precision():
-    model = non_local()
-    x = images(), images(seed=1)
-    with torch.no_grad():
-        expected = model(*x)
-        with torch.autocast('cpu', dtype=torch.bfloat16):
-            assert torch.cosine_similarity(model(*x), expected).min() > 0.999
-        for dtype in (torch.float16, torch.bfloat16):
-            actual = copy.deepcopy(model).to(dtype)(*(batch.to(dtype) for batch in x))
-            assert torch.cosine_similarity(actual.float(), expected).min() > 0.99
 
 
 # Numbers
@@ -810,10 +657,11 @@ def test_names_that_another_package_has_registered_are_refused():
     """
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == 2 * (
-        'cannot register the model vireid_dml_r18 with timm: other_plugin.zoo has registered one of this name. '
-        'Use other_plugin and vireid_timm in separate programs.\n'
-    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert 'cannot register the model vireid_dml_r18' in line and 'other_plugin.zoo has already registered' in line
+        assert 'other_plugin and vireid_timm in separate programs' in line
 
 
 # Compilers
@@ -827,12 +675,6 @@ def test_symbolic_tracing(fuse_layers):
     with torch.inference_mode():
         for x in (images(), images(3, (48, 33))):
             assert torch.equal(next(iter(traced(x).values())), model(x))
-
-
-@pytest.fixture
-def compiled():
-    yield lambda function: torch.compile(function, backend='aot_eager', fullgraph=True)
-    torch._dynamo.reset()
 
 
 def test_compiled_inference(compiled):
@@ -866,178 +708,3 @@ def test_exported_with_any_number_of_images():
             exported = both(visible=visible, infrared=infrared)
             torch.testing.assert_close(exported, model(visible, infrared), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(alone(infrared=infrared), model(infrared=infrared), rtol=1e-4, atol=1e-4)
-
-
-# ImageNet weights
-
-
-def source_of(tag: str) -> str:
-    """The name of timm's ResNet whose weights an ImageNet tag points at."""
-    return timm.get_pretrained_cfg(tag).hf_hub_id.removeprefix('timm/').partition('.')[0]
-
-
-def imagenet_weights(tag: str) -> dict[str, torch.Tensor]:
-    """As timm's Hub repository has them, but with random values everywhere."""
-    state = timm.create_model(source_of(tag)).state_dict()
-    generator = torch.Generator().manual_seed(5)
-    for value in state.values():
-        if value.is_floating_point():
-            value.uniform_(0.1, 0.9, generator=generator)
-        else:
-            value.fill_(77)
-    return state
-
-
-def source_keys(key: str) -> str:
-    return key.removeprefix('stem.visible.').removeprefix('stem.infrared.')
-
-
-def assert_arrived(model: nn.Module, weights: dict[str, torch.Tensor], fresh: nn.Module) -> None:
-    """Every tensor of the source but its classifier is in the network bit for bit, the rest is as in `fresh`."""
-    untouched, used = fresh.state_dict(), set()
-    for key, value in model.state_dict().items():
-        if key.startswith(('stem.', *TRUNK)) and '_non_local.' not in key:
-            assert torch.equal(value, weights[source_keys(key)]), key
-            used.add(source_keys(key))
-        else:
-            assert torch.equal(value, untouched[key]), key
-    assert used == set(weights) - {'fc.weight', 'fc.bias'}
-
-
-@pytest.mark.parametrize('tag', IMAGENET_TAGS)
-def test_imagenet_tags_point_at_weights_that_timm_knows(tag: str) -> None:
-    ours = timm.get_pretrained_cfg(tag)
-    source = ours.hf_hub_id.removeprefix('timm/')
-    theirs = timm.get_pretrained_cfg(source)
-    assert source in timm.list_pretrained('resnet*') and source.partition('.')[2] == tag.partition('.')[2]
-    assert (ours.license, ours.mean, ours.std) == (theirs.license, theirs.mean, theirs.std)
-    default = {'vireid_dml_r10t': 'synthvi', 'vireid_base_r10t': 'c3_in1k'}.get(tag.partition('.')[0], 'tv_in1k')
-    assert timm.get_pretrained_cfg(tag.partition('.')[0]).tag == default
-
-
-@pytest.mark.parametrize('tag', IMAGENET_TAGS)
-def test_imagenet_weights_fit_every_network(tag):
-    assert timm.get_pretrained_cfg(tag).hf_hub_id == f'timm/{source_of(tag)}.{tag.partition(".")[2]}'
-    assert source_of(tag).removeprefix('resnet') == tag.partition('.')[0].rpartition('_r')[2]
-    model = on_meta(tag, num_classes=3)
-    weights = timm.create_model(source_of(tag), device='meta').state_dict()
-    mapped = checkpoint_filter_fn(weights, model)
-    own = model.state_dict()
-    assert {key: value.shape for key, value in mapped.items()} == {key: value.shape for key, value in own.items()}
-    from_source = {source_keys(key) for key in mapped if key.startswith(('stem.', *TRUNK)) and '_non_local.' not in key}
-    assert from_source == set(weights) - {'fc.weight', 'fc.bias'}
-
-
-@pytest.mark.parametrize(
-    ('tag', 'ending'),
-    [
-        ('vireid_dml_r10t.c3_in1k', 'safetensors'),
-        ('vireid_base_r10t.c3_in1k', 'pth'),
-        ('vireid_dml_r18.tv_in1k', 'safetensors'),
-    ],
-)
-def test_imagenet_weights_arrive_bit_for_bit(tag, ending, tmp_path, caplog):
-    weights = imagenet_weights(tag)
-    path = tmp_path / f'model.{ending}'
-    (safetensors.torch.save_file if ending == 'safetensors' else torch.save)(weights, path)
-    for arguments in ({}, {'num_classes': 7}):
-        caplog.clear()
-        torch.manual_seed(3)
-        model = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **arguments)
-        torch.manual_seed(3)
-        assert_arrived(model, weights, timm.create_model(tag, **arguments))
-        assert model.num_classes == arguments.get('num_classes', 0)
-        lines = [record for record in caplog.records if START in record.getMessage()]
-        assert len(lines) == 1
-        assert lines[0].levelno == logging.WARNING
-        assert lines[0].name == 'vireid_timm.models.dual_stream'
-        assert 'not a re-identification model' in lines[0].getMessage()
-
-
-@pytest.mark.parametrize('tag', ['vireid_dml_r50.tv_in1k', 'vireid_agw_r50.tv_in1k'])
-def test_imagenet_weights_of_the_published_networks(tag):
-    weights = imagenet_weights(tag)
-    torch.manual_seed(3)
-    model = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), num_classes=2)
-    torch.manual_seed(3)
-    assert_arrived(model, weights, timm.create_model(tag, num_classes=2))
-
-
-@pytest.mark.parametrize('tag', ['vireid_dml_r10t.c3_in1k', 'vireid_dml_r18.tv_in1k'])
-def test_imagenet_weights_for_one_channel(tag):
-    weights = imagenet_weights(tag)
-    model = timm.create_model(tag, pretrained=True, in_chans=1, pretrained_cfg_overlay=dict(state_dict=dict(weights)))
-    state = model.state_dict()
-    convolutions = [f'{conv}.weight' for conv in model.pretrained_cfg['first_conv']]
-    for key in convolutions:
-        torch.testing.assert_close(state[key], weights[source_keys(key)].sum(dim=1, keepdim=True))
-    rest = [key for key in state if key.startswith(('stem.', *TRUNK)) and key not in convolutions]
-    assert all(torch.equal(state[key], weights[source_keys(key)]) for key in rest)
-    assert model.eval()(images(channels=1), images(channels=1)).shape == (4, model.num_features)
-
-
-def test_imagenet_weights_serve_features_too():
-    tag = 'vireid_dml_r10t.c3_in1k'
-    weights = imagenet_weights(tag)
-    overlay = dict(state_dict=dict(weights))
-    model = timm.create_model(tag, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
-    assert torch.equal(model.model.layer4[0].conv1.weight, weights['layer4.0.conv1.weight'])
-
-
-@pytest.mark.parametrize(
-    ('removed', 'added', 'message'),
-    [
-        ([], ['layer1.0.se.fc1.weight'], 'fit nowhere in this network: layer1.0.se.fc1.weight'),
-        ([], ['norm.bias', 'head.weight'], 'fit nowhere in this network: head.weight, norm.bias'),
-        (['layer3.0.conv1.weight'], [], 'lack tensors of stem and trunk: layer3.0.conv1.weight'),
-        (['bn1.bias'], [], 'lack tensors of stem and trunk: stem.infrared.bn1.bias, stem.visible.bn1.bias'),
-    ],
-)
-def test_imagenet_weights_that_do_not_fit_are_named(removed, added, message):
-    tag = 'vireid_dml_r10t.c3_in1k'
-    weights = imagenet_weights(tag)
-    weights = {key: value for key, value in weights.items() if key not in removed} | dict.fromkeys(added, torch.ones(1))
-    overlay = dict(state_dict=weights)
-    with pytest.raises(RuntimeError, match=message):
-        timm.create_model(tag, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
-
-
-def test_imagenet_weights_of_another_width_are_refused():
-    weights = imagenet_weights('vireid_dml_r18.tv_in1k')
-    weights['layer2.0.conv1.weight'] = weights['layer2.0.conv1.weight'][:, :32]
-    with pytest.raises(RuntimeError, match=r'size mismatch for layer2\.0\.conv1\.weight'):
-        timm.create_model('vireid_dml_r18.tv_in1k', pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
-
-
-# Hub-ready folders
-
-
-@pytest.mark.parametrize(
-    ('name', 'arguments'),
-    [
-        ('vireid_dml_r10t', {}),
-        ('vireid_dml_r10t', dict(spatial_weights='static', fuse_layers=[1, 3], fuse_width=16, img_size=[64, 32])),
-        ('vireid_dml_r10t', dict(last_stride=2, gem_power=2.5, global_pool='avg', in_chans=1, resnet_args=THIN)),
-        ('vireid_base_r10t', dict(fuse_layers=[], resnet_args=THIN)),
-        ('vireid_base_r10t', dict(non_local_blocks=[0, 1, 1, 0], non_local_width='half', resnet_args=THIN)),
-        ('vireid_dml_r18.tv_in1k', {}),
-    ],
-)
-def test_saved_folders_give_the_same_outputs(name, arguments, tmp_path, caplog):
-    model = randomised(timm.create_model(name, num_classes=6, **arguments)).eval()
-    vireid_timm.save_model_folder(model, tmp_path / 'model', model_args=arguments)
-    x = images(channels=model.in_chans), images(seed=1, channels=model.in_chans)
-    with torch.inference_mode():
-        logits, features = model(*x), model.forward_head(model.forward_features(*x), pre_logits=True)
-        branches = model.forward_branches(*x)
-        loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
-        assert torch.equal(loaded(*x), logits)
-        for branch, expected in branches.logits.items():
-            assert torch.equal(loaded.forward_branches(*x).logits[branch], expected)
-        loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, num_classes=0).eval()
-        assert torch.equal(loaded(*x), features)
-        assert torch.equal(loaded.forward_branches(*x).features, branches.features)
-        loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, num_classes=9).eval()
-        assert torch.equal(loaded.forward_head(loaded.forward_features(*x), pre_logits=True), features)
-    # Whatever it was started from, it is a re-identification model now.
-    assert not [record for record in caplog.records if START in record.getMessage()]

@@ -49,7 +49,7 @@ def still_view(**changes):
 
 
 @pytest.mark.parametrize('spectrum', SPECTRA)
-def test_a_image_depends_on_its_arguments_alone(spectrum):
+def test_an_image_depends_on_its_arguments_alone(spectrum):
     forwards = [render(*moment, seed=5, spectrum=spectrum) for moment in MOMENTS]
     backwards = [render(*moment, seed=5, spectrum=spectrum) for moment in reversed(MOMENTS)]
     for first, second in zip(forwards, reversed(backwards), strict=True):
@@ -98,7 +98,7 @@ def test_a_larger_image_shows_the_same_moment():
     assert max(same) < 8 < min(other)
 
 
-def test_every_image_is_another_one():
+def test_all_images_differ():
     rendered = Counter(
         digest(render(modality, identity, camera, image, seed=seed, size=(64, 32)))
         for modality in MODALITIES
@@ -125,7 +125,7 @@ def test_thermal_skin_is_warmer_than_anything_worn():
 
 
 @pytest.mark.parametrize('spectrum', ['near_infrared', 'thermal'])
-def test_infrared_looks_are_independent_of_colours(spectrum):
+def test_infrared_tones_are_independent_of_colours(spectrum):
     people = [person(identity) for identity in range(600)]
     luma = np.array([each.visible @ [0.299, 0.587, 0.114] for each in people])
     infrared = np.array([getattr(each, spectrum) for each in people])
@@ -134,8 +134,8 @@ def test_infrared_looks_are_independent_of_colours(spectrum):
     for material in varying:
         for name, seen in (('brightness', luma), *((f'channel {c}', colour(people, c)) for c in range(3))):
             correlation = np.corrcoef(seen[:, material], infrared[:, material])[0, 1]
-            assert abs(correlation) < 0.17, f'{name} of material {material} tells its {spectrum} look'
-    for decoration, ground in PAIRED.items():  # nor does a dark pattern on light cloth tell which is darker here
+            assert abs(correlation) < 0.17, f'{name} of material {material} predicts its {spectrum} look'
+    for decoration, ground in PAIRED.items():  # nor do contrasts in the visible predict those in the infrared
         contrasts = [tones[:, decoration] - tones[:, ground] for tones in (luma, infrared)]
         assert abs(np.corrcoef(*contrasts)[0, 1]) < 0.17
 
@@ -180,7 +180,7 @@ def test_labels_scale_with_the_canvas_and_leave_a_margin():
 
 
 def _is_coloured(pattern, across, down):
-    """Whether one point of the cloth has the pattern's colour: the definition, point by point."""
+    """Return whether one point of the cloth has the pattern's colour, by definition."""
     u, v = across / pattern.period + pattern.phase, down / pattern.period + pattern.phase
     u_part, v_part, start = u - np.floor(u), v - np.floor(v), 0.05 + 0.14 * pattern.phase
     return {
@@ -235,8 +235,8 @@ def test_neither_colours_nor_pixels_nor_backgrounds_solve_the_task(spectrum):
         assert found < 2.5 * chance, f'{name}: {found:.3f} against {chance:.3f} by chance'
 
 
-def test_one_camera_shows_everybody_before_the_same_scene():
-    """The rims of two images by one camera are as alike for two people as for one person."""
+def test_one_camera_shows_everybody_in_front_of_the_same_scene():
+    """The borders of two images from one camera are as similar for two people as for one person."""
     rims = {}
     for identity in range(40):
         for image in range(2):
@@ -269,7 +269,7 @@ def test_arguments_out_of_range_are_named(function, changes, message):
         function(**arguments)
 
 
-def test_an_address_says_it_all():
+def test_an_address_holds_all_arguments():
     address = image_address(VISIBLE, 12, 1, 3)
     assert address == 'synthvi:near-infrared:s0:visible:c1:i12:p3:128x64'
     np.testing.assert_array_equal(render_address(address), render(VISIBLE, 12, 1, 3))
@@ -341,7 +341,7 @@ def test_records_have_every_identity_evenly_on_the_cameras(images, visible, infr
 
 
 def test_records_agree_with_their_addresses():
-    identities = np.arange(30, 33)  # numpy's integers will do
+    identities = np.arange(30, 33)  # NumPy integers are accepted
     records = synthetic_records(identities, split='gallery', seed=3, spectrum='thermal', size=(64, 32))
     for i in range(len(records)):
         modality, name, camera = records.modality[i], records.identity[i], records.camera[i]
@@ -353,7 +353,7 @@ def test_records_agree_with_their_addresses():
     )
 
 
-def test_with_few_images_not_everybody_has_the_same_cameras():
+def test_with_few_images_the_cameras_differ_between_identities():
     records = synthetic_records(range(100), split='train', images_per_modality=2)
     seen = Counter(records.camera[records.modality == VISIBLE].tolist())
     assert set(seen) == {1, 2, 4, 5}
@@ -365,7 +365,7 @@ def test_with_few_images_not_everybody_has_the_same_cameras():
     assert len(pairs) == 6, 'every pair of the four cameras occurs'
 
 
-def test_records_do_not_depend_on_who_else_is_there():
+def test_records_do_not_depend_on_other_identities():
     everybody = synthetic_records(range(10), split='train')
     few = synthetic_records([8, 2], split='train')
     for name in ('00002', '00008'):
@@ -388,7 +388,7 @@ def test_no_identities_give_an_empty_table():
         (dict(split='validation'), "unknown split 'validation'"),
     ],
 )
-def test_records_refuse_what_makes_no_sense(changes, message):
+def test_wrong_options_of_records_are_named(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         synthetic_records(**(dict(identities=range(3), split='train') | changes))
 

@@ -115,7 +115,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
 
 
 def _show(report: 'Report', args: argparse.Namespace) -> None:
-    from ..evaluation.report import breakdown_table, failures_table
+    from ..evaluation.breakdown import breakdown_table, failures_table
 
     if args.report:
         report.save(args.report)

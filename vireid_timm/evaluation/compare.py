@@ -1,6 +1,6 @@
-"""Two reports side by side: which settings differ, and whether the difference could be chance."""
+"""Compare two reports: which settings differ, and whether the difference could be chance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -13,21 +13,20 @@ from .report import (
     ProtocolResult,
     Report,
     interval_text,
-    protocol_settings,
     query_values,
-    report_settings,
+    size_text,
 )
 
-SIGNIFICANCE = 0.05  # a p-value below it is called a difference
+SIGNIFICANCE = 0.05  # a p-value below it counts as a difference
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How a metric differs between two reports that were measured on the same images.
+    """Difference of a metric between two reports on the same images.
 
     Attributes:
         interval: 95 % bootstrap interval of the difference, second minus first, over the queries.
-        p: Of `paired_test`.
+        p: The p-value of `paired_test`.
     """
 
     interval: tuple[float, float]
@@ -36,12 +35,12 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class ProtocolComparison:
-    """One protocol of two reports.
+    """Comparison of one protocol.
 
     Attributes:
         first: `rank1`, `mAP` and `mINP` of the first report, as fractions.
-        second: Those of the second.
-        paired: For the same metrics what their difference is worth; empty if the images were not the same.
+        second: The same of the second report.
+        paired: The paired difference of each of these; empty if the images differ.
     """
 
     first: dict[str, float]
@@ -52,22 +51,21 @@ class ProtocolComparison:
     def verdict(self) -> str:
         """Which is better in mAP, in words."""
         if not self.paired:
-            return 'measured on other images, so that no test can tell the two apart'
+            return 'measured on different images, so no paired test is possible'
         if self.paired['mAP'].p >= SIGNIFICANCE:
-            return 'no difference in mAP that these queries could show'
+            return 'no significant difference in mAP'
         return f'second is {"better" if self.second["mAP"] > self.first["mAP"] else "worse"} in mAP'
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; prints as text in percent.
+    """Result of `compare`; prints as text in percent.
 
     Attributes:
-        settings: Name, value in the first and value in the second report of everything that differs and changes a
-            number.
-        protocols: Name -> comparison of every protocol that both have.
-        only_first: Protocols that the second report lacks.
-        only_second: Protocols that the first report lacks.
+        settings: Every setting that differs and affects the results, as (name, first value, second value).
+        protocols: Name -> comparison, for every protocol that both reports have.
+        only_first: Protocols that only the first report has.
+        only_second: Protocols that only the second report has.
     """
 
     settings: list[tuple[str, str, str]]
@@ -89,13 +87,13 @@ class Comparison:
 
 
 def compare(first: Report, second: Report) -> Comparison:
-    """Compare two reports, protocol by protocol, query by query where both were measured on the same images.
+    """Compare two reports by protocol, and query by query if both were measured on the same images.
 
-    The test says whether other queries of the same kind would show the difference too. It knows nothing of chance in
-    training: the same recipe with another seed differs as well, which only several trainings can show.
+    The test estimates whether other queries of the same kind would show the difference too. It does not cover the
+    randomness of training: only several training runs show how much a recipe varies with its seed.
     """
     common = [name for name in first.protocols if name in second.protocols]
-    left, right = ({**report_settings(report), **protocol_settings(report, common)} for report in (first, second))
+    left, right = (_settings(report, common) for report in (first, second))
     return Comparison(
         settings=[
             (name, left.get(name, ABSENT), right.get(name, ABSENT))
@@ -106,6 +104,24 @@ def compare(first: Report, second: Report) -> Comparison:
         only_first=[name for name in first.protocols if name not in common],
         only_second=[name for name in second.protocols if name not in common],
     )
+
+
+def _settings(report: Report, protocols: list[str]) -> dict[str, str]:
+    """Return all settings that affect the results of these protocols, as text."""
+    values = {field.name: getattr(report, field.name) for field in fields(report)} | {'size': size_text(report)}
+    del values['protocols']
+    texts = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            texts |= {f'{name}: {key}': str(entry) for key, entry in value.items()}
+        else:
+            texts[name] = ABSENT if value == '' else str(value)
+    names = ('direction', 'draw', 'per_identity_cmc', 'num_queries', 'num_valid_queries', 'gallery_size')
+    for protocol in protocols:
+        result = report[protocol]
+        texts |= {f'{protocol}: {name}': str(getattr(result, name)) for name in names}
+        texts[f'{protocol}: trials'] = str(len(result.trials))
+    return texts
 
 
 def _compare_results(first: ProtocolResult, second: ProtocolResult) -> ProtocolComparison:
@@ -126,7 +142,7 @@ def _compare_results(first: ProtocolResult, second: ProtocolResult) -> ProtocolC
 
 
 def _same_images(first: ProtocolResult, second: ProtocolResult) -> bool:
-    """Whether the same queries searched the same galleries, and were valid in both."""
+    """Return whether the same queries searched the same galleries, and the same ones were valid."""
     columns = ('path', 'identity', 'camera', 'modality')
     return (
         first.trials_fingerprint == second.trials_fingerprint
@@ -136,7 +152,7 @@ def _same_images(first: ProtocolResult, second: ProtocolResult) -> bool:
 
 
 def _comparison_rows(protocols: dict[str, ProtocolComparison]) -> list[list[str]]:
-    """Cells of the table of `Comparison`, header first."""
+    """Return the cells of the table in `Comparison`, header first."""
     rows = [['protocol', 'metric', 'first', 'second', 'difference', '95 %', 'p']]
     for protocol, comparison in protocols.items():
         for name in COLUMN_OF:

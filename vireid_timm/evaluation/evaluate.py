@@ -1,4 +1,4 @@
-"""From a model and a dataset to numbers that can be compared: features once, then every protocol and trial."""
+"""Evaluate a model on a dataset: extract features once, then run every protocol with all its trials."""
 
 import dataclasses
 import hashlib
@@ -29,17 +29,16 @@ from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocol
 from .report import Report, relative_paths, summarise
 from .reranking import ReRanking
 
-ANSWERS = 5  # first answers that are named for each of the worst queries
+ANSWERS = 5  # gallery images listed for each of the worst queries
 
-Rows = tuple[np.ndarray, np.ndarray]  # of the queries and of the gallery of one trial
+Rows = tuple[np.ndarray, np.ndarray]  # rows of a trial's queries and of its gallery
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What one protocol wants ranked."""
+    """A protocol and its trials."""
 
-    name: str
-    rule: Protocol
+    protocol: Protocol
     trials: list[Rows]
 
 
@@ -54,46 +53,46 @@ def evaluate(
     store: ImageStore | None = None,
     **options: Any,
 ) -> Report:
-    """Evaluate a model on a dataset's test images: features once, then every protocol with all its trials.
+    """Evaluate a model on a dataset's test images: extract features once, then run every protocol and trial.
 
-    The model is left as it was: on its device, every module in the mode that it was in. Under `torchrun` all processes
-    make this call, share the images among them, and get the same report.
+    Leaves the model on its device and its modules in their modes. Under `torchrun` every rank must make this call; the
+    ranks share the images and return the same report.
 
     Args:
-        model: One of this package's models, with or without classifiers.
-        dataset: As `create_dataset` returns it.
-        protocol: A name or several of `protocols_of(dataset)`; None for all of them.
-        draw: How protocols that draw images do so, see `protocol_trials`.
+        model: A model of this package, with or without classifiers.
+        dataset: A dataset from `create_dataset`.
+        protocol: One or several names from `protocols_of(dataset)`; None for all of them.
+        draw: How trials are sampled, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
-        failures: How many of the worst queries each result names.
-        store: The images of `dataset.test`, row by row, where they are decoded already; None decodes them.
-        options: How features are extracted: fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`,
-            `batch_size=64`, `device='cuda'`, `skip_broken=True`.
+        failures: Number of worst queries to list for each protocol.
+        store: The decoded images of `dataset.test`, row by row; None decodes them.
+        options: Fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`, `batch_size=64`, `device='cuda'`,
+            `skip_broken=True`.
 
     Raises:
-        ValueError: On an unknown protocol, draw, re-ranking or kind of features, on data that the protocol cannot use,
-            on a store of other images, on an image that cannot be read, or on features that are not finite.
-        TypeError: On an option that is none of `Extraction`.
+        ValueError: A protocol, draw, re-ranking or feature type is unknown, the protocol cannot use the data, the store
+            holds other images, an image cannot be read, or features are not finite.
+        TypeError: An option is not a field of `Extraction`.
     """
-    # Everything that can be wrong without looking at an image is found before the first one is decoded.
+    # Check everything that needs no image before decoding the first one.
     extraction = Extraction(**options)
     require_dual_stream(model)
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
-    if store is None:  # of the whole table, so that every choice of protocols shares it
+    if store is None:  # decode the whole table, so that every choice of protocols shares the cache
         store = open_store(model, dataset.test, extraction)
     elif (len(store), store.size) != (len(dataset.test), image_size(model, extraction)):
         raise ValueError(
-            f'the store has {len(store)} images of {store.size}, {dataset.name} {len(dataset.test)} to be seen as '
-            f'{image_size(model, extraction)}; give the store of this table, or none'
+            f'the store has {len(store)} images of size {store.size}, but {dataset.name} needs {len(dataset.test)} of '
+            f'size {image_size(model, extraction)}; give the store of this table, or None'
         )
     if store.broken:
-        plans = [_without(plan, store.intact()) for plan in plans]
+        plans = [_only_intact(plan, store.intact()) for plan in plans]
     rows = _rows_of(plans)
     features = extract(model, dataset.test[rows], store, rows, extraction)
-    if len(rows) < len(dataset.test):  # a row that no trial needs is NaN
-        found, features = features, features.new_full((len(dataset.test), features.shape[1]), torch.nan)
-        features[_on(found, rows)] = found
+    if len(rows) < len(dataset.test):  # rows that no trial needs are NaN
+        extracted, features = features, features.new_full((len(dataset.test), features.shape[1]), torch.nan)
+        features[_on_device(extracted, rows)] = extracted
     return dataclasses.replace(
         _report(features, dataset, plans, draw, reranking, failures),
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
@@ -116,24 +115,24 @@ def evaluate_features(
     reranking: str = 'none',
     failures: int = 0,
 ) -> Report:
-    """The second half of `evaluate`: from features, wherever they come from, to a report.
+    """Evaluate given features: the second half of `evaluate`.
 
     Args:
-        features: One row per row of `dataset.test`, compared by inner product: for cosine similarity they have to be
-            L2-normalised, as those of `embed` are, [N, D]. Rows that no trial of the protocols needs may hold anything.
-            Ranks are counted where they are, on the CPU or an accelerator.
-        dataset: As `create_dataset` returns it.
-        protocol: A name or several of `protocols_of(dataset)`; None for all of them.
-        draw: How protocols that draw images do so, see `protocol_trials`.
-        reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which takes features as L2-normalised.
-        failures: How many of the worst queries each result names.
+        features: One row per row of `dataset.test`, compared by inner product: L2-normalise them for cosine similarity,
+            as `embed` does, [N, D]. Rows that no trial needs may hold anything. Ranks are computed on the device of
+            the features.
+        dataset: A dataset from `create_dataset`.
+        protocol: One or several names from `protocols_of(dataset)`; None for all of them.
+        draw: How trials are sampled, see `protocol_trials`.
+        reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which needs L2-normalised features.
+        failures: Number of worst queries to list for each protocol.
 
     Raises:
-        ValueError: On features that do not fit the dataset or are not finite, on an unknown protocol, draw or
-            re-ranking, or on data that the protocol cannot use.
+        ValueError: The features do not fit the dataset or are not finite, a protocol, draw or re-ranking is unknown, or
+            the protocol cannot use the data.
     """
     if isinstance(features, np.ndarray):
-        features = torch.from_numpy(np.require(features, requirements=['C', 'W']))  # a read-only map is legal too
+        features = torch.from_numpy(np.require(features, requirements=['C', 'W']))  # it may be a read-only memory map
     features = features.detach()
     if features.ndim != 2 or len(features) != len(dataset.test) or not features.is_floating_point():
         raise ValueError(
@@ -157,22 +156,21 @@ def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) ->
     names = [protocol] if isinstance(protocol, str) else list(protocols_of(dataset) if protocol is None else protocol)
     if not names:
         raise ValueError(
-            f'{dataset.name} has no test images that one modality could search for among the other'
+            f'{dataset.name} has no test images of one modality to search among those of the other'
             if protocol is None
             else f'no protocol to evaluate; available for {dataset.name}: {", ".join(protocols_of(dataset))}'
         )
-    names = dict.fromkeys(names)
-    return [_Plan(name, protocol_of(dataset, name), draw_trials(dataset, name, draw)) for name in names]
+    return [_Plan(protocol_of(dataset, name), draw_trials(dataset, name, draw)) for name in dict.fromkeys(names)]
 
 
-def _without(plan: _Plan, intact: np.ndarray) -> _Plan:
-    """The plan without broken images: the others stay the very ones that were drawn."""
+def _only_intact(plan: _Plan, intact: np.ndarray) -> _Plan:
+    """Remove broken images from the trials, without sampling others instead."""
     trials = [(query[np.isin(query, intact)], gallery[np.isin(gallery, intact)]) for query, gallery in plan.trials]
     return dataclasses.replace(plan, trials=trials)
 
 
 def _rows_of(plans: Sequence[_Plan]) -> np.ndarray:
-    """Rows of the test table that any trial needs, each once, sorted."""
+    """Return the rows of the test table that any trial needs, sorted and unique."""
     sides = [rows for plan in plans for trial in plan.trials for rows in trial]
     return np.unique(np.concatenate(sides))
 
@@ -185,29 +183,30 @@ def _report(
     reranking: str,
     failures: int,
 ) -> Report:
-    if not torch.stack(features.aminmax()).isfinite().all():  # perhaps in rows that nobody needs
+    if not torch.stack(features.aminmax()).isfinite().all():  # rows that no trial needs may be NaN
         rows = _rows_of(plans)
-        check_finite(features[_on(features, rows)], dataset.test.path[rows])
+        check_finite(features[_on_device(features, rows)], dataset.test.path[rows])
     metrics = _rank(features, dataset, plans, reranking)
     paths = relative_paths(dataset.root, dataset.test.path.tolist())
     images = hashlib.sha256('\n'.join(paths).encode())
     results = {}
     for plan in plans:
+        protocol, trials = plan.protocol, plan.trials
         result = summarise(
-            [(query, found) for (query, _), found in zip(plan.trials, metrics[plan.name], strict=True)],
+            [(query, found) for (query, _), found in zip(trials, metrics[protocol.name], strict=True)],
             dataset.test,
             root=dataset.root,
-            direction=plan.rule.direction,
-            draw=None if plan.rule.shots is None else draw,
-            per_identity_cmc=plan.rule.per_identity_cmc,
-            gallery_size=len(plan.trials[0][1]),
-            trials_fingerprint=_fingerprint(images.copy(), plan.trials),
+            direction=protocol.direction,
+            draw=None if protocol.shots is None else draw,
+            per_identity_cmc=protocol.per_identity_cmc,
+            gallery_size=len(trials[0][1]),
+            trials_fingerprint=_fingerprint(images.copy(), trials),
         )
-        worst = _failures(features, dataset, plan, metrics[plan.name][0], reranking, failures) if failures else []
-        results[plan.name] = dataclasses.replace(result, failures=worst)
+        worst = _failures(features, dataset, plan, metrics[protocol.name][0], reranking, failures) if failures else []
+        results[protocol.name] = dataclasses.replace(result, failures=worst)
     return Report(
         dataset=dataset.name,
-        options=json.loads(json.dumps(dataset.options, default=str)),  # as they will be read back
+        options=json.loads(json.dumps(dataset.options, default=str)),  # as a saved report holds them
         protocols=results,
         reranking=reranking,
         versions=package_versions(),
@@ -220,41 +219,40 @@ def _rank(
     plans: Sequence[_Plan],
     reranking: str,
 ) -> dict[str, list[RankMetrics]]:
-    """Metrics of every trial, by the name of its protocol."""
-    # Integers compare and hash faster than names do.
-    _, identities = np.unique(dataset.test.identity, return_inverse=True)
-    results: dict[str, list[RankMetrics]] = {plan.name: [] for plan in plans}
+    """Return the metrics of every trial, by the name of its protocol."""
+    _, identities = np.unique(dataset.test.identity, return_inverse=True)  # integers are faster than names
+    results: dict[str, list[RankMetrics]] = {plan.protocol.name: [] for plan in plans}
     for group in _groups(plans, reranking):
         query, gallery = (np.unique(np.concatenate(sides)) for sides in zip(*(trial for _, trial in group)))
         similarity = _similarity(features, dataset.test, query, gallery, reranking)
         keys = _ignore_keys(features, dataset, group[0][0])
         ranker = Ranker(identities[gallery])
-        searches = [
-            ranker.search(np.searchsorted(gallery, columns), plan.rule.per_identity_cmc) for plan, (_, columns) in group
+        galleries = [
+            ranker.gallery(np.searchsorted(gallery, rows), plan.protocol.per_identity_cmc) for plan, (_, rows) in group
         ]
         parts = []
         for rows in chunks(len(query), len(gallery)):
             values = similarity(rows)
             check_similarity(values, rows.start)
             ignore = None if keys is None else keys[query[rows]][:, None] == keys[gallery]
-            parts.append(ranker.rank(values, identities[query[rows]], ignore, searches))
-        for (plan, (searching, _)), found in zip(group, zip(*parts, strict=True), strict=True):
-            chosen = np.searchsorted(query, searching)
-            columns = (torch.cat(column).cpu().numpy()[chosen] for column in zip(*found, strict=True))
-            results[plan.name].append(RankMetrics.of_queries(*columns))
+            parts.append(ranker.rank(values, identities[query[rows]], ignore, galleries))
+        for (plan, (trial_query, _)), found in zip(group, zip(*parts, strict=True), strict=True):
+            rows = np.searchsorted(query, trial_query)
+            values = (torch.cat(column).cpu().numpy()[rows] for column in zip(*found, strict=True))
+            results[plan.protocol.name].append(RankMetrics.of_queries(*values))
     return results
 
 
 def _groups(plans: Sequence[_Plan], reranking: str) -> list[list[tuple[_Plan, Rows]]]:
-    """Trials that one similarity matrix serves: all that search in the same direction, unless neighbours matter."""
+    """Group trials that can share a similarity matrix: those of one direction, or each on its own if re-ranked."""
     trials = [(plan, trial) for plan in plans for trial in plan.trials]
-    if reranking != 'none':
+    if reranking != 'none':  # similarities depend on the other images of the trial
         return [[trial] for trial in trials]
     groups: dict[tuple[Any, ...], list[tuple[_Plan, Rows]]] = {}
     for plan, trial in trials:
-        groups.setdefault((plan.rule.query_modalities, plan.rule.gallery_modalities, plan.rule.ignores), []).append(
-            (plan, trial)
-        )
+        protocol = plan.protocol
+        key = (protocol.query_modalities, protocol.gallery_modalities, protocol.ignores)
+        groups.setdefault(key, []).append((plan, trial))
     return list(groups.values())
 
 
@@ -265,26 +263,26 @@ def _similarity(
     gallery: np.ndarray,
     reranking: str,
 ) -> Callable[[slice], torch.Tensor]:
-    """What gives the similarities [q, G] of some of the queries."""
-    searched = features[_on(features, gallery)]
+    """Return a function that computes the similarities [q, G] of some of the queries."""
+    gallery_features = features[_on_device(features, gallery)]
     if reranking == 'none':
-        return lambda rows: features[_on(features, query[rows])] @ searched.T
-    neighbours: dict[str, np.ndarray] = {'query_in_gallery': _places(query, gallery)}
+        return lambda rows: features[_on_device(features, query[rows])] @ gallery_features.T
+    options: dict[str, np.ndarray] = {'query_in_gallery': _index_in(gallery, query)}
     if reranking == 'cross-modality':
-        neighbours.update(query_modality=records.modality[query], gallery_modality=records.modality[gallery])
-    return ReRanking(features[_on(features, query)], searched, **neighbours).similarity
+        options.update(query_modality=records.modality[query], gallery_modality=records.modality[gallery])
+    return ReRanking(features[_on_device(features, query)], gallery_features, **options).similarity
 
 
-def _places(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Where in the gallery each query's own image is, -1 where it is not, [Q] int64."""
+def _index_in(gallery: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Return the index of each query's own image in the gallery, -1 if it is not there, [Q] int64."""
     order = np.argsort(gallery)
-    places = order[np.searchsorted(gallery[order], query).clip(max=len(gallery) - 1)]
-    return np.where(gallery[places] == query, places, -1)
+    index = order[np.searchsorted(gallery[order], query).clip(max=len(gallery) - 1)]
+    return np.where(gallery[index] == query, index, -1)
 
 
 def _ignore_keys(features: torch.Tensor, dataset: Dataset, plan: _Plan) -> torch.Tensor | None:
-    keys = ignore_keys(dataset.test, plan.rule.ignores)
-    return None if keys is None else _on(features, keys)
+    keys = ignore_keys(dataset.test, plan.protocol.ignores)
+    return None if keys is None else _on_device(features, keys)
 
 
 def _failures(
@@ -295,7 +293,7 @@ def _failures(
     reranking: str,
     count: int,
 ) -> list[dict[str, Any]]:
-    """The worst queries of the first trial, with what they were answered."""
+    """List the worst queries of the first trial with their first answers."""
     query, gallery = plan.trials[0]
     worst = np.argsort(metrics.ap, kind='stable')[: min(count, metrics.num_valid_queries)]  # NaN comes last
     similarity = _similarity(features, dataset.test, query, gallery, reranking)
@@ -305,7 +303,7 @@ def _failures(
         values = similarity(slice(i, i + 1))[0]
         if keys is not None:
             values = values.masked_fill(keys[query[i]] == keys[gallery], -torch.inf)
-        # Fewer where the query may not even see as many.
+        # There are fewer if most of the gallery is ignored.
         answers = gallery[values.topk(min(ANSWERS, int(values.isfinite().sum()))).indices.cpu().numpy()]
         listed.append(
             {
@@ -326,13 +324,13 @@ def _description(dataset: Dataset, row: int) -> dict[str, str]:
 
 
 def _fingerprint(images: Any, trials: Sequence[Rows]) -> str:
-    """Of the table's images, whose hash is given, and of those that make up the trials: 12 digits."""
+    """Return 12 digits of a hash over the table's images (already in `images`) and the rows of the trials."""
     for query, gallery in trials:
         for rows in (query, gallery):
             images.update(np.append(len(rows), rows).astype('<i8').tobytes())
     return images.hexdigest()[:12]
 
 
-def _on(features: torch.Tensor, values: np.ndarray) -> torch.Tensor:
-    """Integers where the features are."""
+def _on_device(features: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    """Return integers as a tensor on the device of the features."""
     return torch.from_numpy(values).to(features.device)

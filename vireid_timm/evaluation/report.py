@@ -1,17 +1,16 @@
-"""What an evaluation found: results with everything that changes them, as a table, as files, and compared."""
+"""Evaluation reports: results with all settings that affect them, as tables and files."""
 
 import csv
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from ..constants import GROUPINGS, UNKNOWN_CAMERA
 from ..data.records import Records
 from ..files import whole_file
 from ..text import aligned
@@ -20,7 +19,7 @@ from .metrics import RankMetrics
 
 RANKS = (1, 5, 10, 20)
 METRICS = (*(f'rank{k}' for k in RANKS), 'mAP', 'mINP')
-# The metrics that are means over queries, and the column of `ProtocolResult.queries` that each is the mean of.
+# Metrics that are means over queries -> the column of `ProtocolResult.queries` that they average.
 COLUMN_OF = {'rank1': 'rank1', 'mAP': 'AP', 'mINP': 'INP'}
 QUERY_COLUMNS = ('path', 'identity', 'camera', 'modality', *COLUMN_OF.values())
 HEADER_OF = {'rank1': 'R1', 'rank5': 'R5', 'rank10': 'R10', 'rank20': 'R20', 'mAP': 'mAP', 'mINP': 'mINP'}
@@ -31,26 +30,26 @@ Trials = Sequence[tuple[np.ndarray, RankMetrics]]
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """What one protocol measured.
+    """Result of one protocol.
 
     Attributes:
-        direction: Who searched for whom, e.g. `infrared to visible`.
-        draw: How the trials' images were drawn; None where every image took part.
+        direction: Who searches for whom, e.g. `infrared to visible`.
+        draw: How the trials were sampled; None if every image takes part.
         per_identity_cmc: Whether the ranks count distinct identities rather than images.
-        num_queries: Query images of a trial.
-        num_valid_queries: Those with a match in the gallery; the metrics are means over them.
-        gallery_size: Gallery images of a trial.
+        num_queries: Number of query images in a trial.
+        num_valid_queries: Number of those with a match in the gallery; the metrics average over them.
+        gallery_size: Number of gallery images in a trial.
         mean: Mean over the trials of `rank1`, `rank5`, `rank10`, `rank20`, `mAP` and `mINP`, as fractions.
-        std: Standard deviation over the trials (NumPy's, by the number of trials); 0 for a single one.
-        intervals: 95 % bootstrap intervals of `rank1`, `mAP` and `mINP` over the queries, each at the mean of its
+        std: Standard deviation over the trials (NumPy's, divided by the number of trials); 0 for a single trial.
+        intervals: 95 % bootstrap intervals of `rank1`, `mAP` and `mINP` over the queries, each query averaged over its
             trials.
-        trials: The same metrics as `mean`, trial by trial.
-        trials_fingerprint: Equal where the trials consist of the same images, so that results can be paired.
-        queries: Columns of equal length, one value for every image that was a query: `path` (below the dataset's
-            root, if it lies there), `identity`, `camera`, `modality`, and `rank1`, `AP` and `INP`: means over the
-            trials in which the query is valid, None where it never is.
-        failures: The worst queries, if asked for: `path`, `identity`, `camera`, `modality`, `AP`, `rank` of the first
-            right image, and `found`: `path` and `identity` of the first answers.
+        trials: The same metrics as `mean` for each trial.
+        trials_fingerprint: Equal if the trials consist of the same images, so that results can be paired.
+        queries: Columns of equal length, one value per query image: `path` (relative to the dataset's root if the file
+            is there), `identity`, `camera`, `modality`, and `rank1`, `AP` and `INP`, averaged over the trials in which
+            the query is valid, None if there are none.
+        failures: The worst queries, if requested: `path`, `identity`, `camera`, `modality`, `AP`, `rank` of the first
+            match, and `found`: `path` and `identity` of the first answers.
     """
 
     direction: str
@@ -70,23 +69,23 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class Report:
-    """Results, and everything that changes them. Prints as a table in percent; `report[protocol]` is one result.
+    """Results and all settings that affect them. Prints as a table in percent; `report[protocol]` is one result.
 
     Attributes:
-        dataset: The dataset's name.
-        options: The dataset's options as resolved (RegDB's trial, SynthVI's seed, ...).
-        protocols: Protocol name -> its result.
-        model: Architecture; empty where features came from elsewhere, when the fields from here to `crops`, `size` and
-            `precision` say nothing.
+        dataset: Name of the dataset.
+        options: Resolved options of the dataset (RegDB's trial, SynthVI's seed, ...).
+        protocols: Protocol name -> result.
+        model: Architecture. Empty if the features were given; the fields from here to `crops`, `size` and `precision`
+            then have no meaning.
         weights: Fingerprint of the weights, see `weights_fingerprint`.
         features: `after-bn` or `before-bn`.
-        flip_test: Whether features are means over each image and its mirror image.
-        crops: How many crops of each image features are means over.
+        flip_test: Whether features are averaged over each image and its mirror image.
+        crops: Number of crops that features are averaged over.
         reranking: `none`, `k-reciprocal` or `cross-modality`.
-        size: Height and width that images were resized to.
-        precision: What the network computed in, e.g. `float32`.
-        skipped_images: Broken test images that were left out.
-        versions: Version of every package that takes part.
+        size: Height and width of the input images.
+        precision: Dtype that the network computed in, e.g. `float32`.
+        skipped_images: Number of broken test images that were skipped.
+        versions: Versions of the packages.
     """
 
     dataset: str
@@ -110,12 +109,12 @@ class Report:
         return '\n'.join([*_heading(self), '', *_table(self), *_notes(self)])
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, whole or not at all."""
+        """Write the report as JSON, atomically."""
         with whole_file(path) as temporary:
             temporary.write_text(_json(asdict(self)) + '\n', encoding='utf-8')
 
     def save_csv(self, path: str | Path) -> None:
-        """Write one row per protocol as CSV, metrics in percent as in timm's results files, whole or not at all."""
+        """Write one CSV row per protocol, with metrics in percent as in timm's results files, atomically."""
         rows = [_csv_row(self, name, result) for name, result in self.protocols.items()]
         with whole_file(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator='\n')
@@ -124,10 +123,10 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> 'Report':
-        """Read what `save` wrote.
+        """Read a report that `save` wrote.
 
         Raises:
-            ValueError: If the file holds no report.
+            ValueError: The file is not a report.
         """
         try:
             values = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -137,7 +136,7 @@ class Report:
             _check_types(report)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f'{path} is no report that `Report.save` of this version wrote ({error!r}); evaluate again to make one'
+                f'{path} is not a report written by `Report.save` of this version ({error!r}); evaluate again'
             ) from error
         return report
 
@@ -153,21 +152,24 @@ def summarise(
     gallery_size: int,
     trials_fingerprint: str,
 ) -> ProtocolResult:
-    """The result of a protocol from the metrics of its trials, whose queries may differ.
+    """Summarise the metrics of a protocol's trials, whose queries may differ.
 
     Args:
-        trials: For each trial the rows of its queries in `images`, [Q], and the metrics of these queries, with a CMC
-            of 20 ranks or more.
-        images: The table that the rows are those of.
-        root: The dataset's folder, or the CSV file in it; empty for images that are rendered.
-        direction: See `ProtocolResult`, as for the arguments below.
-        draw: See there.
-        per_identity_cmc: See there.
-        gallery_size: See there.
-        trials_fingerprint: See there.
+        trials: For each trial the rows of its queries in `images`, [Q], and their metrics with a CMC of at least 20
+            ranks.
+        images: The test images.
+        root: The dataset's folder or CSV file; empty for rendered images.
+        direction: See `ProtocolResult`.
+        draw: See `ProtocolResult`.
+        per_identity_cmc: See `ProtocolResult`.
+        gallery_size: See `ProtocolResult`.
+        trials_fingerprint: See `ProtocolResult`.
     """
     rows, means = _query_means(trials, len(images))
-    values = [_metric_values(metrics) for _, metrics in trials]
+    values = [
+        dict(zip(METRICS, (*(float(found.cmc[k - 1]) for k in RANKS), float(found.mAP), float(found.mINP))))
+        for _, found in trials
+    ]
     intervals = bootstrap_intervals(means[:, np.isfinite(means[0])])
     first_rows, first_metrics = trials[0]
     return ProtocolResult(
@@ -186,109 +188,17 @@ def summarise(
     )
 
 
-@dataclass(frozen=True)
-class Group:
-    """What the queries of one camera, identity or modality measured.
-
-    Attributes:
-        name: Of the camera, the identity or the modality.
-        num_valid_queries: How many queries the means are over.
-        rank1: Mean over these, as a fraction.
-        mAP: Likewise.
-        mINP: Likewise.
-    """
-
-    name: str
-    num_valid_queries: int
-    rank1: float
-    mAP: float
-    mINP: float
-
-
-def breakdown(result: ProtocolResult, by: str) -> list[Group]:
-    """The metrics by camera, identity or modality of the query, for those that have a valid query.
-
-    Args:
-        result: With its queries.
-        by: `camera`, `identity` or `modality`.
-
-    Returns:
-        Cameras by their numbers, modalities by their names, identities from the lowest mAP to the highest.
-
-    Raises:
-        ValueError: On anything else to group by.
-    """
-    if by not in GROUPINGS:
-        raise ValueError(f'unknown breakdown {by!r}; expected one of {", ".join(GROUPINGS)}')
-    values = query_values(result)
-    valid = np.isfinite(values[0])
-    names, group = np.unique(np.asarray(result.queries[by])[valid], return_inverse=True)
-    count = np.bincount(group, minlength=len(names))
-    means = [np.bincount(group, weights=column[valid], minlength=len(names)) / count for column in values]
-    names = ['unknown' if by == 'camera' and name == UNKNOWN_CAMERA else str(name) for name in names.tolist()]
-    groups = [Group(name, *row) for name, *row in zip(names, count.tolist(), *(mean.tolist() for mean in means))]
-    return sorted(groups, key=lambda group: group.mAP) if by == 'identity' else groups
-
-
-def breakdown_table(result: ProtocolResult, by: str, limit: int = 20) -> str:
-    """`breakdown` as a table in percent.
-
-    Args:
-        result: With its queries.
-        by: `camera`, `identity` or `modality`.
-        limit: How many identities to show, the worst ones.
-    """
-    groups = breakdown(result, by)
-    shown = groups[:limit] if by == 'identity' else groups
-    rows = [
-        [group.name, str(group.num_valid_queries), *(f'{100 * getattr(group, name):.2f}' for name in COLUMN_OF)]
-        for group in shown
-    ]
-    lines = aligned([[by, 'queries', *(HEADER_OF[name] for name in COLUMN_OF)], *rows])
-    if len(shown) < len(groups):
-        lines.append(f'{len(groups) - len(shown)} more, with a higher mAP')
-    silent = len(set(result.queries[by])) - len(groups)
-    if silent:
-        lines.append(f'{silent} more, none of whose queries has a match in the gallery')
-    return '\n'.join(lines)
-
-
-def failures_table(result: ProtocolResult) -> str:
-    """The worst queries as a table: AP in percent, rank of the first right image, and who was found instead."""
-    if not result.failures:
-        return 'the report holds no list of failures'
-    rows = [
-        [
-            failure['path'],
-            failure['identity'],
-            str(failure['camera']),
-            failure['modality'],
-            f'{100 * failure["AP"]:.2f}',
-            str(failure['rank']),
-            ' '.join(answer['identity'] for answer in failure['found']),
-        ]
-        for failure in result.failures
-    ]
-    header = ['query', 'identity', 'camera', 'modality', 'AP', 'first right', 'first answers']
-    return '\n'.join(aligned([header, *rows], left=(0, 1, 3, 6)))
-
-
-def _metric_values(metrics: RankMetrics) -> dict[str, float]:
-    ranks = {f'rank{k}': float(metrics.cmc[k - 1]) for k in RANKS}
-    return {**ranks, 'mAP': float(metrics.mAP), 'mINP': float(metrics.mINP)}
-
-
 def _query_means(trials: Trials, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all queries, sorted, [Q], and the mean of each one's rank1, AP and INP over its valid trials, [3, Q]."""
+    """Return the sorted rows of all queries, [Q], and their rank1, AP and INP averaged over their trials, [3, Q]."""
     sums, count = np.zeros((len(COLUMN_OF), num_images)), np.zeros(num_images, dtype=np.int64)
-    queried = np.zeros(num_images, dtype=bool)
+    is_query = np.zeros(num_images, dtype=bool)
     for rows, metrics in trials:
-        queried[rows] = True
+        is_query[rows] = True
         valid = rows[metrics.valid]
         count[valid] += 1
         for total, values in zip(sums, (metrics.rank1, metrics.ap, metrics.inp)):
             total[valid] += values[metrics.valid]
-    rows = np.flatnonzero(queried)
+    rows = np.flatnonzero(is_query)
     means = np.full((len(COLUMN_OF), len(rows)), np.nan)
     np.divide(sums[:, rows], count[rows], out=means, where=count[rows] > 0)
     return rows, means
@@ -299,14 +209,14 @@ def _query_columns(images: Records, rows: np.ndarray, means: np.ndarray, root: s
     columns = [
         relative_paths(root, images.path[rows].tolist()),
         *(getattr(images, name)[rows].tolist() for name in ('identity', 'camera', 'modality')),
-        # Six digits are finer than any difference that matters, and keep files small.
+        # Six digits are finer than any relevant difference, and keep files small.
         *([value if known else None for value, known in zip(mean, valid)] for mean in means.round(6).tolist()),
     ]
     return dict(zip(QUERY_COLUMNS, columns, strict=True))
 
 
 def relative_paths(root: str, paths: list[str]) -> list[str]:
-    """Paths relative to the dataset's folder, so that they are the same on every machine."""
+    """Make paths relative to the dataset's folder, so that they are the same on every machine."""
     folder = os.path.dirname(root) if os.path.isfile(root) else root
     start = os.path.join(folder, '') if folder else ''
     if not start:
@@ -315,13 +225,13 @@ def relative_paths(root: str, paths: list[str]) -> list[str]:
 
 
 def query_values(result: ProtocolResult) -> np.ndarray:
-    """rank1, AP and INP of the queries, NaN where a query is not valid, [3, Q]."""
-    # As floats None is NaN.
+    """Return rank1, AP and INP of the queries, NaN if a query is invalid, [3, Q]."""
+    # NumPy converts None to NaN.
     return np.asarray([result.queries[column] for column in COLUMN_OF.values()], dtype=np.float64)
 
 
 def _protocol_result(values: dict[str, Any]) -> ProtocolResult:
-    """A result from what JSON made of it."""
+    """Convert and check a result read from JSON."""
     intervals = {name: (float(low), float(high)) for name, (low, high) in values['intervals'].items()}
     result = ProtocolResult(**{**values, 'intervals': intervals})
     _check_types(result)
@@ -346,7 +256,7 @@ def _check_types(instance: ProtocolResult | Report) -> None:
 
 
 def _json(value: Any, indent: int = 0) -> str:
-    """Indented JSON, in which a list or an object of plain values takes a single line, however long it is."""
+    """Return indented JSON that puts each list or object of plain values on a single line."""
     items = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(items, (list, tuple)) or not any(isinstance(item, (dict, list, tuple)) for item in items):
         return json.dumps(value, allow_nan=False)
@@ -372,24 +282,24 @@ def _csv_row(report: Report, name: str, result: ProtocolResult) -> dict[str, Any
         row |= {f'{metric}_low': _percent(low), f'{metric}_high': _percent(high)}
     row |= {'per_identity_cmc': result.per_identity_cmc, 'img_height': height, 'img_width': width}
     row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images')}
-    row |= {'options': _listing(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
-    return row | {'versions': _listing(report.versions, ' ')}
+    row |= {'options': _pairs(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
+    return row | {'versions': _pairs(report.versions, ' ')}
 
 
 def _percent(fraction: float) -> float:
     return round(100 * fraction, 4)
 
 
-def _listing(values: dict[str, Any], between: str) -> str:
-    return ', '.join(f'{name}{between}{value}' for name, value in values.items())
+def _pairs(values: dict[str, Any], separator: str) -> str:
+    return ', '.join(f'{name}{separator}{value}' for name, value in values.items())
 
 
 def _heading(report: Report) -> list[str]:
-    lines = [f'{report.dataset} ({_listing(report.options, "=")})' if report.options else report.dataset]
+    lines = [f'{report.dataset} ({_pairs(report.options, "=")})' if report.options else report.dataset]
     reranking = 'no re-ranking' if report.reranking == 'none' else f'{report.reranking} re-ranking'
     if report.model:
         lines.append(
-            f'{report.model}, weights {report.weights}, features {report.features}, images {_size(report)}, '
+            f'{report.model}, weights {report.weights}, features {report.features}, images {size_text(report)}, '
             f'{report.precision}'
         )
         flip_test = 'flip test' if report.flip_test else 'no flip test'
@@ -397,20 +307,21 @@ def _heading(report: Report) -> list[str]:
     else:
         lines.append(reranking)
     if report.skipped_images:
-        lines.append(f'{report.skipped_images} broken images left out')
-    lines.append(_listing(report.versions, ' '))
+        lines.append(f'{report.skipped_images} broken images skipped')
+    lines.append(_pairs(report.versions, ' '))
     for direction in dict.fromkeys(result.direction for result in report.protocols.values()):
         names = [name for name, result in report.protocols.items() if result.direction == direction]
         lines.append(f'{direction}: {", ".join(names)}')
     return lines
 
 
-def _size(report: Report) -> str:
+def size_text(report: Report) -> str:
+    """Format height and width of the input images."""
     return 'x'.join(map(str, report.size)) if report.size else ABSENT
 
 
 def _table(report: Report) -> list[str]:
-    """Aligned columns; the deviation over several trials stands below the mean."""
+    """Return aligned lines, with the deviation over several trials below the mean."""
     rows = [['protocol', 'trials', 'queries', 'gallery', *(HEADER_OF[name] for name in METRICS), 'mAP 95 %']]
     for name, result in report.protocols.items():
         queries = str(result.num_queries)
@@ -425,7 +336,7 @@ def _table(report: Report) -> list[str]:
 
 
 def interval_text(interval: tuple[float, float], sign: str = '') -> str:
-    """An interval of fractions as text, in percent."""
+    """Format an interval of fractions in percent."""
     low, high = interval
     return f'{100 * low:{sign}.2f} to {100 * high:{sign}.2f}'
 
@@ -433,27 +344,3 @@ def interval_text(interval: tuple[float, float], sign: str = '') -> str:
 def _notes(report: Report) -> list[str]:
     per_identity = [name for name, result in report.protocols.items() if result.per_identity_cmc]
     return [f'R1 to R20 count distinct identities: {", ".join(per_identity)}'] if per_identity else []
-
-
-def report_settings(report: Report) -> dict[str, str]:
-    """Everything outside the protocols that changes a number, as text."""
-    values = {field.name: getattr(report, field.name) for field in fields(report)} | {'size': _size(report)}
-    del values['protocols']
-    texts = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            texts |= {f'{name}: {key}': str(entry) for key, entry in value.items()}
-        else:
-            texts[name] = ABSENT if value == '' else str(value)
-    return texts
-
-
-def protocol_settings(report: Report, protocols: list[str]) -> dict[str, str]:
-    """Everything about these protocols that changes a number, as text."""
-    names = ('direction', 'draw', 'per_identity_cmc', 'num_queries', 'num_valid_queries', 'gallery_size')
-    texts = {}
-    for protocol in protocols:
-        result = report[protocol]
-        texts |= {f'{protocol}: {name}': str(getattr(result, name)) for name in names}
-        texts[f'{protocol}: trials'] = str(len(result.trials))
-    return texts

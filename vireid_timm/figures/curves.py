@@ -1,4 +1,4 @@
-"""The curves of a run: losses and validation over the epochs."""
+"""Curves of a training run: losses and validation metrics over the epochs."""
 
 import logging
 from pathlib import Path
@@ -10,12 +10,12 @@ _logger = logging.getLogger(__name__)
 
 
 def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw the loss terms and the validation's mAP and rank-1 over the epochs as `curves.png`."""
+    """Plot the loss terms and the validation mAP and rank-1 over the epochs as `curves.png`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        _logger.info('No curves.png: install the extra `plots` (pip install "vireid_timm[plots]") to get it')
+        _logger.info('Skipping curves.png: it needs the extra `plots` (pip install "vireid_timm[plots]")')
         return
     figure = Figure(figsize=(10, 4), layout='constrained')
     FigureCanvasAgg(figure)
@@ -30,7 +30,7 @@ def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
         if axes.lines:
             axes.legend()
         axes.grid(alpha=0.3)
-    left.set_title('training loss and its terms')
+    left.set_title('training losses')
     right.set_title('validation (held-out identities)')
     with whole_file(folder / 'curves.png') as temporary:
         figure.savefig(temporary, format='png', dpi=120)

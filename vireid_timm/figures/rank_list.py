@@ -1,4 +1,4 @@
-"""Rank lists as an image: queries, and what was found for each (paper, fig. 6)."""
+"""Rank lists as an image: queries and their first results (paper, fig. 6)."""
 
 from collections.abc import Sequence
 
@@ -19,16 +19,16 @@ def rank_list_image(
     hits: Sequence[Sequence[bool]],
     size: tuple[int, int] = (128, 64),
 ) -> Image.Image:
-    """One row per query: the query, then what was found, best first; hits framed green, misses red (paper, fig. 6).
+    """Draw one row per query: the query, then its results, best first, with green frames for hits and red for misses.
 
     Args:
-        queries: Path of every query, [Q].
-        found: Paths of what was found for each, [Q][K].
-        hits: Whether that is the person searched for, [Q][K].
+        queries: Path of each query, [Q].
+        found: Paths of the results of each query, [Q][K].
+        hits: Whether each result shows the query's person, [Q][K].
         size: Height and width of each image.
 
     Raises:
-        ImageError: An image that cannot be read.
+        ImageError: An image cannot be read.
     """
     height, width = size
     columns = 1 + max(len(row) for row in found)
@@ -36,7 +36,7 @@ def rank_list_image(
     sheet = Image.new('RGB', (columns * step_x + 2 * _MARGIN, len(queries) * step_y + _MARGIN + 16), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, 3), 'query', fill=(0, 0, 0))
-    draw.text((step_x + 2 * _MARGIN, 3), 'nearest first: green = same person, red = somebody else', fill=(0, 0, 0))
+    draw.text((step_x + 2 * _MARGIN, 3), 'nearest first: green = same person, red = another person', fill=(0, 0, 0))
     for row, (query, paths, marks) in enumerate(zip(queries, found, hits, strict=True)):
         colours = [(0, 0, 0), *(HIT if mark else MISS for mark in marks)]
         for column, (path, colour) in enumerate(zip([query, *paths], colours, strict=True)):

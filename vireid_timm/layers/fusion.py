@@ -2,7 +2,7 @@
 
 GeM is a power mean, and power means compose: with nearest upsampling `up`, the mean over the fine grid of
 (w * up(f)) ** p equals the mean over the coarse grid of f ** p times the mean of w ** p in each coarse cell. So the
-fused map of the paper (eq. 2: 768 channels at a quarter of the image's resolution) never has to be built.
+paper's fused map (eq. 2: 768 channels at a quarter of the image's resolution) is never built.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ SPATIAL_WEIGHTS = ('asff', 'static')
 
 
 class SpatialWeights(nn.Module):
-    """The weight maps alpha, beta, gamma of eq. 2: positive and summing to one over the levels at every position.
+    """The weight maps alpha, beta, gamma of eq. 2: positive, and summing to one over the levels at every position.
 
     `asff` predicts them for each image by 1x1 convolutions (arXiv:1911.09516). These commute with nearest
-    upsampling, so they run on each level's own grid. `static` is the paper's other reading: one learned map per level,
-    on the grid of layer1 at the default image size and interpolated to others.
+    upsampling, so they run on each level's own grid. `static` is the other reading of the paper: one learned map per
+    level, on layer1's grid at the default image size, interpolated for other sizes.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class SpatialWeights(nn.Module):
             self.register_parameter('maps', None)
             for level in range(num_levels):
                 self.squeeze.append(ConvNormAct(channels, 16, 1, **dd))
-                # One convolution over all levels, split by input level: a single bias serves the sum.
+                # One convolution over all levels, split by input level. Their sum needs a single bias.
                 self.score.append(nn.Conv2d(16, num_levels, 1, bias=level == 0, **dd))
 
     def forward(self, levels: list[torch.Tensor], steps: list[int], size: list[int]) -> torch.Tensor:
-        """Weight maps on the finest grid: levels [B, C, h_l, w_l] -> [B or 1, L, H, W], float32 or better."""
+        """Return weight maps on the finest grid: levels [B, C, h_l, w_l] -> [B or 1, L, H, W], float32 or better."""
         if self.maps is not None:
             scores = self.maps
             if list(scores.shape[2:]) != size:
@@ -64,14 +64,14 @@ class SpatialWeights(nn.Module):
 
 
 def _upsample(x: torch.Tensor, step: int, size: list[int]) -> torch.Tensor:
-    """Nearest upsampling by `step`, cropped to `size`: every fine position belongs to exactly one coarse cell."""
+    """Upsample (nearest) by `step`, then crop to `size`: every fine position belongs to exactly one coarse cell."""
     if step == 1:
         return x
     return F.interpolate(x, scale_factor=float(step), mode='nearest')[:, :, : size[0], : size[1]]
 
 
 def _cell_sum(x: torch.Tensor, step: int) -> torch.Tensor:
-    """Sum over each cell of step x step positions; cells at the border may be partial. [.., H, W] -> [.., h, w]."""
+    """Sum each cell of step x step positions; border cells may be partial. [.., H, W] -> [.., h, w]."""
     if step == 1:
         return x
     return F.avg_pool2d(x, step, ceil_mode=True, divisor_override=1)
@@ -79,17 +79,17 @@ def _cell_sum(x: torch.Tensor, step: int) -> torch.Tensor:
 
 @register_notrace_module
 class FusionBranch(nn.Module):
-    """Feature fusion (section 3.3, eq. 2) in terms of mean powers, from the coarse maps, exact at every size.
+    """Feature fusion (section 3.3, eq. 2) as mean powers, computed from the coarse maps and exact at every size.
 
     Args:
         in_channels: Channels of the fused layers.
-        steps: How many positions of layer1's grid one position of each fused layer covers along an axis.
-        out_step: The same for layer4, whose grid the mean powers are given on.
+        steps: Positions of layer1's grid that one position of each fused layer covers along an axis.
+        out_step: The same for layer4; the mean powers are returned on its grid.
         channels: Width of each level after its 1x1 convolution.
         power: GeM's exponent p.
         spatial_weights: `asff` or `static`, see `SpatialWeights`.
         grid: Height and width of layer1's grid at the default image size, for `static`.
-        plain: Build the paper's full fused map and pool that: slower, for comparison.
+        plain: Build the paper's full fused map and pool it. Slower; for comparison.
     """
 
     def __init__(
@@ -111,15 +111,14 @@ class FusionBranch(nn.Module):
         self.out_step = out_step
         self.power = power
         self.plain = plain
-        # ReLU, since GeM needs values >= 0.
+        # With ReLU, because GeM needs values >= 0.
         self.reduce = nn.ModuleList([ConvNormAct(width, channels, 1, **dd) for width in in_channels])
         self.weights = SpatialWeights(spatial_weights, len(in_channels), channels, grid, **dd)
         self.num_features = channels * len(in_channels)
 
     def forward(self, levels: list[torch.Tensor], size: list[int]) -> torch.Tensor:
-        """Mean powers of the fused map on layer4's grid: their mean is GeM's mean power, [B, num_features, h, w]."""
-        reduced = self._reduce(levels)
-        weights = self.weights(reduced, self.steps, size).pow(self.power)
+        """Return mean powers of the fused map on layer4's grid, [B, num_features, h, w]; GeM's is the mean of them."""
+        reduced, weights = self._reduce(levels, size)
         powers = []
         for i, (x, step) in enumerate(zip(reduced, self.steps)):
             x = full_precision(x).pow(self.power)
@@ -132,19 +131,19 @@ class FusionBranch(nn.Module):
 
     @torch.jit.ignore
     def mean_power(self, levels: list[torch.Tensor], size: list[int]) -> torch.Tensor:
-        """The mean of `forward` over its grid, without building it: [B, num_features]."""
+        """Return the mean of `forward` over its grid, [B, num_features], without building the map."""
         if self.plain:
             return self.forward(levels, size).mean(dim=(2, 3))
-        reduced = self._reduce(levels)
-        weights = self.weights(reduced, self.steps, size).pow(self.power)
+        reduced, weights = self._reduce(levels, size)
         sums = []
         for i, (x, step) in enumerate(zip(reduced, self.steps)):
             cells = _cell_sum(weights[:, i : i + 1], step).expand(x.shape[0], -1, -1, -1)
             sums.append(power_sum(x, cells, self.power))
         return torch.cat(sums, dim=1) / (size[0] * size[1])
 
-    def _reduce(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _reduce(self, levels: list[torch.Tensor], size: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the levels at their common width, and their weight maps to the power p."""
         reduced = []
         for i, reduce in enumerate(self.reduce):
             reduced.append(reduce(levels[i]))
-        return reduced
+        return reduced, self.weights(reduced, self.steps, size).pow(self.power)

@@ -1,4 +1,4 @@
-"""Heads: a BN-neck without bias, then a classifier without bias."""
+"""Heads: a BN-neck and a classifier, both without bias."""
 
 from typing import Optional
 
@@ -8,9 +8,9 @@ from timm.layers import get_device_dtype
 from timm.models import register_notrace_module
 
 
-@register_notrace_module  # its check of the input's dimensions cannot be traced
+@register_notrace_module  # BatchNorm1d checks the number of dimensions, which FX cannot trace
 class BatchNormNeck(nn.BatchNorm1d):
-    """BN-neck (arXiv:1903.07071): a batch normalisation that has no bias at all, rather than a frozen one."""
+    """BN-neck (arXiv:1903.07071): batch normalisation with no bias parameter at all, rather than a frozen one."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class BatchNormNeck(nn.BatchNorm1d):
 
 
 class BranchHead(nn.Module):
-    """BN-neck -> bias-free classifier of one branch. The classifier is an identity when `num_classes` is 0."""
+    """BN-neck, dropout and bias-free classifier of one branch; the classifier is an identity if `num_classes` is 0."""
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class BranchHead(nn.Module):
         self.reset(num_classes)
 
     def reset(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one of the same device, dtype and mode."""
         if num_classes > 0:
             fc = nn.Linear(self.num_features, num_classes, bias=False, **get_device_dtype(self.neck))
             nn.init.normal_(fc.weight, 0.0, 0.001)

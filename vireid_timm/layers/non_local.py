@@ -1,4 +1,4 @@
-"""Non-local block (arXiv:1711.07971), as AGW (arXiv:2001.04193) uses it."""
+"""The non-local block of AGW."""
 
 from typing import Optional
 
@@ -7,10 +7,10 @@ import torch.nn as nn
 
 
 class NonLocalBlock(nn.Module):
-    """Non-local block (arXiv:1711.07971) in AGW's form (arXiv:2001.04193): dot products divided by their number.
+    """Non-local block (arXiv:1711.07971) in AGW's form (arXiv:2001.04193): dot products, divided by the position count.
 
-    Every position gets a sum over all positions, and adds it to its own value. The last normalisation starts at zero,
-    so that the block adds nothing at first.
+    Every position adds a weighted sum over all positions to its own value. The last normalisation starts at zero, so
+    a fresh block is the identity.
 
     Args:
         channels: Channels of the map.
@@ -36,8 +36,8 @@ class NonLocalBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         theta = self.theta(x)
-        # Without a softmax (theta phi) g = theta (phi g): the affinity of all pairs of positions is never built.
-        # Divided before it is summed over, so that half precision does not overflow.
+        # There is no softmax, so (theta phi) g = theta (phi g), and the affinity of all pairs is never built.
+        # Divide before summing: the sum would overflow in half precision.
         phi = self.phi(x).flatten(2) / (x.shape[2] * x.shape[3])
         context = torch.bmm(self.g(x).flatten(2), phi.transpose(1, 2))
         sums = torch.bmm(context, theta.flatten(2)).view_as(theta)

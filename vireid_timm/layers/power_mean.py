@@ -1,4 +1,4 @@
-"""Power means: generalised-mean pooling (GeM), and the weighted sum of powers that it is made of."""
+"""Power means: generalised-mean (GeM) pooling, and the weighted sum of powers that it is built from."""
 
 from typing import Any, Optional
 
@@ -6,33 +6,33 @@ import torch
 import torch.nn as nn
 from timm.models import register_notrace_module
 
-# As AGW: keeps the root's gradient finite where a channel is zero everywhere, without clamping the values themselves.
+# As in AGW. Keeps the root's gradient finite where a channel is zero everywhere, without clamping the values.
 POWER_EPS = 1e-12
 POOL_TYPES = ('gem', 'avg', '')
-_BLOCK = 2**18  # values, 1 MB in float32: what a core's cache holds
+_BLOCK = 2**18  # values per block: 1 MB in float32 fits a core's cache
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 as it is: what power means run in."""
-    # In half precision small values vanish when cubed and the root's gradient overflows.
+    """Return `x` as float32, or unchanged if it is float64."""
+    # In half precision small values vanish when cubed, and the root's gradient overflows.
     return x if x.dtype == torch.float64 else x.float()
 
 
 def root(mean_power: torch.Tensor, power: float, eps: float = POWER_EPS) -> torch.Tensor:
-    """From the mean of powers to the power mean."""
+    """Return the power mean, given the mean of the powers."""
     return (mean_power + eps).pow(1.0 / power)
 
 
 def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Batched matrix product in its operands' precision, whatever the autocast (the meta device knows none)."""
-    if a.device.type == 'meta':
+    """Multiply batched matrices in their own dtype, even under autocast."""
+    if a.device.type == 'meta':  # has no autocast
         return torch.bmm(a, b)
     with torch.autocast(a.device.type, enabled=False):
         return torch.bmm(a, b)
 
 
 def _blocks(maps: torch.Tensor) -> list[slice]:
-    """Rows [B, ...] in blocks of about `_BLOCK` values on a CPU, all at once elsewhere."""
+    """Split rows [B, ...] into blocks of about `_BLOCK` values on a CPU; elsewhere return a single block."""
     if maps.device.type != 'cpu' or torch.compiler.is_compiling():
         return [slice(0, len(maps))]
     rows = max(1, _BLOCK * len(maps) // max(1, maps.numel()))
@@ -40,10 +40,10 @@ def _blocks(maps: torch.Tensor) -> list[slice]:
 
 
 class _PowerSum(torch.autograd.Function):
-    """Sum over positions of weights * features ** power, see `power_sum`.
+    """The autograd function behind `power_sum`.
 
-    It keeps its inputs for backward and no power of them. All of it is memory traffic: on a CPU it therefore goes
-    through the rows in blocks whose full-precision values stay in the cache.
+    It saves its inputs for backward, but no powers. Its cost is memory traffic, so on a CPU it works on blocks of rows
+    whose full-precision values stay in the cache.
     """
 
     @staticmethod
@@ -56,10 +56,10 @@ class _PowerSum(torch.autograd.Function):
         ctx.save_for_backward(features, weights)
         ctx.power = power
         maps = features.flatten(2)
-        kind = torch.promote_types(maps.dtype, torch.float32)
-        sums = maps.new_empty(maps.shape[:2], dtype=kind)
+        dtype = torch.promote_types(maps.dtype, torch.float32)
+        sums = maps.new_empty(maps.shape[:2], dtype=dtype)
         blocks = _blocks(maps)
-        buffer = torch.empty_like(maps[blocks[0]], dtype=kind)
+        buffer = torch.empty_like(maps[blocks[0]], dtype=dtype)
         for block in blocks:
             powers = buffer[: block.stop - block.start].copy_(maps[block]).clamp_(min=0.0).pow_(power)
             if weights is None:
@@ -75,9 +75,10 @@ class _PowerSum(torch.autograd.Function):
         grad_maps = torch.empty_like(maps)
         grad_weights = None if weights is None else torch.empty_like(weights.flatten(2))
         blocks = _blocks(maps)
-        first, second = (torch.empty_like(maps[blocks[0]], dtype=grad.dtype) for _ in range(2))
+        value_buffer, power_buffer = (torch.empty_like(maps[blocks[0]], dtype=grad.dtype) for _ in range(2))
         for block in blocks:
-            values, powers = first[: block.stop - block.start], second[: block.stop - block.start]
+            rows = block.stop - block.start
+            values, powers = value_buffer[:rows], power_buffer[:rows]
             torch.pow(values.copy_(maps[block]).clamp_(min=0.0), ctx.power - 1.0, out=powers)
             if weights is not None:
                 grad_weights[block] = _exact_bmm(grad[block, None, :], values.mul_(powers))
@@ -87,11 +88,11 @@ class _PowerSum(torch.autograd.Function):
 
 
 def power_sum(features: torch.Tensor, weights: Optional[torch.Tensor], power: float) -> torch.Tensor:
-    """Sum over positions of weights * features ** power in float32 or better.
+    """Sum weights * features ** power over all positions, in float32 or better.
 
     Args:
         features: Values >= 0 (negative ones count as 0), [B, C, H, W].
-        weights: [B, 1, H, W] of the result's type, or None for 1 everywhere.
+        weights: [B, 1, H, W] in the dtype of the result, or None for 1 everywhere.
         power: The exponent, at least 1.
 
     Returns:
@@ -102,14 +103,14 @@ def power_sum(features: torch.Tensor, weights: Optional[torch.Tensor], power: fl
 
 @register_notrace_module
 class GeneralizedMeanPool(nn.Module):
-    """Generalised mean (GeM) pooling, arXiv:1711.02512: the power mean over all positions, in float32 or better.
+    """Generalised-mean (GeM) pooling, arXiv:1711.02512: the power mean over all positions, in float32 or better.
 
     Args:
-        power: The exponent p; 1 is average pooling, and the maximum is approached as p grows.
-        pool_type: How timm names the pooling: `gem`, `avg` (p = 1 whatever `power`), or '' for no pooling.
+        power: The exponent p. 1 is average pooling; large values approach max pooling.
+        pool_type: timm's name of the pooling: `gem`, `avg` (p = 1, whatever `power` is), or '' for no pooling.
 
     Raises:
-        ValueError: Power below 1, or an unknown pool type.
+        ValueError: The power is below 1, or the pool type is unknown.
     """
 
     def __init__(self, power: float = 3.0, pool_type: str = 'gem') -> None:
@@ -122,7 +123,7 @@ class GeneralizedMeanPool(nn.Module):
         self.pool_type = pool_type
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool a map of values >= 0 (negative ones count as 0): [B, C, H, W] -> [B, C], or the map itself for ''."""
+        """Pool values >= 0 (negative ones count as 0): [B, C, H, W] -> [B, C]; '' returns the map itself."""
         if self.pool_type == '':
             return x
         return root(full_precision(x).clamp(min=0.0).pow(self.power).mean(dim=(2, 3)), self.power)

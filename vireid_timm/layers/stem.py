@@ -1,4 +1,4 @@
-"""The stems: one per modality, before the layers that both share."""
+"""Modality-specific stems, one for visible and one for infrared images."""
 
 from typing import Optional
 
@@ -9,7 +9,7 @@ from timm.models.resnet import ResNet
 
 
 class Stem(nn.Module):
-    """The modality-specific part (layer0 of the paper): conv1, bn1, act1 and maxpool of a timm ResNet."""
+    """The modality-specific part of the network (the paper's layer0): conv1, bn1, act1 and maxpool of a timm ResNet."""
 
     def __init__(self, resnet: ResNet) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Stem(nn.Module):
 
 @register_notrace_module
 class DualStem(nn.Module):
-    """One stem per modality; the outputs are stacked, visible rows first."""
+    """One stem per modality. The outputs are stacked along the batch, visible rows first."""
 
     def __init__(self, visible: Stem, infrared: Stem, in_chans: int) -> None:
         super().__init__()
@@ -32,6 +32,7 @@ class DualStem(nn.Module):
         self.infrared = infrared
         self.in_chans = in_chans
 
+    # Plain ifs, because TorchScript has to compile this.
     def forward(
         self,
         visible: Optional[torch.Tensor] = None,
@@ -45,7 +46,7 @@ class DualStem(nn.Module):
             self._check(infrared, 'infrared')
             maps.append(self.infrared(infrared))
         if len(maps) == 0:
-            raise ValueError('no images: give visible=, infrared=, or both, each [B, C, H, W]')
+            raise ValueError('no images: pass visible=, infrared=, or both, each [B, C, H, W]')
         if len(maps) == 1:
             return maps[0]
         if visible is not None and infrared is not None and visible.shape[2:] != infrared.shape[2:]:

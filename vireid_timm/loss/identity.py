@@ -1,7 +1,7 @@
 """Identity loss: cross entropy of each branch (paper, eq. 7 and 8).
 
-Takes any float type, computes in float32 (float64 stays float64) whatever the autocast, and returns a scalar of that
-type. Never waits for the device.
+Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast, and returns scalars of that
+dtype. Never synchronises with the device.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ def identity_losses(
     label_smoothing: float = 0.0,
     branches: Iterable[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Identity cross entropy of each branch (eq. 7 and 8), mean over the batch.
+    """Return the identity cross entropy of each branch (eq. 7 and 8), averaged over the batch.
 
     Args:
         logits: Branch name -> [N, C].
         labels: Class labels, [N] long.
-        label_smoothing: Share of the target that is spread over all classes. The paper's 'LSR' is not this but the
-            mutual-learning term (eq. 9 and 10), so the default is 0.
-        branches: The branches that have an identity loss (L_id of table 3); all of `logits` when None.
+        label_smoothing: Share of the target that is spread over all classes. The default is 0, because the paper's
+            'LSR' is the mutual-learning term (eq. 9 and 10).
+        branches: The branches that get an identity loss (L_id of table 3); None for all of `logits`.
 
     Returns:
         Branch name -> scalar, in the order of `branches`.
@@ -33,19 +33,18 @@ def identity_losses(
     Raises:
         ValueError: A branch has no logits.
     """
-    branches = list(logits) if branches is None else list(branches)
     return {
         branch: F.cross_entropy(full_precision(branch_logits(logits, branch)), labels, label_smoothing=label_smoothing)
-        for branch in branches
+        for branch in (logits if branches is None else branches)
     }
 
 
 def branch_logits(logits: Mapping[str, torch.Tensor], branch: str) -> torch.Tensor:
-    """The logits of one branch, [N, C].
+    """Return the logits of one branch, [N, C].
 
     Raises:
-        ValueError: There are none.
+        ValueError: The branch has no logits.
     """
     if branch not in logits:
-        raise ValueError(f'the loss needs logits of the branch {branch!r}, but got only {", ".join(logits) or "none"}')
+        raise ValueError(f'the loss needs logits of the branch {branch!r}, got only {", ".join(logits) or "none"}')
     return logits[branch]

@@ -1,7 +1,7 @@
 """Deep mutual learning between the branches (paper, eq. 5, 6, 9 and 10).
 
-Takes any float type, computes in float32 (float64 stays float64) whatever the autocast, and returns a scalar of that
-type. Never waits for the device.
+Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast, and returns scalars of that
+dtype. Never synchronises with the device.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..layers.power_mean import full_precision
 from .identity import branch_logits
 
-# Table 4 of the paper: which pairs of branches learn from each other, and which of the two weights a pair has.
+# Table 4 of the paper: the pairs of branches that learn from each other, and the weight of each pair.
 MUTUAL_LEARNING_MODES = {
     'none': (),
     'global-to-fusion': (('global', 'fusion', 'fusion_weight'),),
@@ -24,10 +24,10 @@ MUTUAL_LEARNING_MODES = {
 
 
 def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
-    """Half the sum of both KL divergences between two predictions (eq. 5 and 6), gradients into both.
+    """Return half the sum of both KL divergences between two predictions (eq. 5 and 6), with gradients into both.
 
-    The sum runs over the classes and the *mean* over the batch: the paper prints a sum over the N samples, which its
-    identity loss (eq. 7, a mean) contradicts and which would tie the weights θ to the batch size.
+    Sums over the classes and takes the *mean* over the batch. The paper prints a sum over the N samples, but that
+    contradicts its identity loss (eq. 7, a mean) and would tie the weights θ to the batch size.
 
     Args:
         logits_p: Logits of one branch, [N, C].
@@ -41,32 +41,28 @@ def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor
     """
     if logits_p.shape != logits_q.shape or logits_p.ndim != 2:
         raise ValueError(
-            f'two predictions of the same [N, C] shape expected, got {list(logits_p.shape)} and {list(logits_q.shape)}'
+            f'expected two predictions of the same shape [N, C], got {list(logits_p.shape)} and {list(logits_q.shape)}'
         )
     log_p = F.log_softmax(full_precision(logits_p), dim=1)
     log_q = F.log_softmax(full_precision(logits_q), dim=1)
-    # KL(p‖q) + KL(q‖p) in one sum, of which no term is negative: nothing cancels between the two directions.
+    # KL(p‖q) + KL(q‖p) as one sum without negative terms, so the two directions lose no precision by cancellation.
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean()
 
 
 class MutualLearningLoss(nn.Module):
     """Deep mutual learning between the branches: θ1·KL(joint, global) + θ2·KL(joint, fusion) (eq. 5, 6, 9, 10).
 
-    `mode` selects a row of table 4: `none`, `global-to-fusion` (weight θ2), `joint-to-global` (θ1), `joint-to-fusion`
-    (θ2) or `joint-to-both` (the paper's method). Despite the names every pair learns from each other.
+    Args:
+        mode: A row of table 4: `none`, `global-to-fusion` (weight θ2), `joint-to-global` (θ1), `joint-to-fusion` (θ2)
+            or `joint-to-both` (the paper's method). Despite the names, both branches of a pair learn.
+        global_weight: θ1 of eq. 9.
+        fusion_weight: θ2 of eq. 10.
+
+    Raises:
+        ValueError: The mode is unknown.
     """
 
     def __init__(self, mode: str = 'joint-to-both', global_weight: float = 0.6, fusion_weight: float = 1.8) -> None:
-        """Choose a row of table 4 and its weights.
-
-        Args:
-            mode: One of `MUTUAL_LEARNING_MODES`.
-            global_weight: θ1 of eq. 9.
-            fusion_weight: θ2 of eq. 10.
-
-        Raises:
-            ValueError: Unknown mode.
-        """
         super().__init__()
         if mode not in MUTUAL_LEARNING_MODES:
             raise ValueError(
@@ -77,16 +73,16 @@ class MutualLearningLoss(nn.Module):
         self.fusion_weight = fusion_weight
 
     def forward(self, logits: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sum up the divergences that the mode asks for.
+        """Return the weighted sum of the mode's divergences.
 
         Args:
-            logits: Branch name -> [N, C]; branches that the mode does not name are ignored.
+            logits: Branch name -> [N, C]; branches that the mode does not use are ignored.
 
         Returns:
-            The weighted sum, a scalar; 0 with mode `none`.
+            Scalar; 0 with mode `none`.
 
         Raises:
-            ValueError: A branch that the mode needs has no logits.
+            ValueError: A branch that the mode uses has no logits.
         """
         terms = [
             getattr(self, weight) * symmetric_kl(branch_logits(logits, first), branch_logits(logits, second))

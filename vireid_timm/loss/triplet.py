@@ -1,7 +1,7 @@
 """Weighted regularised triplet loss (paper, eq. 11 and 12, after AGW, arXiv:2001.04193).
 
-Takes any float type, computes in float32 (float64 stays float64) whatever the autocast, and returns a scalar of that
-type. Never waits for the device.
+Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast, and returns scalars of that
+dtype. Never synchronises with the device.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..layers.power_mean import full_precision
 
-_ROWS = 64  # distances of as many rows at a time: on a GPU their gradient takes [rows, N, D] floats for a moment
+_ROWS = 64  # rows of distances computed at a time: on a GPU their gradient needs [rows, N, D] floats
 
 
 class WeightedRegularizedTriplet(nn.Module):
@@ -22,46 +22,45 @@ class WeightedRegularizedTriplet(nn.Module):
         loss = mean_i softplus(Σ_{j in P} w⁺_ij d_ij − Σ_{k in N} w⁻_ik d_ik)
         w⁺_i = softmax over P of d_i      w⁻_i = softmax over N of −d_i
 
-    Eq. 12 of the paper prints these weights with slips (no exponential in the denominators, no sign for the
-    negatives); this is the definition of AGW, from which the paper takes the loss.
+    Eq. 12 of the paper misprints these weights (no exponential in the denominators, no sign for the negatives). This
+    is AGW's definition, from which the paper takes the loss.
 
-    An anchor without negatives has nothing to compare with and contributes 0. That happens only where the whole batch
-    shows one identity, and the loss is then 0 with zero gradients.
+    An anchor without negatives contributes 0. That happens only if the whole batch shows one identity; the loss and
+    its gradients are then 0.
     """
 
-    # Differs from AGW: each softmax is shifted by the maximum of its own entries. AGW shifts the negatives' by a
-    # maximum that is always 0, so its 1e-6 in the denominator takes over from distances of about 16 on and the weights
-    # no longer sum to 1 (at 20 they sum to 0.11: negatives look near when they are far).
-    # Differs from AGW: distances are computed from differences, not from |a|² + |b|² − 2ab. An image's distance to
-    # itself is exactly 0 (AGW: 1e-6 at least), and the square root's gradient there is 0.
+    # Differs from AGW: each softmax is shifted by the maximum of its own entries. AGW shifts the negatives by a
+    # maximum that is always 0, so beyond distances of about 16 its 1e-6 in the denominator dominates and the weights no
+    # longer sum to 1 (at 20 they sum to 0.11, so far negatives look near).
+    # Differs from AGW: distances are computed from differences, not from |a|² + |b|² − 2ab. The distance of an image
+    # to itself is exactly 0 (AGW: at least 1e-6), and the gradient of the square root there is 0.
 
     def forward(self, features: torch.Tensor, identities: torch.Tensor) -> torch.Tensor:
-        """Compare every image with all others of the batch.
+        """Compare every image with all others in the batch.
 
         Args:
-            features: Features before the BN-neck, both modalities, [N, D] float of any type.
+            features: Features before the BN-neck, of both modalities, any float dtype, [N, D].
             identities: Identity of every row, [N] integers.
 
         Returns:
             Scalar.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not match.
         """
         if features.ndim != 2 or identities.shape != features.shape[:1] or len(features) == 0:
             raise ValueError(
-                'features [N, D] and identities [N] of at least one image expected, '
+                'expected features [N, D] and identities [N] of at least one image, '
                 f'got {list(features.shape)} and {list(identities.shape)}'
             )
-        features = full_precision(features)  # and no product of matrices below, which autocast would round
-        rows_of_distances = [
-            torch.cdist(rows, features, compute_mode='donot_use_mm_for_euclid_dist') for rows in features.split(_ROWS)
-        ]
-        distance = torch.cat(rows_of_distances)  # [N, N]
+        features = full_precision(features)  # there is no matrix product below for autocast to round
+        distance = torch.cat(
+            [torch.cdist(rows, features, compute_mode='donot_use_mm_for_euclid_dist') for rows in features.split(_ROWS)]
+        )  # [N, N]
         positive = identities[:, None] == identities[None, :]
         has_negative = ~positive.all(dim=1)
-        # A row without negatives would be a softmax over nothing (NaN, in its gradient too): it gets every entry
-        # here and is taken out below.
+        # A softmax over no negatives is NaN, in its gradient too. Such a row keeps every entry here and is masked out
+        # below.
         negative = ~positive | ~has_negative[:, None]
         positive_weight = distance.masked_fill(~positive, -torch.inf).softmax(dim=1)
         negative_weight = (-distance).masked_fill(~negative, -torch.inf).softmax(dim=1)

@@ -2,16 +2,16 @@
 
 The network of "Visible-Infrared Person Re-Identification via Feature Fusion and Deep Mutual Learning" (Lin and Wang):
 one stem per modality, shared layers, a global branch over layer4, a fusion branch over layer1-3 with adaptive spatial
-weights (ASFF, arXiv:1911.09516), and a joint branch that concatenates the two and is what retrieval uses.
+weights (ASFF, arXiv:1911.09516), and a joint branch that concatenates the two. Retrieval uses the joint branch.
 
-The fused map, power-averaged to layer4's grid, beside layer4's own map gives one joint map whose GeM is the paper's
-V_joint (`layers/fusion.py` says why that is exact). `forward_features` returns that map, and all of timm's conventions
-hold for it.
+Power-average the fused map to layer4's grid and concatenate it with layer4's map: the GeM of this joint map is the
+paper's V_joint (`layers/fusion.py` explains why that is exact). `forward_features` returns the joint map, so all of
+timm's conventions hold.
 
-AGW (arXiv:2001.04193), the network that the field starts from, is the global branch alone with non-local blocks in the
-trunk.
+AGW (arXiv:2001.04193), the common baseline of the field, is the global branch with non-local blocks in the trunk.
 """
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -38,6 +38,7 @@ from ..layers.head import BranchHead
 from ..layers.non_local import NonLocalBlock
 from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
 from ..layers.stem import DualStem, Stem
+from ..text import format_list
 
 __all__ = ['BranchOutput', 'DualStreamResNet']
 
@@ -45,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 class BranchOutput(NamedTuple):
-    """What training needs of a forward pass.
+    """The part of a forward pass that training needs.
 
     Attributes:
         features: V_joint before the BN-neck, float32 also under autocast, [B, num_features].
@@ -57,7 +58,7 @@ class BranchOutput(NamedTuple):
 
 
 def set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
-    """Undo layer4's stride, as re-ID does by convention; timm's `output_stride=16` would add dilation."""
+    """Remove layer4's stride, as is usual in re-ID, without the dilation of timm's `output_stride=16`."""
     if last_stride == 2:
         return
     for name, module in layer4[0].named_modules():
@@ -75,7 +76,7 @@ def _with_non_local(
     width: Union[int, str],
     dd: dict[str, Any],
 ) -> nn.Sequential:
-    """The layer with a non-local block behind each of its last `count` blocks, which keep the names of a ResNet's."""
+    """Insert a non-local block after each of the last `count` residual blocks, which keep their names."""
     modules = OrderedDict()
     for i, (name, block) in enumerate(layer.named_children()):
         modules[name] = block
@@ -85,31 +86,55 @@ def _with_non_local(
     return nn.Sequential(modules)
 
 
+def _check_arguments(
+    fuse_layers: tuple[int, ...],
+    spatial_weights: str,
+    last_stride: int,
+    num_classes: int,
+    global_pool: str,
+) -> None:
+    if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
+        raise ValueError(f'fuse_layers must be increasing layer numbers from 1 to 4, got {fuse_layers}')
+    if spatial_weights not in SPATIAL_WEIGHTS:
+        raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
+    if last_stride not in (1, 2):
+        raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
+    if global_pool == '' and num_classes > 0:
+        raise ValueError("a classifier needs pooling: use num_classes=0 with global_pool=''")
+
+
+def _check_non_local(blocks: Sequence[int], width: Union[int, str], layers: Sequence[int]) -> None:
+    if len(blocks) != 4 or not all(0 <= count <= num_blocks for count, num_blocks in zip(blocks, layers)):
+        raise ValueError(f'non_local_blocks must be four counts of at most {tuple(layers)}, got {tuple(blocks)}')
+    if width != 'half' and not (isinstance(width, int) and width >= 1):
+        raise ValueError(f"non_local_width must be a positive number of channels or 'half', got {width!r}")
+
+
 class DualStreamResNet(nn.Module):
-    """Dual-stream ResNet with a global, a fusion and a joint branch (or the global branch alone, the paper's baseline).
+    """Dual-stream ResNet with a global, a fusion and a joint branch, or with the global branch only (the baseline).
 
     Args:
         block: timm's residual block.
         layers: Blocks per stage.
-        num_classes: Identities to classify; 0 returns the retrieval features.
-        in_chans: Channels of both modalities' images.
+        num_classes: Identities to classify; with 0 the model returns retrieval features.
+        in_chans: Image channels, for both modalities.
         global_pool: `gem`, `avg`, or '' (with `num_classes=0`) for the unpooled joint map.
         drop_rate: Dropout before each classifier.
-        fuse_layers: Layers that the fusion branch takes, of 1 to 4 (table 2); empty for the baseline.
+        fuse_layers: Layers to fuse, from 1 to 4 (table 2); empty for the baseline.
         fuse_width: Channels per fused layer.
         gem_power: GeM's exponent p.
         spatial_weights: `asff` (weight maps predicted per image) or `static` (one learned map per layer).
         last_stride: Stride of layer4, 1 or 2.
-        plain_fusion: Pool the paper's full fused map instead of taking the exact shortcut.
-        non_local_blocks: How many of the last blocks of layer1 to 4 have a non-local block behind them; none for the
-            paper's networks, (0, 2, 3, 0) for AGW (arXiv:2001.04193).
-        non_local_width: Inner channels of the non-local blocks, or `half` of their map's. AGW meant half, but its code,
-            and so all weights made with it, have 1.
-        img_size: Default image height and width, the size of the `static` weight maps.
-        resnet_args: Further arguments of timm's `ResNet` (stem type, ...).
+        plain_fusion: Build the paper's full fused map and pool it, instead of using the exact shortcut.
+        non_local_blocks: How many of the last blocks of layer1 to layer4 are followed by a non-local block. None in
+            the paper's networks, (0, 2, 3, 0) in AGW (arXiv:2001.04193).
+        non_local_width: Inner channels of the non-local blocks, or `half` for half of the map's channels. AGW meant
+            half, but its code, and therefore every set of weights trained with it, has 1.
+        img_size: Default image height and width, which set the grid of the `static` weight maps.
+        resnet_args: Further arguments for timm's `ResNet` (stem type, ...).
 
     Raises:
-        ValueError: An argument outside its values.
+        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -145,10 +170,9 @@ class DualStreamResNet(nn.Module):
         self.grad_checkpointing = False
 
         trunk = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
-        other = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
-        # Both streams start from the same values, as they do from ImageNet weights.
-        other.load_state_dict(trunk.state_dict())
-        self.stem = DualStem(Stem(trunk), Stem(other), in_chans)
+        stem = Stem(trunk)
+        # Both stems start from the same values, random or (see `checkpoint_filter_fn`) from ImageNet.
+        self.stem = DualStem(stem, copy.deepcopy(stem), in_chans)
         set_last_stride(trunk.layer4, last_stride)
         for i, count in enumerate(non_local_blocks, start=1):
             channels = trunk.feature_info[i]['num_chs']
@@ -182,7 +206,7 @@ class DualStreamResNet(nn.Module):
         self.fusion_head = None
         self.joint_head = None
         self.num_features = self.head_hidden_size = global_features
-        self.branches = ('global',)  # the last one is what retrieval uses
+        self.branches = ('global',)  # retrieval uses the last one
         if self.fusion is not None:
             self.branches = ('global', 'fusion', 'joint')
             fused = self.fusion.num_features
@@ -204,19 +228,19 @@ class DualStreamResNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier of the branch that retrieval uses."""
+        """Return the classifier of the branch that retrieval uses."""
         head = self.joint_head if self.joint_head is not None else self.global_head
         return nn.Identity() if head is None else head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace every branch's classifier; the necks stay. A pooling of None keeps the current one."""
+        """Replace the classifier of every branch but keep the necks; `global_pool=None` keeps the pooling."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self.global_pool = GeneralizedMeanPool(self.gem_power, global_pool).train(self.training)
         self.num_classes = num_classes
         if self.fusion is not None:
             self.fusion.power = self.global_pool.power
-        if self.global_head is None and global_pool:  # pruned: a head for the features that are left
+        if self.global_head is None and global_pool:  # pruned: create a head for the remaining features
             self._create_heads(self.num_features, get_device_dtype(self.stem))
             self.global_head.train(self.training)
         for head in (self.global_head, self.fusion_head, self.joint_head):
@@ -234,11 +258,11 @@ class DualStreamResNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[list[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]:
-        """timm's `forward_intermediates` over layer1-4 (indices 0-3), for either or both modalities.
+        """timm's `forward_intermediates` over layer1-4 (indices 0-3), for one or both modalities.
 
         Returns:
-            The joint map (the last layer's own map if `stop_early` came before layer4) and the chosen layers' maps, or
-            the latter alone with `intermediates_only`.
+            The joint map and the maps of the chosen layers; with `intermediates_only`, only these. If `stop_early`
+            stops before layer4, the map of the last layer replaces the joint map.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f'output_fmt must be NCHW, got {output_fmt!r}')
@@ -246,7 +270,7 @@ class DualStreamResNet(nn.Module):
         x = self.stem(visible, infrared)
         levels = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[: last + 1 if stop_early else 4]:
-            x = self._forward_layer(layer, x)
+            x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
             levels.append(x)
         intermediates = [levels[i] for i in take]
         if intermediates_only:
@@ -259,7 +283,7 @@ class DualStreamResNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the layers after the last of `indices`; the head goes with them, or alone with `prune_head`."""
+        """Remove the layers after the last of `indices`. The head goes too if any do, or if `prune_head` is set."""
         take, last = feature_take_indices(4, indices)
         for i in range(last + 1, 4):
             setattr(self, f'layer{i + 1}', nn.Sequential().train(self.training))  # empty, for checkpoint_seq
@@ -269,11 +293,6 @@ class DualStreamResNet(nn.Module):
             self.branches = ('global',)
             self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
         return take
-
-    def _forward_layer(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(layer, x)
-        return layer(x)
 
     def _forward_levels(
         self,
@@ -306,11 +325,11 @@ class DualStreamResNet(nn.Module):
         visible: Optional[torch.Tensor] = None,
         infrared: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """The joint map, whose GeM is V_joint: layer4's channels, then the fused ones, [B, num_features, h, w]."""
+        """Return the joint map [B, num_features, h, w], layer4's channels before the fused ones. Its GeM is V_joint."""
         return self._joint_map(self._forward_levels(visible, infrared))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool the joint map and apply BN-neck and classifier; `pre_logits` stops at the features after BN."""
+        """Pool the joint map, then apply BN-neck and classifier; `pre_logits` returns the features after BN."""
         x = self.global_pool(x)
         if self.global_pool.pool_type == '':
             return x
@@ -323,14 +342,14 @@ class DualStreamResNet(nn.Module):
         visible: Optional[torch.Tensor] = None,
         infrared: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Joint logits [B, num_classes], or the features after BN [B, num_features] when `num_classes=0`.
+        """Return joint logits [B, num_classes], or features after BN [B, num_features] when `num_classes=0`.
 
         Args:
             visible: Normalised visible images [B, 3, H, W].
-            infrared: Normalised infrared images [B, 3, H, W]; their rows come after the visible ones.
+            infrared: Normalised infrared images [B, 3, H, W]. Their rows follow the visible ones.
 
         Raises:
-            ValueError: Neither modality given, or a shape that does not fit.
+            ValueError: Neither modality is given, or a shape is wrong.
         """
         return self.forward_head(self.forward_features(visible, infrared))
 
@@ -340,9 +359,9 @@ class DualStreamResNet(nn.Module):
         visible: Optional[torch.Tensor] = None,
         infrared: Optional[torch.Tensor] = None,
     ) -> BranchOutput:
-        """What the losses need: V_joint before BN and every branch's logits (eq. 3, 4), visible rows first."""
+        """Return V_joint before BN and every branch's logits (eq. 3, 4), which the losses need; visible rows first."""
         if self.global_pool.pool_type == '':
-            raise ValueError("forward_branches needs a pooling; this model was made with global_pool=''")
+            raise ValueError("forward_branches needs pooling, but this model has global_pool=''")
         levels = self._forward_levels(visible, infrared)
         size = levels[3].shape[2] * levels[3].shape[3]
         mean_power = power_sum(levels[3], None, self.global_pool.power) / size
@@ -357,38 +376,14 @@ class DualStreamResNet(nn.Module):
         return BranchOutput(branch_features[self.branches[-1]], logits)
 
 
-def _check_arguments(
-    fuse_layers: tuple[int, ...],
-    spatial_weights: str,
-    last_stride: int,
-    num_classes: int,
-    global_pool: str,
-) -> None:
-    if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
-        raise ValueError(f'fuse_layers must be increasing layer numbers of 1 to 4, got {fuse_layers}')
-    if spatial_weights not in SPATIAL_WEIGHTS:
-        raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
-    if last_stride not in (1, 2):
-        raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
-    if global_pool == '' and num_classes > 0:
-        raise ValueError("a classifier needs a pooling: use num_classes=0 with global_pool=''")
-
-
-def _check_non_local(blocks: Sequence[int], width: Union[int, str], layers: Sequence[int]) -> None:
-    if len(blocks) != 4 or not all(0 <= count <= num_blocks for count, num_blocks in zip(blocks, layers)):
-        raise ValueError(f'non_local_blocks must be four counts of at most {tuple(layers)}, got {tuple(blocks)}')
-    if width != 'half' and not (isinstance(width, int) and width >= 1):
-        raise ValueError(f"non_local_width must be a number of channels from 1 on, or 'half', got {width!r}")
-
-
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Map a timm or torchvision ImageNet ResNet onto the dual-stream network; our own weights pass unchanged.
 
-    The stem goes to both modalities, the trunk is shared, the ImageNet classifier is dropped; fusion branch, non-local
-    blocks and heads keep their fresh values.
+    The stem is copied to both modalities, the trunk is shared, and the ImageNet classifier is dropped. The fusion
+    branch, the non-local blocks and the heads keep their random values.
 
     Raises:
-        RuntimeError: A tensor of the source that fits nowhere, or one of stem and trunk that the source lacks.
+        RuntimeError: The source has a tensor that the network lacks, or lacks a tensor of the stem or trunk.
     """
     if any(key.startswith('stem.') for key in state_dict):
         _check_own_weights(state_dict, model)
@@ -404,24 +399,35 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     pretrained_part = {key for key in own if key.startswith(('stem.', 'layer')) and '_non_local.' not in key}
     unknown = sorted(set(mapped) - pretrained_part)
     if unknown:
-        raise RuntimeError(f'ImageNet weights with tensors that fit nowhere in this network: {", ".join(unknown)}')
+        raise RuntimeError(f'the ImageNet weights have tensors that this network lacks: {format_list(unknown)}')
     missing = sorted(key for key in pretrained_part - set(mapped) if not key.endswith('num_batches_tracked'))
     if missing:
-        raise RuntimeError(f'ImageNet weights lack tensors of stem and trunk: {", ".join(missing)}')
+        raise RuntimeError(f'the ImageNet weights lack tensors of the stem and trunk: {format_list(missing)}')
     _logger.warning(
-        'ImageNet weights in both stems and the trunk. This is a start for fine-tuning, not a re-identification model.'
+        'Loaded ImageNet weights into both stems and the trunk: a start for fine-tuning, not a re-identification model.'
     )
     return {**own, **mapped}
 
 
 def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """timm is not strict where the number of classes differs: all but the classifiers has to fit all the same."""
+    """Require every key but the classifiers'. timm loads without `strict` if the number of classes differs."""
     given, own = (
         {key for key in state if not key.endswith('_head.fc.weight')} for state in (state_dict, model.state_dict())
     )
     if given != own:
-        missing, unknown = (', '.join(sorted(keys)) or 'none' for keys in (own - given, given - own))
+        missing, unknown = (format_list(sorted(keys)) or 'none' for keys in (own - given, given - own))
         raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
+
+
+def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
+    return build_model_with_cfg(
+        DualStreamResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        **kwargs,
+    )
 
 
 def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -429,7 +435,7 @@ def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = 
     heads = ('joint_head', 'global_head', 'fusion_head') if fused else ('global_head',)
     size = (128, 64) if deep_stem else (288, 144)
     return {
-        **({'hf_hub_id': hf_hub_id} if hf_hub_id else {}),
+        'hf_hub_id': hf_hub_id,
         'num_classes': 0,
         'input_size': (3, *size),
         'pool_size': (size[0] // 16, size[1] // 16),
@@ -452,8 +458,8 @@ default_cfgs = generate_default_cfgs(
     {
         'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
         'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
-        # What the field starts from comes first, and so is the default; a1 (arXiv:2110.00476) and tv2 are the stronger
-        # ImageNet recipes of timm and torchvision.
+        # The first tag of a model is its default: tv, which the field starts from. a1 (arXiv:2110.00476) and tv2 are
+        # the stronger ImageNet recipes of timm and torchvision.
         'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
         'vireid_dml_r18.a1_in1k': _cfg('timm/resnet18.a1_in1k'),
         'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
@@ -480,30 +486,17 @@ default_cfgs = generate_default_cfgs(
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """timm would let the newcomer replace a model of the same name, with a warning that is easily overlooked."""
+    """Refuse to replace a model of another package; timm would only warn, which is easily overlooked."""
     for name in names:
         owner = model_entrypoint(name).__module__ if is_model(name) else __name__
         if owner != __name__:
             raise ImportError(
-                f'cannot register the model {name} with timm: {owner} has registered one of this name. '
-                f'Use {owner.partition(".")[0]} and vireid_timm in separate programs.'
+                f'cannot register the model {name} with timm, because {owner} has already registered this name; '
+                f'use {owner.partition(".")[0]} and vireid_timm in separate programs'
             )
 
 
 _check_names(default_cfgs)
-
-
-def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    return build_model_with_cfg(
-        DualStreamResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
-        **kwargs,
-    )
-
-
 _R10T = dict(
     block=BasicBlock,
     layers=(1, 1, 1, 1),
@@ -514,7 +507,7 @@ _R10T = dict(
 
 @register_model
 def vireid_dml_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    """The paper's network on timm's ResNet-10-T, for CPUs, demos and tests; default input 128x64."""
+    """The paper's network on timm's ResNet-10-T, for CPUs, demos and tests. Default input 128x64."""
     return _create_dual_stream('vireid_dml_r10t', pretrained, **dict(_R10T, **kwargs))
 
 
@@ -534,7 +527,7 @@ def vireid_dml_r34(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
 
 @register_model
 def vireid_dml_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    """The paper's network: ResNet-50, layer1-3 fused, V_joint of 2048 + 768 features."""
+    """The paper's network: ResNet-50 with layer1-3 fused; V_joint has 2048 + 768 features."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
     return _create_dual_stream('vireid_dml_r50', pretrained, **dict(model_args, **kwargs))
 
@@ -548,20 +541,20 @@ def vireid_dml_r101(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet
 
 @register_model
 def vireid_base_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    """The paper's baseline, the global branch alone, on timm's ResNet-10-T; default input 128x64."""
+    """The paper's baseline, the global branch only, on timm's ResNet-10-T. Default input 128x64."""
     model_args = dict(_R10T, fuse_layers=())
     return _create_dual_stream('vireid_base_r10t', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_base_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    """The paper's baseline: ResNet-50, GeM, BN-neck and classifier over the global branch alone."""
+    """The paper's baseline, the global branch only, on ResNet-50."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=())
     return _create_dual_stream('vireid_base_r50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_agw_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    """AGW (arXiv:2001.04193) on ResNet-50: the baseline with two non-local blocks in layer2 and three in layer3."""
+    """AGW (arXiv:2001.04193) on ResNet-50: the baseline with two non-local blocks in layer2, three in layer3."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=(), non_local_blocks=(0, 2, 3, 0))
     return _create_dual_stream('vireid_agw_r50', pretrained, **dict(model_args, **kwargs))

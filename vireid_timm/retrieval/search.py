@@ -1,15 +1,15 @@
-"""Searching a gallery by features."""
+"""Search a gallery by features."""
 
 import torch
 
 
 def nearest(query_features: torch.Tensor, gallery_features: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of the `count` most similar gallery images of each query, best first.
+    """Return the rows of the `count` most similar gallery images for each query, best first.
 
     Args:
         query_features: L2-normalised, [Q, D].
         gallery_features: L2-normalised, [G, D].
-        count: How many; fewer if the gallery is smaller.
+        count: Number of images; a smaller gallery returns all of them.
 
     Returns:
         [Q, min(count, G)] int64.

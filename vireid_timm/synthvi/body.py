@@ -1,10 +1,10 @@
-"""SynthVI's figures: a person as seen from one side, in one pose, from the shadow to the hat."""
+"""SynthVI's bodies: draw a person in one pose from one side, from the shadow to the hat."""
 
 import math
 
 import numpy as np
 
-from .canvas import BASE, EDGE, LAYERS, SHADOW, Sketch, View
+from .canvas import BASE, EDGE, LAYERS, SHADOW, Canvas, View
 from .person import (
     BACK_PRINT,
     BAG,
@@ -31,45 +31,45 @@ from .person import (
 )
 
 
-def draw_labels(person: Person, view: View, canvas: tuple[int, int]) -> np.ndarray:
-    """Draw a person as labels [height, width] uint8: 3 * material + shade, 0 where there is nobody."""
-    sketch = Sketch(view, person.body.stature, canvas)
-    _shadow(sketch, person)
+def draw_labels(person: Person, view: View, size: tuple[int, int]) -> np.ndarray:
+    """Draw a person as labels [height, width] uint8: 3 * material + shade, 0 for the background."""
+    canvas = Canvas(view, person.body.stature, size)
+    _shadow(canvas, person)
     torso = _torso_rows(person)
-    back_first = sketch.cos > 0  # what hangs on the back lies behind the person when they face the camera
+    back_first = canvas.cos > 0  # someone who faces the camera hides what hangs on their back
     if back_first:
-        _back(sketch, person, torso)
-    near = 1 if sketch.sin < 0 else -1  # the side of the body nearer the camera
-    sideways = abs(sketch.sin) > 0.4
+        _back(canvas, person, torso)
+    near = 1 if canvas.sin < 0 else -1  # the side of the body nearer the camera
+    sideways = abs(canvas.sin) > 0.4
     if sideways:
-        _arm(sketch, person, -near)
-    _legs(sketch, person, near)
-    _upper(sketch, person, torso)
-    _straps(sketch, person, torso)
+        _arm(canvas, person, -near)
+    _legs(canvas, person, near)
+    _upper(canvas, person, torso)
+    _straps(canvas, person, torso)
     if not sideways:
-        _arm(sketch, person, -near)
+        _arm(canvas, person, -near)
     if not back_first:
-        _back(sketch, person, torso)
-    _hip_bag(sketch, person, torso)
-    _arm(sketch, person, near)
-    _neck(sketch, person)
-    _head(sketch, person)
-    labels = np.array(sketch.image)
-    _weave(labels, sketch, person)
+        _back(canvas, person, torso)
+    _hip_bag(canvas, person, torso)
+    _arm(canvas, person, near)
+    _neck(canvas, person)
+    _head(canvas, person)
+    labels = np.array(canvas.image)
+    _apply_patterns(labels, canvas, person)
     return labels
 
 
-def _shadow(sketch: Sketch, person: Person) -> None:
-    x, y = sketch.point(0, 0, 0.005)
-    across, down = sketch.scale
-    wide, lean = sketch.size(0.17, 0), -sketch.view.light * 3
-    sketch.pen.ellipse(
+def _shadow(canvas: Canvas, person: Person) -> None:
+    x, y = canvas.point(0, 0, 0.005)
+    across, down = canvas.scale
+    wide, lean = canvas.size(0.17, 0), -canvas.view.light * 3
+    canvas.pen.ellipse(
         [(x - wide + lean) * across, (y - 2.2) * down, (x + wide + lean) * across, (y + 2.4) * down], fill=SHADOW
     )
 
 
 def _torso_rows(person: Person) -> list[tuple[float, float, float]]:
-    """Rows (t, half-width, half-depth) of the upper garment from the neck to its hem."""
+    """Return rows (t, half-width, half-depth) of the upper garment from the neck to its hem."""
     body, upper = person.body, person.upper
     deep = body.depth
     waist = (body.shoulder + body.hip) / 2
@@ -88,8 +88,8 @@ def _torso_rows(person: Person) -> list[tuple[float, float, float]]:
     return rows
 
 
-def _at(rows: list[tuple[float, float, float]], t: float) -> tuple[float, float, float]:
-    """The tube's row at height t."""
+def _row_at(rows: list[tuple[float, float, float]], t: float) -> tuple[float, float, float]:
+    """Interpolate the tube's row at height t."""
     heights = [-row[0] for row in rows]
     return (
         t,
@@ -98,38 +98,38 @@ def _at(rows: list[tuple[float, float, float]], t: float) -> tuple[float, float,
     )
 
 
-def _between(rows: list[tuple[float, float, float]], top: float, bottom: float, count: int = 4) -> list:
-    return [_at(rows, top + (bottom - top) * i / (count - 1)) for i in range(count)]
+def _rows_between(rows: list[tuple[float, float, float]], top: float, bottom: float, count: int = 4) -> list:
+    return [_row_at(rows, top + (bottom - top) * i / (count - 1)) for i in range(count)]
 
 
-def _upper(sketch: Sketch, person: Person, torso: list) -> None:
+def _upper(canvas: Canvas, person: Person, torso: list) -> None:
     upper, body = person.upper, person.body
-    sketch.tube(torso, UPPER)
+    canvas.tube(torso, UPPER)
     top, hem = torso[1][0], torso[-1][0]
     if upper.hem_band:
-        sketch.tube(_between(torso, hem + upper.hem_band, hem, 2), TRIM)
+        canvas.tube(_rows_between(torso, hem + upper.hem_band, hem, 2), TRIM)
     if upper.opening:
-        rows = _between(torso, body.shoulder + 0.015, hem - 0.004)
+        rows = _rows_between(torso, body.shoulder + 0.015, hem - 0.004)
         gap = [upper.opening * share for share in (0.55, 0.7, 0.85, 1.0)]
-        sketch.patch(rows, [(-g - 0.09, g + 0.09) for g in gap], DARK)
-        sketch.patch(rows, [(-g, g) for g in gap], INNER)
-        if hem < body.hip - 0.02:  # below the shirt the lower garment shows
-            low = _between(torso, body.hip - 0.02, hem - 0.004)
-            sketch.patch(low, [(-upper.opening, upper.opening)] * 4, LOWER)
+        canvas.patch(rows, [(-g - 0.09, g + 0.09) for g in gap], DARK)
+        canvas.patch(rows, [(-g, g) for g in gap], INNER)
+        if hem < body.hip - 0.02:  # the lower garment shows below the shirt
+            low = _rows_between(torso, body.hip - 0.02, hem - 0.004)
+            canvas.patch(low, [(-upper.opening, upper.opening)] * 4, LOWER)
     elif upper.closure == 'zip':
-        sketch.patch(_between(torso, top, hem), [(-0.07, 0.07)] * 4, DARK)
+        canvas.patch(_rows_between(torso, top, hem), [(-0.07, 0.07)] * 4, DARK)
     elif upper.closure == 'buttons':
-        for row in _between(torso, top - 0.03, hem + 0.03, 5):
-            sketch.patch([row, _at(torso, row[0] - 0.016)], [(-0.12, 0.12)] * 2, TRIM)
-    _print(sketch, torso, upper.front_print if not upper.opening else 'none', 0.0, PRINT, upper)
-    _print(sketch, torso, upper.back_print, math.pi, BACK_PRINT, upper)
+        for row in _rows_between(torso, top - 0.03, hem + 0.03, 5):
+            canvas.patch([row, _row_at(torso, row[0] - 0.016)], [(-0.12, 0.12)] * 2, TRIM)
+    _print(canvas, torso, upper.front_print if not upper.opening else 'none', 0.0, PRINT, upper)
+    _print(canvas, torso, upper.back_print, math.pi, BACK_PRINT, upper)
     if upper.belt:
         level = (body.shoulder + body.hip) / 2 - 0.05
-        sketch.tube(_between(torso, level + upper.belt / 2, level - upper.belt / 2, 2), BELT)
+        canvas.tube(_rows_between(torso, level + upper.belt / 2, level - upper.belt / 2, 2), BELT)
 
 
 def _print_outline(kind: str) -> list[list[tuple[float, float]]]:
-    """Polygons of a print in -1..1, x to the person's left, y upwards."""
+    """Return polygons of a print in -1..1, x to the person's left, y upwards."""
     if kind in ('disc', 'ring', 'star'):
         count = 10 if kind == 'star' else 16
         radius = [1.25 if i % 2 == 0 else 0.5 for i in range(count)] if kind == 'star' else [1.0] * count
@@ -149,26 +149,26 @@ def _print_outline(kind: str) -> list[list[tuple[float, float]]]:
     }[kind]
 
 
-def _print(sketch: Sketch, torso: list, kind: str, angle: float, material: int, upper: Upper) -> None:
-    turn = math.remainder(angle + sketch.view.heading, 2 * math.pi)
+def _print(canvas: Canvas, torso: list, kind: str, angle: float, material: int, upper: Upper) -> None:
+    turn = math.remainder(angle + canvas.view.heading, 2 * math.pi)
     if kind == 'none' or abs(turn) > 1.25:
         return
-    _, width, depth = _at(torso, upper.print_height)
-    half = sketch.spread(width, depth)
+    _, width, depth = _row_at(torso, upper.print_height)
+    half = canvas.spread(width, depth)
     for scale, label in ((1.0, material), *(((0.5, UPPER),) if kind == 'ring' else ())):
         for outline in _print_outline(kind):
             points = []
             for x, y in outline:
                 seen = max(-math.pi / 2, min(math.pi / 2, turn + x * scale * upper.print_size / max(half, 1e-6)))
-                middle, down = sketch.point(0, 0, upper.print_height + y * scale * upper.print_size)
-                points.append((middle + sketch.size(half, upper.print_height) * math.sin(seen), down))
-            sketch.fill(points, 3 * label + BASE)
+                middle, down = canvas.point(0, 0, upper.print_height + y * scale * upper.print_size)
+                points.append((middle + canvas.size(half, upper.print_height) * math.sin(seen), down))
+            canvas.fill(points, 3 * label + BASE)
 
 
-def _legs(sketch: Sketch, person: Person, near: int) -> None:
+def _legs(canvas: Canvas, person: Person, near: int) -> None:
     lower, body = person.lower, person.body
     for side in (-near, near):
-        _leg(sketch, person, side)
+        _leg(canvas, person, side)
     width = body.hip_width * 1.02
     rows = [(body.hip + 0.06, body.waist_width, body.waist_width * body.depth), (body.hip, width, width * body.depth)]
     if lower.kind == 'skirt':
@@ -176,11 +176,11 @@ def _legs(sketch: Sketch, person: Person, near: int) -> None:
         rows.append((min(lower.hem, body.hip - 0.08), wide, wide * max(body.depth, 0.8)))
     else:
         rows.append((body.hip - 0.05, width * 0.95, width * body.depth * 0.9))
-    sketch.tube(rows, LOWER)
+    canvas.tube(rows, LOWER)
 
 
-def _leg(sketch: Sketch, person: Person, side: int) -> None:
-    body, lower, view = person.body, person.lower, sketch.view
+def _leg(canvas: Canvas, person: Person, side: int) -> None:
+    body, lower, view = person.body, person.lower, canvas.view
     swing = side * view.swing * body.stride * math.sin(view.phase)
     bend = 0.08 + 0.9 * view.swing * max(0.0, side * math.cos(view.phase))
     thigh, shin = 0.47 * body.hip, 0.53 * body.hip - 0.02
@@ -190,42 +190,42 @@ def _leg(sketch: Sketch, person: Person, side: int) -> None:
     hip, thick = (lateral, 0.0, body.hip), body.leg
 
     def along(t: float) -> tuple[float, float, float]:
-        """The point of the leg that is at height t when the person stands still."""
+        """Return the point of the leg that is at height t when the person stands still."""
         share = (body.hip - t) / (body.hip - 0.02)
         start, end, share = (hip, knee, share / 0.47) if share < 0.47 else (knee, ankle, (share - 0.47) / 0.53)
         return tuple(a + (b - a) * min(share, 1.0) for a, b in zip(start, end, strict=True))
 
-    sketch.limb(SKIN, (*hip, thick), (*knee, thick * 0.72), (*ankle, thick * 0.5))
+    canvas.limb(SKIN, (*hip, thick), (*knee, thick * 0.72), (*ankle, thick * 0.5))
     if lower.socks:
-        sketch.limb(SOCKS, (*along(lower.socks), thick * 0.66), (*ankle, thick * 0.58))
+        canvas.limb(SOCKS, (*along(lower.socks), thick * 0.66), (*ankle, thick * 0.58))
     toe = (ankle[0] + side * 0.012, ankle[1] + 0.065 * lower.shoe_size, ankle[2] - 0.002)
-    sketch.limb(SOLE, (ankle[0], ankle[1] - 0.012, ankle[2] - 0.004, 0.024), (*toe, 0.02))
+    canvas.limb(SOLE, (ankle[0], ankle[1] - 0.012, ankle[2] - 0.004, 0.024), (*toe, 0.02))
     instep = (toe[0], toe[1] - 0.008, toe[2] + 0.006)
-    sketch.limb(SHOES, (ankle[0], ankle[1], ankle[2] + 0.004, 0.025), (*instep, 0.018))
+    canvas.limb(SHOES, (ankle[0], ankle[1], ankle[2] + 0.004, 0.025), (*instep, 0.018))
     if lower.shoe > 0.06:
-        sketch.limb(SHOES, (*along(lower.shoe), thick * 0.78), (*ankle, thick * 0.66))
+        canvas.limb(SHOES, (*along(lower.shoe), thick * 0.78), (*ankle, thick * 0.66))
     if lower.kind != 'skirt':
-        _trouser_leg(sketch, person, (hip, knee, along(lower.hem)))
+        _trouser_leg(canvas, person, (hip, knee, along(lower.hem)))
 
 
-def _trouser_leg(sketch: Sketch, person: Person, joints: tuple) -> None:
+def _trouser_leg(canvas: Canvas, person: Person, joints: tuple) -> None:
     lower, thick = person.lower, person.body.leg
     hip, knee, end = joints
     wide = thick * 0.72 * lower.width
     if lower.hem > person.body.hip * 0.53:
-        sketch.limb(LOWER, (*hip, thick), (*end, thick * 0.85 * lower.width))
+        canvas.limb(LOWER, (*hip, thick), (*end, thick * 0.85 * lower.width))
     else:
         flare = lower.flare if lower.kind == 'trousers' else 0.8
-        sketch.limb(LOWER, (*hip, thick * 1.02), (*knee, wide), (*end, wide * 0.85 * flare))
+        canvas.limb(LOWER, (*hip, thick * 1.02), (*knee, wide), (*end, wide * 0.85 * flare))
     if lower.stripe:
         radius = thick * lower.stripe
         outward = math.copysign(thick * 0.62, hip[0])
         joints = (hip, end) if lower.hem > person.body.hip * 0.53 else joints
-        sketch.limb(STRIPE, *((lateral + outward, forward, t, radius) for lateral, forward, t in joints))
+        canvas.limb(STRIPE, *((lateral + outward, forward, t, radius) for lateral, forward, t in joints))
 
 
-def _arm(sketch: Sketch, person: Person, side: int) -> None:
-    body, upper, view = person.body, person.upper, sketch.view
+def _arm(canvas: Canvas, person: Person, side: int) -> None:
+    body, upper, view = person.body, person.upper, canvas.view
     swing = -side * 0.9 * view.swing * body.stride * math.sin(view.phase)
     upper_arm, forearm = 0.175, 0.16
     shoulder = (side * body.shoulder_width * 0.92, 0.0, body.shoulder - 0.025)
@@ -236,10 +236,10 @@ def _arm(sketch: Sketch, person: Person, side: int) -> None:
         elbow[2] - forearm * math.cos(swing + 0.3),
     )
     if person.bag.kind == 'handbag' and person.bag.side == side:
-        _handbag(sketch, person, wrist)
+        _handbag(canvas, person, wrist)
     thick = body.arm
-    sketch.oval(wrist[0], wrist[1], wrist[2] - 0.018, 0.022, 0.026, SKIN)
-    sketch.limb(SKIN, (*shoulder, thick * 1.1), (*elbow, thick * 0.88), (*wrist, thick * 0.68))
+    canvas.oval(wrist[0], wrist[1], wrist[2] - 0.018, 0.022, 0.026, SKIN)
+    canvas.limb(SKIN, (*shoulder, thick * 1.1), (*elbow, thick * 0.88), (*wrist, thick * 0.68))
     under = upper.kind == 'vest' or (upper.kind == 'dress' and upper.opening)
     material, sleeve = (INNER, 0.95) if under else (UPPER, upper.sleeve)
     if sleeve < 0.08:
@@ -247,52 +247,36 @@ def _arm(sketch: Sketch, person: Person, side: int) -> None:
     wide = thick * (0.2 + 0.9 * upper.loose)
     if sleeve <= 0.5:
         end = tuple(a + (b - a) * sleeve / 0.5 for a, b in zip(shoulder, elbow, strict=True))
-        sketch.limb(material, (*shoulder, max(wide, thick * 1.12)), (*end, wide * 0.95))
+        canvas.limb(material, (*shoulder, max(wide, thick * 1.12)), (*end, wide * 0.95))
         return
     cuff = tuple(a + (b - a) * (sleeve - 0.5) / 0.5 for a, b in zip(elbow, wrist, strict=True))
-    sketch.limb(material, (*shoulder, max(wide, thick * 1.12)), (*elbow, wide * 0.9), (*cuff, wide * 0.82))
+    canvas.limb(material, (*shoulder, max(wide, thick * 1.12)), (*elbow, wide * 0.9), (*cuff, wide * 0.82))
     if upper.cuffs:
-        sketch.limb(TRIM, (*cuff, wide * 0.9), (cuff[0], cuff[1], cuff[2] + 0.012, wide * 0.9))
+        canvas.limb(TRIM, (*cuff, wide * 0.9), (cuff[0], cuff[1], cuff[2] + 0.012, wide * 0.9))
 
 
-def _handbag(sketch: Sketch, person: Person, wrist: tuple[float, float, float]) -> None:
+def _handbag(canvas: Canvas, person: Person, wrist: tuple[float, float, float]) -> None:
     bag = person.bag
     top = wrist[2] - 0.055
     bottom = top - bag.height * 0.75
     wide, deep = bag.thick * 0.6, bag.width
-    x, y = sketch.point(wrist[0], wrist[1], wrist[2] - 0.01)
-    half, (_, level) = sketch.size(sketch.spread(wide, deep), top), sketch.point(wrist[0], wrist[1], top)
-    _, low = sketch.point(wrist[0], wrist[1], bottom)
-    sketch.fill([(x, y), (x + half * 0.8, level), (x - half * 0.8, level)], 3 * BAG_TRIM + EDGE)
+    x, y = canvas.point(wrist[0], wrist[1], wrist[2] - 0.01)
+    half, (_, level) = canvas.size(canvas.spread(wide, deep), top), canvas.point(wrist[0], wrist[1], top)
+    _, low = canvas.point(wrist[0], wrist[1], bottom)
+    canvas.fill([(x, y), (x + half * 0.8, level), (x - half * 0.8, level)], 3 * BAG_TRIM + EDGE)
     for grow, shade in LAYERS:
-        sketch.fill(
-            [
-                (x - half * 0.85 - grow, level - grow),
-                (x + half * 0.85 + grow, level - grow),
-                (x + half + grow, low + grow),
-                (x - half - grow, low + grow),
-            ],
-            3 * BAG + shade,
-        )
+        canvas.trapezoid(x, (half * 0.85, level), (half, low), 3 * BAG + shade, grow)
     if bag.pocket:
         third = level + (low - level) / 3
-        sketch.fill(
-            [
-                (x - half, third),
-                (x + half, third),
-                (x + half, third + (low - level) / 3),
-                (x - half, third + (low - level) / 3),
-            ],
-            3 * BAG_TRIM + BASE,
-        )
+        canvas.trapezoid(x, (half, third), (half, third + (low - level) / 3), 3 * BAG_TRIM + BASE)
 
 
-def _back(sketch: Sketch, person: Person, torso: list) -> None:
-    """What hangs on the back: a backpack and, seen from the front, hair (from behind it is drawn with the head)."""
+def _back(canvas: Canvas, person: Person, torso: list) -> None:
+    """Draw a backpack and, if seen from the front, hair (from behind, hair is drawn with the head)."""
     bag, body = person.bag, person.body
     if bag.kind == 'backpack':
         wide, thick = 0.055 + 0.5 * bag.width, bag.thick
-        behind = -_at(torso, body.shoulder - 0.08)[2] - thick * 0.8
+        behind = -_row_at(torso, body.shoulder - 0.08)[2] - thick * 0.8
         top, bottom = body.shoulder + 0.01, body.shoulder - 0.06 - bag.height
         rows = [
             (top, wide * 0.75, thick * 0.7),
@@ -300,59 +284,51 @@ def _back(sketch: Sketch, person: Person, torso: list) -> None:
             (bottom + 0.02, wide * 1.03, thick * 1.1),
             (bottom, wide * 0.9, thick),
         ]
-        sketch.tube(rows, BAG, behind)
+        canvas.tube(rows, BAG, behind)
         if bag.pocket:
             middle = (top + bottom) / 2 - 0.01
-            sketch.tube(
+            canvas.tube(
                 [(middle, wide * 0.75, thick * 1.05), (bottom + 0.015, wide * 0.75, thick * 1.12)],
                 BAG_TRIM,
                 behind * 1.04,
             )
-    if sketch.cos > 0:
-        _hanging_hair(sketch, person)
+    if canvas.cos > 0:
+        _hanging_hair(canvas, person)
 
 
-def _straps(sketch: Sketch, person: Person, torso: list) -> None:
+def _straps(canvas: Canvas, person: Person, torso: list) -> None:
     bag, body = person.bag, person.body
     if bag.kind == 'backpack':
-        rows = _between(torso, body.shoulder + 0.01, body.shoulder - 0.17, 3)
+        rows = _rows_between(torso, body.shoulder + 0.01, body.shoulder - 0.17, 3)
         for side in (-1, 1):
-            sketch.patch(rows, [(side * 0.62 - 0.14, side * 0.62 + 0.14)] * 3, BAG)
+            canvas.patch(rows, [(side * 0.62 - 0.14, side * 0.62 + 0.14)] * 3, BAG)
     elif bag.kind == 'crossbody':
-        rows = _between(torso, body.shoulder + 0.015, bag.drop, 6)
+        rows = _rows_between(torso, body.shoulder + 0.015, bag.drop, 6)
         for face in (0.0, math.pi):
             lean = -bag.side if face == 0.0 else bag.side
             angles = [face + lean * 0.65 * (1 - 2 * i / 5) for i in range(6)]
-            sketch.patch(rows, [(angle - 0.12, angle + 0.12) for angle in angles], BAG)
+            canvas.patch(rows, [(angle - 0.12, angle + 0.12) for angle in angles], BAG)
 
 
-def _hip_bag(sketch: Sketch, person: Person, torso: list) -> None:
-    """A bag at the hip, or high under the arm; hidden by the body when it hangs on the far side."""
+def _hip_bag(canvas: Canvas, person: Person, torso: list) -> None:
+    """Draw a bag at the hip or high under the arm, unless the body hides it."""
     bag, body = person.bag, person.body
     if bag.kind not in ('crossbody', 'shoulder'):
         return
     top = bag.drop if bag.kind == 'crossbody' else bag.drop + 0.08
     bottom = top - bag.height * 0.8
-    lateral = bag.side * (_at(torso, top)[1] + bag.thick * 0.5)
-    if sketch.depth(lateral, 0) < -0.07:
+    lateral = bag.side * (_row_at(torso, top)[1] + bag.thick * 0.5)
+    if canvas.depth(lateral, 0) < -0.07:
         return
     if bag.kind == 'shoulder':
         strap = (bag.side * body.shoulder_width * 0.72, 0.0, body.shoulder, 0.011)
-        sketch.limb(BAG, strap, (lateral, 0.0, top, 0.011))
-    (x, y), (_, low) = sketch.point(lateral, 0, top), sketch.point(lateral, 0, bottom)
-    half = sketch.size(sketch.spread(bag.thick, bag.width), top)
+        canvas.limb(BAG, strap, (lateral, 0.0, top, 0.011))
+    (x, y), (_, low) = canvas.point(lateral, 0, top), canvas.point(lateral, 0, bottom)
+    half = canvas.size(canvas.spread(bag.thick, bag.width), top)
     for grow, shade in LAYERS:
-        sketch.fill(
-            [
-                (x - half - grow, y - grow),
-                (x + half + grow, y - grow),
-                (x + half * 1.05 + grow, low + grow),
-                (x - half * 1.05 - grow, low + grow),
-            ],
-            3 * BAG + shade,
-        )
+        canvas.trapezoid(x, (half, y), (half * 1.05, low), 3 * BAG + shade, grow)
     if bag.pocket:
-        sketch.fill(
+        canvas.fill(
             [
                 (x - half, y),
                 (x + half, y),
@@ -364,58 +340,58 @@ def _hip_bag(sketch: Sketch, person: Person, torso: list) -> None:
         )
 
 
-def _neck(sketch: Sketch, person: Person) -> None:
+def _neck(canvas: Canvas, person: Person) -> None:
     body, head, upper = person.body, person.head, person.upper
     top = body.shoulder + 0.05
-    sketch.limb(SKIN, (0, 0, body.shoulder + 0.005, 0.03), (0, 0.005, top, 0.028))
-    if sketch.cos > 0.25 and upper.collar == 'vee':
-        x, y = sketch.point(0, 0.05, body.shoulder + 0.02)
-        half, low = sketch.size(0.035, 0.8), y + sketch.tall * 0.085
-        sketch.fill([(x - half, y), (x + half, y), (x, low)], 3 * SKIN + BASE)
+    canvas.limb(SKIN, (0, 0, body.shoulder + 0.005, 0.03), (0, 0.005, top, 0.028))
+    if canvas.cos > 0.25 and upper.collar == 'vee':
+        x, y = canvas.point(0, 0.05, body.shoulder + 0.02)
+        half, low = canvas.size(0.035, 0.8), y + canvas.tall * 0.085
+        canvas.fill([(x - half, y), (x + half, y), (x, low)], 3 * SKIN + BASE)
     if upper.collar == 'turtle':
-        sketch.limb(TRIM, (0, 0, body.shoulder + 0.012, 0.042), (0, 0, body.shoulder + 0.036, 0.036))
+        canvas.limb(TRIM, (0, 0, body.shoulder + 0.012, 0.042), (0, 0, body.shoulder + 0.036, 0.036))
     elif upper.collar == 'lapel':
         for side in (-1, 1):
-            if sketch.depth(side * 0.03, 0.02) > -0.02:
+            if canvas.depth(side * 0.03, 0.02) > -0.02:
                 high, low = body.shoulder + 0.016, body.shoulder - 0.05
-                sketch.limb(TRIM, (side * 0.045, 0.0, high, 0.014), (side * 0.02, 0.05, low, 0.012))
+                canvas.limb(TRIM, (side * 0.045, 0.0, high, 0.014), (side * 0.02, 0.05, low, 0.012))
     elif upper.collar == 'hood' and head.hat != 'hood':
-        sketch.oval(0, -0.045, body.shoulder + 0.005, sketch.spread(0.075, 0.05), 0.034, UPPER)
+        canvas.oval(0, -0.045, body.shoulder + 0.005, canvas.spread(0.075, 0.05), 0.034, UPPER)
     if head.scarf:
-        sketch.oval(0, 0.005, body.shoulder + 0.025, 0.055 * head.scarf**0.5, 0.028 * head.scarf, SCARF)
-        if sketch.cos > 0:
+        canvas.oval(0, 0.005, body.shoulder + 0.025, 0.055 * head.scarf**0.5, 0.028 * head.scarf, SCARF)
+        if canvas.cos > 0:
             end = body.shoulder - 0.13 * head.scarf
-            sketch.limb(SCARF, (0.025, 0.06, body.shoulder + 0.01, 0.018), (0.03, 0.07, end, 0.02))
+            canvas.limb(SCARF, (0.025, 0.06, body.shoulder + 0.01, 0.018), (0.03, 0.07, end, 0.02))
 
 
-def _hanging_hair(sketch: Sketch, person: Person) -> None:
+def _hanging_hair(canvas: Canvas, person: Person) -> None:
     head, body = person.head, person.body
     top, size = 1.0 - person.body.head, person.body.head
     wide, deep = size * 0.86 * head.hair_volume, size * 0.7
     if head.hair in ('long', 'bob'):
         end = body.shoulder + 0.03 if head.hair == 'bob' else body.shoulder - head.hair_length + 0.04
         rows = [(top, wide, deep), ((top + end) / 2, wide * 1.08, deep), (end, wide * 0.95, deep * 0.7)]
-        sketch.tube(rows, HAIR, -size * 0.35)
+        canvas.tube(rows, HAIR, -size * 0.35)
     elif head.hair == 'ponytail':
-        sketch.limb(HAIR, (0, -size * 0.95, top + 0.02, 0.018), (0, -size * 1.5, top - head.hair_length, 0.022))
+        canvas.limb(HAIR, (0, -size * 0.95, top + 0.02, 0.018), (0, -size * 1.5, top - head.hair_length, 0.022))
 
 
-def _head(sketch: Sketch, person: Person) -> None:
+def _head(canvas: Canvas, person: Person) -> None:
     head, size = person.head, person.body.head
     middle = 1.0 - size
-    wide = sketch.spread(size * 0.76, size * 0.9)
-    if sketch.cos <= 0:
-        sketch.oval(0, 0, middle, wide, size, SKIN)
+    wide = canvas.spread(size * 0.76, size * 0.9)
+    if canvas.cos <= 0:
+        canvas.oval(0, 0, middle, wide, size, SKIN)
     volume = {'bald': 0.0, 'afro': 1.28 * head.hair_volume}.get(head.hair, head.hair_volume)
     if volume:
         raised = 0.25 if head.hair != 'afro' else 0.15
-        sketch.oval(0, -size * 0.12, middle + size * raised, wide * volume, size * (0.62 + 0.28 * volume), HAIR)
+        canvas.oval(0, -size * 0.12, middle + size * raised, wide * volume, size * (0.62 + 0.28 * volume), HAIR)
     if head.hair == 'bun':
-        sketch.oval(0, -size * 0.5, 1.0 + size * 0.3, size * 0.42 * head.hair_volume, size * 0.42, HAIR)
+        canvas.oval(0, -size * 0.5, 1.0 + size * 0.3, size * 0.42 * head.hair_volume, size * 0.42, HAIR)
     elif head.hair == 'spiky':
         for shift in (-0.5, 0.0, 0.5):
-            (x, y), reach = sketch.point(shift * size, 0, 1.0), sketch.size(size, 1.0)
-            sketch.fill(
+            (x, y), reach = canvas.point(shift * size, 0, 1.0), canvas.size(size, 1.0)
+            canvas.fill(
                 [
                     (x - reach * 0.35, y + reach * 0.3),
                     (x + reach * 0.35, y + reach * 0.3),
@@ -423,18 +399,18 @@ def _head(sketch: Sketch, person: Person) -> None:
                 ],
                 3 * HAIR + BASE,
             )
-    if sketch.cos > -0.35:
-        _face(sketch, person, middle, wide)
-    if sketch.cos <= 0:
-        _hanging_hair(sketch, person)
-    _hat(sketch, person, middle, wide)
+    if canvas.cos > -0.35:
+        _face(canvas, person, middle, wide)
+    if canvas.cos <= 0:
+        _hanging_hair(canvas, person)
+    _hat(canvas, person, middle, wide)
 
 
-def _face(sketch: Sketch, person: Person, middle: float, wide: float) -> None:
+def _face(canvas: Canvas, person: Person, middle: float, wide: float) -> None:
     size = person.body.head
-    seen = 0.55 + 0.45 * max(0.0, sketch.cos)
+    seen = 0.55 + 0.45 * max(0.0, canvas.cos)
     bare = person.head.hair == 'bald'
-    sketch.oval(
+    canvas.oval(
         0,
         size * 0.42,
         middle - (0 if bare else size * 0.16),
@@ -443,23 +419,23 @@ def _face(sketch: Sketch, person: Person, middle: float, wide: float) -> None:
         SKIN,
     )
     if person.head.beard:
-        sketch.oval(0, size * 0.5, middle - size * 0.62, wide * seen * 0.72, size * 0.36, HAIR)
-    if sketch.cos > 0.1:
+        canvas.oval(0, size * 0.5, middle - size * 0.62, wide * seen * 0.72, size * 0.36, HAIR)
+    if canvas.cos > 0.1:
         for side in (-1, 1):
-            if sketch.depth(side * size * 0.35, size * 0.5) > 0:
+            if canvas.depth(side * size * 0.35, size * 0.5) > 0:
                 height = middle + size * 0.02
-                sketch.oval(side * size * 0.36, size * 0.75, height, size * 0.075, size * 0.075, DARK, EDGE)
+                canvas.oval(side * size * 0.36, size * 0.75, height, size * 0.075, size * 0.075, DARK, EDGE)
 
 
-def _hat(sketch: Sketch, person: Person, middle: float, wide: float) -> None:
+def _hat(canvas: Canvas, person: Person, middle: float, wide: float) -> None:
     head, size = person.head, person.body.head
     if head.hat == 'none':
         return
     level, big = middle + size * 0.42, wide * (0.98 + 0.18 * head.hat_size)
     if head.hat == 'hood':
-        sketch.oval(0, -size * 0.15, middle + size * 0.1, wide * 1.28, size * 1.2, UPPER)
-        if sketch.cos > -0.2:
-            sketch.oval(0, size * 0.4, middle - size * 0.05, wide * (0.5 + 0.35 * max(sketch.cos, 0)), size * 0.8, SKIN)
+        canvas.oval(0, -size * 0.15, middle + size * 0.1, wide * 1.28, size * 1.2, UPPER)
+        if canvas.cos > -0.2:
+            canvas.oval(0, size * 0.4, middle - size * 0.05, wide * (0.5 + 0.35 * max(canvas.cos, 0)), size * 0.8, SKIN)
         return
     crown = {'cap': 0.75, 'beanie': 0.95, 'brim': 0.9}[head.hat] * head.hat_size
     rows = [
@@ -467,28 +443,28 @@ def _hat(sketch: Sketch, person: Person, middle: float, wide: float) -> None:
         (level + size * crown * 0.7, big * 0.9, big * 0.9),
         (level - size * 0.05, big, big),
     ]
-    sketch.tube(rows, HAT)
+    canvas.tube(rows, HAT)
     if head.hat == 'cap':
         reach = size * (1.0 + 0.6 * head.hat_size)
-        sketch.limb(HAT_TRIM, (0, size * 0.7, level, size * 0.16), (0, reach, level - size * 0.1, size * 0.13))
+        canvas.limb(HAT_TRIM, (0, size * 0.7, level, size * 0.16), (0, reach, level - size * 0.1, size * 0.13))
     elif head.hat == 'beanie':
         rim = big * 1.05
-        sketch.tube([(level + size * 0.18, rim, rim), (level - size * 0.2, rim, rim)], HAT_TRIM)
+        canvas.tube([(level + size * 0.18, rim, rim), (level - size * 0.2, rim, rim)], HAT_TRIM)
         if head.hat_size > 1.1:
-            sketch.oval(0, 0, level + size * crown * 1.1, size * 0.3, size * 0.3, HAT_TRIM)
+            canvas.oval(0, 0, level + size * crown * 1.1, size * 0.3, size * 0.3, HAT_TRIM)
     else:
-        sketch.oval(0, 0, level, size * (1.1 + 0.75 * head.hat_size), size * 0.2, HAT)
-        sketch.tube([(level + size * 0.35, big, big), (level + size * 0.12, big, big)], HAT_TRIM)
+        canvas.oval(0, 0, level, size * (1.1 + 0.75 * head.hat_size), size * 0.2, HAT)
+        canvas.tube([(level + size * 0.35, big, big), (level + size * 0.12, big, big)], HAT_TRIM)
 
 
-def _weave(labels: np.ndarray, sketch: Sketch, person: Person) -> None:
-    """Turn cloth into its pattern where the pattern is; labels [height, width] change in place."""
+def _apply_patterns(labels: np.ndarray, canvas: Canvas, person: Person) -> None:
+    """Turn cloth into its pattern where the pattern is coloured; changes labels [height, width] in place."""
     height, width = labels.shape
-    view, body = sketch.view, person.body
+    view, body = canvas.view, person.body
     heights = np.linspace(-0.15, 1.15, 53)
-    rows = view.foot - sketch.tall * (heights + view.tilt * heights * (heights - 1))
-    t = np.interp((np.arange(height) + 0.5) / sketch.scale[1], rows[::-1], heights[::-1])
-    x = ((np.arange(width) + 0.5) / sketch.scale[0] - view.middle) / sketch.tall
+    rows = view.foot - canvas.tall * (heights + view.tilt * heights * (heights - 1))
+    t = np.interp((np.arange(height) + 0.5) / canvas.scale[1], rows[::-1], heights[::-1])
+    x = ((np.arange(width) + 0.5) / canvas.scale[0] - view.middle) / canvas.tall
     garments = (
         (UPPER, person.upper.pattern, body.shoulder_width, body.shoulder),
         (INNER, person.upper.inner, body.shoulder_width, body.shoulder),
@@ -497,7 +473,7 @@ def _weave(labels: np.ndarray, sketch: Sketch, person: Person) -> None:
     for material, pattern, wide, top in garments:
         if pattern.kind == 'plain':
             continue
-        half = sketch.spread(wide, wide * body.depth)
+        half = canvas.spread(wide, wide * body.depth)
         angle = np.arcsin(np.clip(x / half, -1, 1)) - view.heading
         across = wide * (angle + np.clip(np.abs(x / half) - 1, 0, None) * np.sign(x))
         cloth = (labels >= 3 * material) & (labels < 3 * material + 3)
@@ -505,7 +481,7 @@ def _weave(labels: np.ndarray, sketch: Sketch, person: Person) -> None:
 
 
 def pattern_mask(pattern: Pattern, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """Where a pattern is coloured, bool [H, W].
+    """Return where a pattern is coloured, bool [H, W].
 
     Args:
         pattern: The pattern.

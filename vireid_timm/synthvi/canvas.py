@@ -1,4 +1,4 @@
-"""SynthVI's drawing board: body parts drawn as labels, 3 * material + shade."""
+"""SynthVI's canvas: body parts drawn as labels, 3 * material + shade."""
 
 import math
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from PIL import Image, ImageDraw
 
 from .person import GROUND
 
-EDGE, BASE, LIT = range(3)  # shades of a material: a label is 3 * material + shade
+EDGE, BASE, LIT = range(3)  # the shades of a material
 SHADES = np.array([0.62, 0.97, 1.12])  # brightness of the shades
-SHADOW = 3 * GROUND + BASE  # the one label of the ground: what lies below, darkened
+SHADOW = 3 * GROUND + BASE  # the ground's only label, which darkens what lies below
 FRAME = (128, 64)  # height and width of an image in drawing units
 
 
 @dataclass(frozen=True)
 class View:
-    """How one image looks at a person; lengths in drawing units (FRAME).
+    """How one image shows a person; lengths are in drawing units (FRAME).
 
     Attributes:
-        heading: Where the person looks, 0 at the camera, pi/2 to the image's right.
+        heading: Direction the person faces: 0 towards the camera, pi/2 to the right of the image.
         tall: Height of a person of stature 1.
-        middle: Where the person stands from left to right.
-        foot: Where the soles are from top to bottom.
-        tilt: Positive when seen from above: what is high up is drawn larger.
-        phase: Of the walking cycle.
+        middle: Horizontal position of the person.
+        foot: Vertical position of the soles.
+        tilt: Positive if seen from above: higher parts are drawn larger.
+        phase: Phase of the walking cycle.
         swing: Amplitude of the walking cycle.
-        light: -1 lit from the left, 1 from the right.
+        light: -1 if lit from the left, 1 from the right.
     """
 
     heading: float
@@ -41,41 +41,41 @@ class View:
 
 
 _ARC = [(math.sin(math.pi * i / 5), math.cos(math.pi * i / 5)) for i in range(6)]
-LAYERS = ((0.55, EDGE), (0.0, BASE))  # (what a part grows by, its shade): outlines keep parts apart that look alike
+LAYERS = ((0.55, EDGE), (0.0, BASE))  # (growth of a part, shade): outlines separate parts that look alike
 
 
-class Sketch:
-    """A map of materials that body parts are drawn on, one over the other.
+class Canvas:
+    """A label map on which body parts are drawn, one over the other.
 
     Args:
         view: The image's view.
-        stature: Of the person.
-        canvas: Height and width in pixels; FRAME is stretched over it.
+        stature: Stature of the person.
+        size: Height and width in pixels; FRAME is stretched over it.
     """
 
-    def __init__(self, view: View, stature: float, canvas: tuple[int, int]) -> None:
+    def __init__(self, view: View, stature: float, size: tuple[int, int]) -> None:
         self.view = view
         self.tall = view.tall * stature
         self.cos, self.sin = math.cos(view.heading), math.sin(view.heading)
-        self.scale = canvas[1] / FRAME[1], canvas[0] / FRAME[0]
-        self.image = Image.new('L', (canvas[1], canvas[0]))
+        self.scale = size[1] / FRAME[1], size[0] / FRAME[0]
+        self.image = Image.new('L', (size[1], size[0]))
         self.pen = ImageDraw.Draw(self.image)
 
     def size(self, length: float, t: float) -> float:
-        """A horizontal length at height t in drawing units."""
+        """Return a horizontal length at height t in drawing units."""
         return length * self.tall * (1 + self.view.tilt * (2 * t - 1))
 
     def point(self, lateral: float, forward: float, t: float) -> tuple[float, float]:
-        """Where a point of the body's frame lands, in drawing units."""
+        """Project a point of the body's frame, in drawing units."""
         across = self.size(lateral * self.cos + forward * self.sin, t)
         return self.view.middle + across, self.view.foot - self.tall * (t + self.view.tilt * t * (t - 1))
 
     def depth(self, lateral: float, forward: float) -> float:
-        """How near the camera a point is; larger is nearer."""
+        """Return how near the camera a point is; larger is nearer."""
         return forward * self.cos - lateral * self.sin
 
     def spread(self, lateral: float, forward: float) -> float:
-        """Half the visible width of an upright ellipse with these half-axes."""
+        """Return half the visible width of an upright ellipse with these half-axes."""
         return math.hypot(lateral * self.cos, forward * self.sin)
 
     def fill(self, points: list[tuple[float, float]], label: int) -> None:
@@ -83,8 +83,16 @@ class Sketch:
         across, down = self.scale
         self.pen.polygon([(x * across, y * down) for x, y in points], fill=label)
 
+    def trapezoid(
+        self, x: float, top: tuple[float, float], bottom: tuple[float, float], label: int, grow: float = 0.0
+    ) -> None:
+        """Fill an upright trapezoid around x, given (half-width, y) of its top and bottom in drawing units."""
+        (wide, y), (low_wide, low_y) = top, bottom
+        upper = [(x - wide - grow, y - grow), (x + wide + grow, y - grow)]
+        self.fill([*upper, (x + low_wide + grow, low_y + grow), (x - low_wide - grow, low_y + grow)], label)
+
     def limb(self, material: int, *joints: tuple[float, float, float, float]) -> None:
-        """A chain of joints (lateral, forward, t, radius): edges darker, the lit side lighter."""
+        """Draw a chain of joints (lateral, forward, t, radius): edges darker, the lit side lighter."""
         ends = [(*self.point(*joint[:3]), self.size(joint[3], joint[2])) for joint in joints]
         glint = 0.3 * self.view.light
         for grow, shift, share, shade in ((0.55, 0.0, 1.0, EDGE), (0.0, 0.0, 1.0, BASE), (0.0, glint, 0.45, LIT)):
@@ -98,21 +106,19 @@ class Sketch:
                 self.fill(points, 3 * material + shade)
 
     def tube(self, rows: list[tuple[float, float, float]], material: int, forward: float = 0.0) -> None:
-        """A garment around the body: rows of (t, half-width, half-depth), edges darker, the lit side lighter."""
+        """Draw a garment around the body: rows of (t, half-width, half-depth), edges darker, the lit side lighter."""
         sides = []
         for t, width, depth in rows:
             x, y = self.point(0.0, forward, t)
             sides.append((x, y, self.size(self.spread(width, depth), t)))
-        for low, high, grow, shade in ((-1, 1, 0.55, EDGE), (-1, 1, 0.0, BASE), *self._lit_side()):
+        lit_side = (0.1, 0.75) if self.view.light > 0 else (-0.75, -0.1)
+        for low, high, grow, shade in ((-1, 1, 0.55, EDGE), (-1, 1, 0.0, BASE), (*lit_side, 0.0, LIT)):
             left = [(x + low * half - grow, y) for x, y, half in sides]
             right = [(x + high * half + grow, y) for x, y, half in reversed(sides)]
             self.fill(left + right, 3 * material + shade)
 
-    def _lit_side(self) -> tuple[tuple[float, float, float, int], ...]:
-        return ((0.1, 0.75, 0.0, LIT) if self.view.light > 0 else (-0.75, -0.1, 0.0, LIT),)
-
     def patch(self, rows: list[tuple[float, float, float]], angles: list[tuple[float, float]], material: int) -> None:
-        """Part of a tube's surface: for every row the body angles (0 front, positive to the left) from and to."""
+        """Draw part of a tube's surface, between two body angles per row (0 front, positive to the left)."""
         left, right = [], []
         turn = self.view.heading
         middle = (angles[0][0] + angles[0][1]) / 2 + turn
@@ -129,7 +135,7 @@ class Sketch:
     def oval(
         self, lateral: float, forward: float, t: float, width: float, height: float, material: int, shade: int = BASE
     ) -> None:
-        """An upright ellipse with the given half-axes around a point of the body's frame; `width` is as seen."""
+        """Draw an upright ellipse with the given half-axes around a point of the body's frame; `width` is as seen."""
         x, y = self.point(lateral, forward, t)
         wide, high = self.size(width, t), self.tall * height * (1 + self.view.tilt * (2 * t - 1))
         across, down = self.scale

@@ -1,18 +1,18 @@
-"""SynthVI's people: what makes somebody who they are.
+"""SynthVI's people: everything that an identity fixes.
 
-A person is drawn as a map of *materials* (skin, hair, cloth, the cloth's pattern, leather, ...), not of colours. What a
-material looks like is a table with one row per material, and each spectrum has its own table: geometry is shared by the
-spectra, appearance is not. A pattern that does not survive in the infrared is one whose row equals its cloth's row.
+A person is drawn as a map of *materials* (skin, hair, cloth, the cloth's pattern, leather, ...), not of colours. Each
+spectrum has a table with one row per material that gives its appearance, so the spectra share geometry but not
+appearance. A pattern vanishes in the infrared if its row equals the row of its cloth.
 
-Lengths are fractions of the person's height. In the body's frame `lateral` grows to the person's left, `forward` to
-where they look, and `t` from the feet (0) to the crown (1); a heading of 0 faces the camera, pi shows the back.
+Lengths are fractions of the person's height. In the body's frame `lateral` points to the person's left, `forward` where
+they look, and `t` runs from the feet (0) to the crown (1). A heading of 0 faces the camera; pi shows the back.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# Materials. What stands for OBSTACLE differs between images and is no part of a person.
+# Materials. The obstacles are not part of a person; their look differs between images.
 (
     GROUND,
     SKIN,
@@ -65,7 +65,7 @@ BAGS = ('none', 'backpack', 'crossbody', 'shoulder', 'handbag')
 
 @dataclass(frozen=True)
 class Pattern:
-    """A surface pattern: what kind, how wide one repeat is, which share of it is coloured, where it starts."""
+    """A surface pattern: its kind, the width of one repeat, the share of it that is coloured, and where it starts."""
 
     kind: str
     period: float
@@ -143,7 +143,7 @@ class Lower:
 
 @dataclass(frozen=True)
 class Bag:
-    """What is carried; `side` is +1 for the person's left."""
+    """The bag; `side` is +1 for the person's left."""
 
     kind: str
     side: int
@@ -175,12 +175,12 @@ class Person:
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """One number from [low, high)."""
+    """Draw one number from [low, high)."""
     return low + (high - low) * float(rng.random())
 
 
 def pick(rng: np.random.Generator, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> str:
-    """One of the names, equally likely unless weights are given."""
+    """Draw one of the names, equally likely unless weights are given."""
     weights = weights or (1.0,) * len(names)
     reached = np.cumsum(weights) / sum(weights)
     return names[min(int(np.searchsorted(reached, rng.random(), side='right')), len(names) - 1)]
@@ -276,7 +276,7 @@ def _draw_lower(rng: np.random.Generator, upper: Upper) -> Lower:
 
 
 def _visible_tones(rng: np.random.Generator) -> np.ndarray:
-    """A colour for every material [NUM_MATERIALS, 3]; decorations keep away from what they decorate."""
+    """Draw a colour for every material, [NUM_MATERIALS, 3]; decorations contrast with what they decorate."""
     hue, value = rng.random(NUM_MATERIALS), rng.random(NUM_MATERIALS)
     saturation = 0.85 * rng.random(NUM_MATERIALS) ** 2  # most cloth is nearly grey
     value = 0.10 + 0.85 * value
@@ -299,32 +299,33 @@ def _visible_tones(rng: np.random.Generator) -> np.ndarray:
 
 
 def _near_infrared_tones(rng: np.random.Generator) -> np.ndarray:
-    """Reflectances [NUM_MATERIALS], drawn without a look at the colours; three in ten decorations vanish."""
-    tones = 0.12 + 0.80 * rng.random(NUM_MATERIALS)
-    vanish = rng.random(NUM_MATERIALS)
-    for decoration, ground in PAIRED.items():
-        kept = _contrasting(tones[ground], tones[decoration], 0.30)
-        tones[decoration] = tones[ground] if vanish[decoration] < 0.3 else kept
+    """Draw reflectances [NUM_MATERIALS], independently of the colours."""
+    tones = _partly_vanishing(rng, 0.12 + 0.80 * rng.random(NUM_MATERIALS), 0.30)
     tones[SKIN], tones[HAIR], tones[DARK] = 0.62 + 0.15 * rng.random(), 0.18 + 0.5 * rng.random(), 0.1
     return tones
 
 
 def _thermal_tones(rng: np.random.Generator) -> np.ndarray:
-    """Warmth [NUM_MATERIALS]: bare skin warm, cloth by its insulation, what is carried cold."""
-    tones = 0.38 + 0.34 * rng.random(NUM_MATERIALS)
-    vanish = rng.random(NUM_MATERIALS)
-    for decoration, ground in PAIRED.items():
-        kept = _contrasting(tones[ground], tones[decoration], 0.16)
-        tones[decoration] = tones[ground] if vanish[decoration] < 0.3 else kept
+    """Draw warmth [NUM_MATERIALS]: bare skin is warm, cloth depends on its insulation, bags are cold."""
+    tones = _partly_vanishing(rng, 0.38 + 0.34 * rng.random(NUM_MATERIALS), 0.16)
     bag = 0.15 + 0.2 * rng.random()
     tones[SKIN], tones[HAIR], tones[DARK] = 0.90 + 0.06 * rng.random(), 0.55 + 0.15 * rng.random(), 0.8
     tones[BAG], tones[BAG_TRIM], tones[SHOES], tones[SOLE] = bag, bag + 0.08, tones[SHOES] - 0.1, 0.3
     return tones
 
 
-def _contrasting(ground: float, wish: float, least: float) -> float:
-    """A value at least `least` away from `ground`, on the side of `wish` where the range 0.05..0.95 allows it."""
+def _partly_vanishing(rng: np.random.Generator, tones: np.ndarray, contrast: float) -> np.ndarray:
+    """Make three in ten decorations equal to what they decorate, and the others differ by `contrast` or more."""
+    vanish = rng.random(NUM_MATERIALS)
+    for decoration, ground in PAIRED.items():
+        kept = _contrasting(tones[ground], tones[decoration], contrast)
+        tones[decoration] = tones[ground] if vanish[decoration] < 0.3 else kept
+    return tones
+
+
+def _contrasting(ground: float, tone: float, contrast: float) -> float:
+    """Move `tone` at least `contrast` away from `ground`, to its own side if the range 0.05..0.95 allows it."""
     room_above, room_below = 0.95 - ground, ground - 0.05
-    above = wish > ground if min(room_above, room_below) >= least else room_above > room_below
-    reach = least + (max(room_above if above else room_below, least) - least) * abs(wish - 0.5)
+    above = tone > ground if min(room_above, room_below) >= contrast else room_above > room_below
+    reach = contrast + (max(room_above if above else room_below, contrast) - contrast) * abs(tone - 0.5)
     return float(np.clip(ground + reach if above else ground - reach, 0.05, 0.95))
