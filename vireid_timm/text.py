@@ -24,14 +24,3 @@ def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def format_bytes(count: int) -> str:
-    """Return a number of bytes as text, e.g. `12.3 MB` or `1.23 GB`."""
-    return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.1f} MB'
-
-
-def format_list(names: Sequence[str], limit: int = 5) -> str:
-    """Return names separated by commas, the first `limit` of them, then how many more there are."""
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return f'{", ".join(names[:limit])}{more}'
