@@ -23,7 +23,7 @@ QUESTIONS = ('--version', '--help', 'train --help', 'train --epochz 3')
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """CPU time of one Python process."""
+    """Return the CPU time of one Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -31,15 +31,13 @@ def cpu_seconds(*arguments: str) -> float:
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Medians over the repeats, after one round that fills the caches of the file system."""
+    """Return medians over the repeats; commands take turns, so that a busy machine slows all of them."""
     commands = {REFERENCE: ('-c', REFERENCE)}
     commands |= {f'vireid {words}': ('-m', 'vireid_timm', *words.split()) for words in QUESTIONS}
     taken = {name: [] for name in commands}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, command in commands.items():
-            seconds = cpu_seconds(*command)
-            if repeat > 0:
-                taken[name].append(seconds)
+            taken[name].append(cpu_seconds(*command))
     medians = {name: statistics.median(times) for name, times in taken.items()}
     ratios = {name: median / medians[REFERENCE] for name, median in medians.items() if name != REFERENCE}
     return {'repeats': repeats, 'cpu_s': medians, 'over_import_timm': ratios}
