@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from vireid_timm import BranchOutput, DualStreamResNet
+from vireid_timm.models.dual_stream import BranchOutput, DualStreamResNet
 
 IMAGENET_TAGS = timm.list_pretrained('vireid_*in1k')
 TRUNK = ('layer1.', 'layer2.', 'layer3.', 'layer4.')
