@@ -506,7 +506,7 @@ def test_a_published_model_is_fine_tuned_on_other_people(
     words = ['--model', name, '--pretrained', '--output', str(tmp_path), '--experiment', 'tuned']
     assert main(['train', *words, *data, *still, *quick, '--no-amp']) == 0
     said = capsys.readouterr().err
-    assert f'Weights of {name}: all but the classifiers, which are new, for the {people} identities here' in said
+    assert f'Weights of {name} loaded, except for the classifiers: these are new, for {people} identities' in said
     before = safetensors.torch.load(files[WEIGHTS])
     after = safetensors.torch.load_file(tmp_path / 'tuned/best' / WEIGHTS)
     assert before.keys() == after.keys()
