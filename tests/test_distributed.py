@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import start_two
+from torch import distributed
 
 from vireid_timm.distributed import (
     all_ranks,
@@ -32,6 +33,8 @@ def test_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv('SLURM_NTASKS', tasks)
         with process_group('cpu') as device:
             assert device == torch.device('cpu') and rank_and_world_size() == (0, 1) and is_rank_zero()
+    monkeypatch.setenv('SLURM_PROCID', '1')
+    assert is_rank_zero(), 'without an address to meet at it runs alone, and has to log and write'
     assert all_ranks(lambda: 'done') == 'done' and from_rank_zero('mine') == 'mine'
     with pytest.raises(KeyError, match='mine') as raised:
         all_ranks(fail)
@@ -86,6 +89,17 @@ def _die(folder: Path) -> None:
         with pytest.raises(RuntimeError) as raised:
             any_rank(False)
         (folder / 'lost').write_text(str(is_lost_rank(raised.value)))
+
+
+def test_only_a_lost_rank_is_taken_for_one() -> None:
+    assert is_lost_rank(RuntimeError('[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Connection closed by peer'))
+    assert is_lost_rank(distributed.DistBackendError('NCCL error: ncclRemoteError: A call failed possibly due to ...'))
+    for error in (
+        distributed.DistNetworkError('EADDRINUSE'),
+        RuntimeError('shapes differ'),
+        ValueError('gloo/transport'),
+    ):
+        assert not is_lost_rank(error)
 
 
 @pytest.fixture(scope='module')

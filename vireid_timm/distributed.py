@@ -20,8 +20,8 @@ def process_group(name: str = 'cuda') -> Iterator[torch.device]:
     """Join the other ranks if there are any, yield this rank's device, and leave at the end.
 
     `torchrun` and SLURM's `srun` start ranks that differ only in their environment. With GPUs each rank gets its own;
-    they talk by NCCL, and by Gloo about what is not on a GPU. A process that runs alone only resolves its device. If a
-    group is joined already, it is neither joined nor left.
+    GPU tensors are exchanged by NCCL, CPU tensors by Gloo. A process that runs alone only resolves its device. A group
+    that is joined already is neither joined again nor left.
 
     Args:
         name: As for `resolve_device`; with several ranks the number of a GPU (`cuda:1`) is ignored.
@@ -30,19 +30,15 @@ def process_group(name: str = 'cuda') -> Iterator[torch.device]:
         ValueError: Not the name of a device, or more ranks than GPUs.
     """
     device = resolve_device(name)
-    # A shell of a SLURM allocation has the variables of a rank, but no address to meet at.
-    if not is_distributed_env() or 'MASTER_ADDR' not in os.environ:
-        yield device
-        return
-    local_rank = world_info_from_env()[0]
-    if device.type == 'cuda':
+    if device.type == 'cuda' and _is_rank():
+        local_rank = world_info_from_env()[0]
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f'rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start at most '
                 'one process per GPU (--nproc-per-node), or use the CPU (--device cpu)'
             )
         device = torch.device('cuda', local_rank)
-    if _has_joined():
+    if _has_joined() or not _is_rank():
         yield device
         return
     # Gloo for flags: exchanging one on the CPU does not wait for what the GPU still has to do.
@@ -61,11 +57,13 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def is_rank_zero() -> bool:
     """Return whether this is the rank that logs and writes; known from the environment before ranks have joined."""
-    return (distributed.get_rank() if _has_joined() else world_info_from_env()[1]) == 0
+    if _has_joined():
+        return distributed.get_rank() == 0
+    return not _is_rank() or world_info_from_env()[1] == 0
 
 
 def any_rank(flag: bool) -> bool:
-    """Return True on every rank if the flag is set on any. Collective; never waits for a GPU."""
+    """Return True on every rank if the flag is set on any. Collective; a group with Gloo does not wait for a GPU."""
     if not _has_joined():
         return flag
     flags = torch.tensor(int(flag), device=_exchange_device())
@@ -151,10 +149,14 @@ def is_reported_here(error: BaseException) -> bool:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Return whether an exchange failed because another rank is gone; that rank has printed its own error."""
-    # torch has a type of its own for NCCL's errors only; Gloo's name the source file that they come from.
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and 'gloo/transport' in str(error)
-    )
+    # By their texts: both come with types that other failures have, too.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ('gloo/transport', 'ncclRemoteError'))
+
+
+def _is_rank() -> bool:
+    """Return whether a launcher started this process as one of several."""
+    # A shell of a SLURM allocation has the variables of a rank, but no address to meet at.
+    return is_distributed_env() and 'MASTER_ADDR' in os.environ
 
 
 def _has_joined() -> bool:

@@ -47,7 +47,7 @@ def folder_of(path: str | Path) -> Path:
 def open_run_folder(folder: Path) -> Iterator[None]:
     """Lock a run's folder for this process, and append what this package logs, from INFO on, to its `train.log`.
 
-    Removes half-written files that a killed process left.
+    Removes half-written files that a killed process left. The log also gets the error that ends the block.
 
     Raises:
         ValueError: Another process is training there.
@@ -60,7 +60,7 @@ def open_run_folder(folder: Path) -> Iterator[None]:
         raise ValueError(
             f'another process is training in {folder}; wait for it, or choose another --experiment'
         ) from error
-    except (NotImplementedError, OSError):  # a file system without locks: nobody can know
+    except (NotImplementedError, OSError):  # a file system without locks: go on without
         pass
     try:
         remove_leftovers(folder, alone=lock.is_locked)
@@ -71,7 +71,7 @@ def open_run_folder(folder: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk cuts short, instead of a traceback for every line; checkpoints report the full disk."""
+    """A log file that ignores write errors, e.g. on a full disk: checkpoints report those."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -93,6 +93,10 @@ def _logging_to(path: Path) -> Iterator[None]:
         package.setLevel(logging.INFO)
     try:
         yield
+    except BaseException as error:  # for the file alone: the command line prints it, too
+        message = f'{type(error).__name__}: {error}'
+        handler.handle(package.makeRecord(package.name, logging.ERROR, __file__, 0, message, (), None))
+        raise
     finally:
         package.setLevel(level)
         package.removeHandler(handler)
@@ -113,7 +117,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(source: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the path and the content of a run's newest undamaged checkpoint; arguments and errors as above."""
+    """Return the path and the content of a run's newest undamaged checkpoint; see `load_checkpoint`."""
     if not source.is_dir():
         return source, _read_checkpoint(source)
     problems = []

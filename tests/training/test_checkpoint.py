@@ -69,6 +69,13 @@ def test_wherever_the_process_ends_a_whole_checkpoint_is_left(
     assert seen == sorted(seen)  # never older than the one before
 
 
+def test_weights_that_are_saved_again_leave_the_previous_ones(tmp_path: Path) -> None:
+    for number, replace in ((1, False), (2, False), (2, True), (3, False)):
+        write_checkpoint(tmp_path, _state(number), replace)
+        assert (load_checkpoint(tmp_path / PREVIOUS)['epoch'] if number > 1 else 1) == max(1, number - 1)
+    assert _number(tmp_path) == 3
+
+
 def test_any_changed_byte_is_seen_or_harmless(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, _state(1, size=8))
     content = (tmp_path / LAST).read_bytes()

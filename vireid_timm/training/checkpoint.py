@@ -1,6 +1,5 @@
 """Checkpoints of a run: which one to resume, what they hold, when they are due, and writing and reading them."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -116,8 +115,12 @@ class CheckpointInterval:
         return self._seconds is not None and self._clock() - self._last >= self._seconds
 
 
-def save_checkpoint(run: Run) -> None:
+def save_checkpoint(run: Run, replace: bool = False) -> None:
     """Write the run's checkpoint; only rank 0 does.
+
+    Args:
+        run: The run.
+        replace: Replace `last`, which holds the same weights, and keep `previous`.
 
     Raises:
         FloatingPointError: A weight is NaN or infinite; the last checkpoint stays.
@@ -127,7 +130,6 @@ def save_checkpoint(run: Run) -> None:
         return
     state = {
         'arch': run.config.model,
-        'class_map': run.data.class_map,
         'epoch': run.state.epoch,
         'state': asdict(run.state),
         'premises': _premises(run),
@@ -141,18 +143,19 @@ def save_checkpoint(run: Run) -> None:
             f'the weights became NaN or infinite in epoch {run.state.epoch} before step {run.state.step}; the last '
             f'checkpoint is from before. {AGAINST_NAN}'
         )
-    write_checkpoint(run.folder, state)
+    write_checkpoint(run.folder, state, replace)
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state as `last`; the checkpoint before it becomes `previous`.
+def write_checkpoint(folder: Path, state: dict[str, Any], replace: bool = False) -> None:
+    """Write a state as `last`; the checkpoint before it becomes `previous`, or with `replace` is gone.
 
     Whenever the process dies, one of the two is whole.
 
     Raises:
         OSError: It cannot be written, for example on a full disk; the last checkpoint stays.
     """
-    with whole_file(folder / LAST, previous=folder / PREVIOUS) as temporary, open(temporary, 'wb') as file:
+    previous = None if replace else folder / PREVIOUS
+    with whole_file(folder / LAST, previous=previous) as temporary, open(temporary, 'wb') as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
@@ -163,11 +166,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 def _premises(run: Run) -> dict[str, Any]:
     """Return what has to be the same on resuming: a checkpoint names a place in a sequence of batches."""
-    sampler, config, records = run.data.sampler, run.config, run.data.records
-    names = [Path(path).name for path in records.path.tolist()]  # wherever the images are now
-    digest = hashlib.sha256()
-    for column in (names, records.identity.tolist(), records.modality.tolist()):
-        digest.update('\n'.join(column).encode('utf-8', 'surrogateescape'))
+    sampler, config = run.data.sampler, run.config
     return {
         'model': config.model,
         'seed': config.seed,
@@ -177,7 +176,7 @@ def _premises(run: Run) -> dict[str, Any]:
         'batches per optimiser step': config.grad_accum_steps,
         'optimiser': config.opt,
         'training identities': len(run.data.class_map),
-        'training images (their digest)': digest.hexdigest()[:12],
+        'training images (their digest)': run.data.digest,
     }
 
 

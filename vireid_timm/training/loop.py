@@ -6,9 +6,10 @@
 import csv
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..data.augment import Augment
 from ..data.loader import Batch, load_batches, step_seed
 from ..device import seeded_torch
 from ..distributed import (
+    all_ranks,
     any_rank,
     from_rank_zero,
     gather,
@@ -49,7 +51,7 @@ from .checkpoint import (
 from .config import TrainConfig
 from .interrupt import Stopped, StopRequest, stop_signals
 from .progress import TENSORBOARD, NonFiniteLoss, Progress
-from .run import Run, create_run, frozen_norms, model_args, run_folder_of
+from .run import Run, create_run, frozen_norms, model_args, refuse_existing_run, run_folder_of
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class TrainResult:
     best: Path
     best_epoch: int
     best_mAP: float | None
-    summary: list[dict[str, Any]] = field(default_factory=list)
+    summary: list[dict[str, Any]]
 
 
 def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
@@ -98,14 +100,16 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
         with seeded_torch(config.seed, config.deterministic, device), stop_signals() as stop:
             try:
                 run = create_run(config, folder, device)
-                with open_run_folder(folder) if is_rank_zero() else nullcontext():
+                with ExitStack() as stack:
+                    all_ranks(lambda: stack.enter_context(_open_folder(run)) if is_rank_zero() else None)
                     if config.resume:
                         checkpoint = resume(run)
                         if is_rank_zero():
                             set_damaged_aside(checkpoint)
-                    return _fit(run, stop)
-            except NonFiniteLoss as error:
-                raise _diverged(run, error) from None
+                    try:
+                        return _fit(run, stop)
+                    except NonFiniteLoss as error:
+                        raise _diverged(run, error) from None
             except Stopped as stopped:
                 raise stopped.with_outcome(_how_to_resume(folder)) from None
             except RuntimeError as error:  # another rank has stopped already
@@ -114,11 +118,19 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
                 raise Stopped(stop.signal, _how_to_resume(folder)) from None
 
 
+@contextmanager
+def _open_folder(run: Run) -> Iterator[None]:
+    """Open the run's folder; a new run must find no other one there."""
+    with open_run_folder(run.folder):
+        refuse_existing_run(run.config, run.folder)  # again: one may have come since the settings were checked
+        yield
+
+
 def _how_to_resume(folder: Path) -> str:
     if not has_checkpoint(folder):
-        return 'nothing was trained yet'
+        return 'no checkpoint was saved yet'
     command = 'vireid' if rank_and_world_size()[1] == 1 else 'torchrun ... -m vireid_timm'
-    return f'resume with: {command} train --resume {folder}'
+    return f'resume with: {command} train --resume {shlex.quote(str(folder))}'
 
 
 def _fit(run: Run, stop: StopRequest) -> TrainResult:
@@ -131,8 +143,9 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
     interval = CheckpointInterval(config.checkpoint_interval)
     with closing(create_progress(run)) as progress, stop.deferred():
         while state.epoch < run.num_epochs:
+            done = state.epoch + 1
             is_validated = run.data.validation is not None and (
-                (state.epoch + 1) % config.val_interval == 0 or state.epoch + 1 == run.num_epochs
+                done % config.val_interval == 0 or done == run.num_epochs
             )
             if state.row is None:  # else it was resumed after its batches
                 start_epoch(run, progress)
@@ -163,13 +176,13 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
 
 
 def _settle_last_epoch(run: Run) -> None:
-    """Let a run that is resumed with fewer epochs end like any other: with a whole epoch, validated or kept."""
+    """Let a run that is resumed with fewer epochs finish its current epoch, then validate it or keep its model."""
     state = run.state
     begun = state.epoch + (state.step > 0 or state.row is not None)
     if begun > run.num_epochs:
         _logger.info(f'{begun} epochs have begun already: the run ends with these, not with {run.num_epochs}')
         run.num_epochs = begun
-    if state.epoch == run.num_epochs and not _is_kept(run):
+    if state.epoch == run.num_epochs and not from_rank_zero(_is_kept(run)):
         state.row = state.summary.pop()  # back to where its batches are done
 
 
@@ -266,7 +279,7 @@ def batch_groups(run: Run) -> Iterator[list[Batch]]:
 
 
 def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
-    """Run one optimiser step; does not wait for the device.
+    """Run one optimiser step; does not wait for the device, except for the loss scaling of float16.
 
     Args:
         run: The run; its state is that before the step.
@@ -297,7 +310,7 @@ def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor
             _seed(run, batch)
             with _autocast(run):
                 result = task(batch.inputs, batch.labels, joined=joined)
-            _backward(run, result['loss'] / len(group), update=is_last)
+            _backward_and_step(run, result['loss'] / len(group), update=is_last)
         results.append({name: value.detach() for name, value in result.items()})
     run.optimizer.zero_grad()
     number = run.num_updates + 1
@@ -327,7 +340,7 @@ def _autocast(run: Run) -> torch.autocast:
     return torch.autocast(run.device.type, dtype=run.dtype or torch.bfloat16, enabled=run.dtype is not None)
 
 
-def _backward(run: Run, loss: torch.Tensor, update: bool) -> None:
+def _backward_and_step(run: Run, loss: torch.Tensor, update: bool) -> None:
     clip, mode = run.config.clip_grad, run.config.clip_mode
     parameters = run.task.get_clip_parameters() if clip is not None else None
     if run.scaler is not None:
@@ -392,7 +405,8 @@ def _end_epoch(run: Run, report: Report | None, progress: Progress) -> None:
         if state.best is row and (scores or is_last):
             _save_best(run, scores, report)
         _write_summary(run)
-    save_checkpoint(run)
+    # Weights that `last` holds already take its place: `previous` stays a step back.
+    save_checkpoint(run, replace=report is not None or state.epoch == 1)
 
 
 def _save_best(run: Run, scores: Mapping[str, float], report: Report | None) -> None:
@@ -428,7 +442,7 @@ def _write_summary(run: Run) -> None:
 def _diverged(run: Run, error: NonFiniteLoss) -> FloatingPointError:
     """Return the error that ends a run whose loss is not finite, and save the images of the batch. Collective."""
     rank, world_size = rank_and_world_size()
-    flags = gather(torch.tensor(error.own))
+    flags = gather(torch.tensor(error.own, device=run.device))
     culprits = flags.nonzero().flatten().tolist() or list(range(world_size))
     where = f', on rank {", ".join(map(str, culprits))} of {world_size}' if world_size > 1 else ''
     folder = run.folder / f'nan-epoch{run.state.epoch}-step{error.step}'
@@ -436,7 +450,7 @@ def _diverged(run: Run, error: NonFiniteLoss) -> FloatingPointError:
     if rank in culprits:
         try:
             _save_batch(run, error.step, Path(f'{folder}-rank{rank}') if world_size > 1 else folder)
-        except (OSError, ValueError) as problem:
+        except Exception as problem:  # whatever it is, the loss is the news
             images = f'Its images could not be saved ({problem})'
     return known_to_all(
         FloatingPointError(

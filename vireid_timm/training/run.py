@@ -1,6 +1,7 @@
 """From settings to a run that is ready to train: data, network, task, optimiser, schedule."""
 
 import datetime
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class TrainData:
         validation: Held-out identities as a dataset of their own; None if there are none.
         validation_store: Their pixels.
         broken: What is wrong with each image that is skipped because it cannot be read.
+        digest: Of names, identities and modalities of the images to train on, wherever they are: 12 digits.
     """
 
     dataset: Dataset
@@ -91,6 +93,7 @@ class TrainData:
     validation: Dataset | None
     validation_store: ImageStore
     broken: list[str]
+    digest: str
 
 
 @dataclass
@@ -166,6 +169,7 @@ def create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
 
 def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     # Before the data are read: a wrong name or argument should not cost minutes.
+    refuse_existing_run(config, folder)
     _check_settings(config)
     probe = _probe_model(config)
     create_scheduler(config, create_optimizer(config, probe, fused=False), updates_per_epoch=10**6)
@@ -183,15 +187,19 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     return run
 
 
+def refuse_existing_run(config: TrainConfig, folder: Path) -> None:
+    """Refuse a new run in a folder that holds one."""
+    if config.resume or not holds_run(folder):
+        return
+    if has_checkpoint(folder):
+        fix = f'resume it with --resume {folder}, or choose another name'
+    else:
+        fix = 'its checkpoints are gone, so choose another name, or move that folder away'
+    raise ValueError(f'{folder} holds a run already; {fix}')
+
+
 def _check_settings(config: TrainConfig) -> None:
-    """Refuse settings that contradict each other, or what is on the disk."""
-    folder = Path(config.output) / config.experiment
-    if config.experiment and not config.resume and holds_run(folder):
-        if has_checkpoint(folder):
-            fix = f'resume it with --resume {folder}, or choose another name'
-        else:
-            fix = 'its checkpoints are gone, so choose another name, or move that folder away'
-        raise ValueError(f'{folder} holds a run already; {fix}')
+    """Refuse settings that contradict each other."""
     if config.input_size and config.input_size[0] != 3:
         raise ValueError(
             f'--input-size is channels, height and width; images have 3 channels, not {config.input_size[0]}'
@@ -253,7 +261,15 @@ def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.dev
         validation=Dataset('validation', dataset.root, records[:0], held_out) if len(held_out) else None,
         validation_store=store.select(np.flatnonzero(is_held_out)),
         broken=list(store.broken.values()),
+        digest=_digest(records),
     )
+
+
+def _digest(records: Records) -> str:
+    names = [Path(path).name for path in records.path.tolist()]
+    columns = (names, records.identity.tolist(), records.modality.tolist())
+    text = '\n'.join('\n'.join(column) for column in columns)
+    return hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:12]
 
 
 def model_args(config: TrainConfig) -> dict[str, Any]:
@@ -341,7 +357,7 @@ def _has_imagenet_weights(model: nn.Module) -> bool:
 
 
 def _is_pretrained(model: nn.Module) -> Callable[[str], bool]:
-    """Return which names the tag's weights fill: ImageNet's stem and trunk, a re-ID model's all but the classifiers."""
+    """Return a test for the parameters that pretrained weights cover: stem and trunk, or all but the classifiers."""
     if _has_imagenet_weights(model):
         return lambda name: name.startswith(('stem.', 'layer'))
     return lambda name: '.fc.' not in name
