@@ -1,6 +1,8 @@
 """`vireid eval`."""
 
 import argparse
+import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..constants import CACHES, CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
@@ -90,11 +92,14 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
     from ..data.readers import create_dataset
     from ..device import autocast_dtype
     from ..evaluation.evaluate import evaluate
-    from ..hub.folder import load_model
+    from ..hub.folder import load_model, split_problem
 
     dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
     model = load_model(args.model, pretrained=args.pretrained)
-    return evaluate(
+    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
+    if problem:
+        logging.getLogger(__name__).warning(problem)
+    report = evaluate(
         model.to(device),
         dataset,
         args.protocol,
@@ -112,6 +117,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         workers=args.workers,
         progress=True,
     )
+    return dataclasses.replace(report, learned_identities=learned)
 
 
 def _show(report: 'Report', args: argparse.Namespace) -> None:

@@ -54,13 +54,16 @@ def save(args: argparse.Namespace) -> None:
     from ..device import resolve_device
     from ..evaluation.evaluate import evaluate
     from ..evaluation.report import Report
-    from ..hub.folder import load_model, round_to_half, save_run
+    from ..hub.folder import load_model, round_to_half, save_run, split_problem
     from ..hub.publish import check_model
 
     report = Report.load(args.report) if args.report else None
     if args.dataset:
         dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
         model = load_model(args.source)
+        learned, problem = split_problem(args.source, dataset)
+        if learned:
+            raise ValueError(problem)
         if args.half:  # measure what is published
             round_to_half(model)
         device = resolve_device(args.device)

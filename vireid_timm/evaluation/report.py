@@ -85,6 +85,7 @@ class Report:
         size: Height and width of the input images.
         precision: Dtype that the network computed in, e.g. `float32`.
         skipped_images: Number of broken test images that were skipped.
+        learned_identities: Number of test identities that the model was trained on, as far as `vireid eval` can tell.
         versions: Versions of the packages.
     """
 
@@ -100,6 +101,7 @@ class Report:
     size: tuple[int, int] | None = None
     precision: str = ''
     skipped_images: int = 0
+    learned_identities: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
@@ -281,7 +283,7 @@ def _csv_row(report: Report, name: str, result: ProtocolResult) -> dict[str, Any
     for metric, (low, high) in result.intervals.items():
         row |= {f'{metric}_low': _percent(low), f'{metric}_high': _percent(high)}
     row |= {'per_identity_cmc': result.per_identity_cmc, 'img_height': height, 'img_width': width}
-    row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images')}
+    row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images', 'learned_identities')}
     row |= {'options': _pairs(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
     return row | {'versions': _pairs(report.versions, ' ')}
 
@@ -308,6 +310,8 @@ def _heading(report: Report) -> list[str]:
         lines.append(reranking)
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
+    if report.learned_identities:
+        lines.append(f'WRONG SPLIT: the model was trained on {report.learned_identities} of the test identities')
     lines.append(_pairs(report.versions, ' '))
     for direction in dict.fromkeys(result.direction for result in report.protocols.values()):
         names = [name for name, result in report.protocols.items() if result.direction == direction]

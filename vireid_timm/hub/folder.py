@@ -18,6 +18,7 @@ from timm.models import parse_model_name
 from timm.models._hub import save_config_for_hf
 
 from ..constants import MODALITIES
+from ..data.records import Dataset
 from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
 from ..files import whole_file, whole_folder
@@ -26,6 +27,7 @@ from ..run_folder import BEST, MODEL_CONFIG, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
 from ..version import package_versions
 from .card import evaluation_facts, model_card
+from .provenance import learned_identities
 
 CARD = 'README.md'
 WEIGHTS = 'model.safetensors'
@@ -76,6 +78,17 @@ def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
     model = _load(source, pretrained)
     model.reset_classifier(0)
     return model
+
+
+def split_problem(source: str | Path, dataset: Dataset) -> tuple[int, str]:
+    """Return how many test identities a model was trained on, and a sentence about them, see `learned_identities`.
+
+    Args:
+        source: The model, as for `load_model`.
+        dataset: What it is tested on.
+    """
+    name = _locate(source)[0]
+    return learned_identities(name, dataset.name, dataset.options, dataset.root, dataset.test.identities())
 
 
 def _locate(source: str | Path) -> tuple[str, Path | None]:
@@ -206,7 +219,8 @@ def save_run(
         data_terms: As for `save_model_folder`; what the saved model states if empty.
 
     Raises:
-        ValueError: There is no such model, it does not load, or the report is about other weights.
+        ValueError: There is no such model, it does not load, or the report is about other weights or about people whom
+            the model was trained on.
     """
     prefix, source = parse_model_name(_locate(run)[0])
     if prefix != 'local-dir':
@@ -216,6 +230,7 @@ def save_run(
     model = _load(run)
     if report is not None:
         _check_report(report, model, half)
+        _check_split(report, f'{prefix}:{source}')
         facts['evaluation'] = evaluation_facts(report)
     table = str(report) if report is not None else _validation_text(facts)
     save_model_folder(
@@ -392,6 +407,15 @@ def _check_report(report: Report, model: nn.Module, half: bool) -> None:
             f'the report is about the weights {report.weights or "of precomputed features"}, but this model{rounded} '
             f'has {without}; evaluate this model, e.g. with --dataset and --data-dir here'
         )
+
+
+def _check_split(report: Report, name: str) -> None:
+    """A card must not claim scores on people whom the model was trained on."""
+    tested = {identity for result in report.protocols.values() for identity in result.queries['identity']}
+    learned, problem = learned_identities(name, report.dataset, report.options, None, tested)
+    if learned or report.learned_identities:
+        problem = problem or f'the model was trained on {report.learned_identities} of the test identities'
+        raise ValueError(f'the report is no measurement: {problem}')
 
 
 def _validation_text(facts: dict[str, Any]) -> str:
