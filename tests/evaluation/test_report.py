@@ -11,7 +11,7 @@ from reports import FAILURE, SETTINGS, make_report, make_trials
 
 from vireid_timm.constants import INFRARED
 from vireid_timm.evaluation.confidence import bootstrap_intervals
-from vireid_timm.evaluation.report import METRICS, Report, summarise
+from vireid_timm.evaluation.report import METRICS, Report, read_results, summarise
 
 
 def per_query(trials):
@@ -270,3 +270,37 @@ def test_csv(tmp_path, result):
     with open(tmp_path / 'features.csv', encoding='utf-8', newline='') as file:
         (row,) = csv.DictReader(file)
     assert (row['model'], row['img_height'], row['versions']) == ('', '', '')
+
+
+def test_rows_are_appended_to_a_table_of_results(tmp_path, result):
+    path = tmp_path / 'results.csv'
+    path.touch()  # as mktemp leaves it
+    make_report({'all-single': result}).save_csv(path)
+    first = path.read_text(encoding='utf-8')
+    make_report({'all-single': result, 'all-multi': result}, model='other').save_csv(path)
+    assert path.read_text(encoding='utf-8').startswith(first)
+    rows = read_results(path)
+    assert [(row['model'], row['protocol']) for row in rows] == [
+        ('vireid_dml_r50', 'all-single'),
+        ('other', 'all-single'),
+        ('other', 'all-multi'),
+    ]
+
+
+def test_rows_of_another_version_keep_their_columns(tmp_path, result):
+    path = tmp_path / 'results.csv'
+    path.write_text('model,protocol,mAP,note\nold,all-single,12.5,"by hand, once"\n')
+    make_report({'all-single': result}).save_csv(path)
+    old, new = read_results(path)
+    assert (old['model'], old['mAP'], old['note'], old['rank1']) == ('old', '12.5', 'by hand, once', '')
+    assert (new['model'], new['note']) == ('vireid_dml_r50', '')
+    assert float(new['mAP']) == round(100 * result.mean['mAP'], 4)
+
+
+@pytest.mark.parametrize('content', [b'my notes\n', b'\x89PNG\r\n\x1a\n\x00', b'model,protocol\na,b,c\n', b'\x00'])
+def test_another_file_is_no_table_of_results(tmp_path, result, content):
+    path = tmp_path / 'results.csv'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='results.csv is not a table of results.*give another file'):
+        make_report({'all-single': result}).save_csv(path)
+    assert path.read_bytes() == content

@@ -13,6 +13,7 @@ import torch
 
 import vireid_timm
 from vireid_timm.cli.main import main
+from vireid_timm.hub.card import results_of
 from vireid_timm.hub.folder import (
     REFERENCE,
     load_model,
@@ -168,6 +169,29 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / 'photos/me.jpg').is_file()
 
 
+@pytest.mark.parametrize('kind', ['file', 'link to a folder', 'link to a file', 'link to nothing', 'in a file'])
+def test_a_file_or_a_link_is_not_replaced(
+    kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target, file, folder = tmp_path / 'release', tmp_path / 'thesis.tex', tmp_path / 'folder'
+    file.write_text('mine')
+    folder.mkdir()
+    if kind == 'file':
+        target = file
+    elif kind == 'in a file':
+        target = file / 'release'
+    else:
+        target.symlink_to({'folder': folder, 'file': file, 'nothing': tmp_path / 'nothing'}[kind.split()[-1]])
+    before = sorted(tmp_path.iterdir())
+    # Before an evaluation: the dataset does not exist.
+    assert main(['hub', 'save', str(saved), str(target), '--dataset', 'folder', '--data-dir', 'no/such/data']) == 1
+    assert str(target) in capsys.readouterr().err
+    with pytest.raises((ValueError, OSError), match=str(target)):
+        save_model_folder(_model(**SMALL), target)
+    assert file.read_text() == 'mine' and sorted(tmp_path.iterdir()) == before
+    assert target.is_symlink() == kind.startswith('link')
+
+
 # From a run to a folder
 
 
@@ -210,6 +234,30 @@ def test_a_report_of_other_weights_is_refused(saved: Path, tmp_path: Path) -> No
     save_model_folder(other, tmp_path / 'other')
     assert main(['hub', 'save', str(tmp_path / 'other'), str(tmp_path / 'wrong'), '--report', str(path)]) == 1
     assert not (tmp_path / 'wrong').exists() and not (tmp_path / 'rounded').exists()
+
+
+def test_results_of_an_earlier_release_are_not_lost(saved: Path, tmp_path: Path) -> None:
+    release, dataset = tmp_path / 'release', vireid_timm.create_dataset('synthetic', **DATA)
+    report = vireid_timm.evaluate(load_model(saved), dataset, 'infrared-to-visible', cache='off')
+    save_run(saved, release, report=report, note='Twice the same.')
+    evaluation, card = _config(release)['vireid']['evaluation'], (release / 'README.md').read_text()
+    # The same weights keep their results, however often they are saved.
+    for _ in range(2):
+        save_run(saved, release, license='mit', note='Twice the same.')
+        assert _config(release)['vireid']['evaluation'] == evaluation
+        again = (release / 'README.md').read_text()
+        assert results_of(again) == results_of(card) and str(report) in again and again.count('Twice the same.') == 1
+        assert 'model-index' in again and 'license: mit' in again
+    # Other weights do not inherit them, and do not remove them.
+    other = _model(num_classes=5)
+    save_model_folder(other, tmp_path / 'other')
+    for source, half in ((tmp_path / 'other', False), (saved, True)):
+        with pytest.raises(ValueError, match='release holds results of the weights .*--dataset.*--report.*another'):
+            save_run(source, release, half=half)
+    assert (release / 'README.md').read_text() == again
+    new = vireid_timm.evaluate(load_model(tmp_path / 'other'), dataset, 'infrared-to-visible', cache='off')
+    save_run(tmp_path / 'other', release, report=new)
+    assert _config(release)['vireid']['evaluation']['weights'] == new.weights
 
 
 def test_a_run_is_saved_from_its_best_model(saved: Path, tmp_path: Path) -> None:

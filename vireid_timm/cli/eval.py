@@ -70,18 +70,25 @@ def _add_output(group: Any) -> None:
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
     group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
-    group.add_argument('--results-file', metavar='FILE.csv', help='save one row per protocol (default: none)')
+    text = 'append one row per protocol to this table (default: none)'
+    group.add_argument('--results-file', metavar='FILE.csv', help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a model, or compare two reports."""
     from ..distributed import is_rank_zero, process_group
     from ..evaluation.compare import compare
-    from ..evaluation.report import Report
+    from ..evaluation.report import Report, read_results
+    from ..files import check_writable
 
     if args.compare:
         print(compare(*map(Report.load, args.compare)))
         return
+    if is_rank_zero():
+        for path in filter(None, (args.report, args.results_file)):
+            check_writable(path)
+        if args.results_file:
+            read_results(args.results_file)
     with process_group(args.device) as device:
         report = _evaluate(args, device)
     if is_rank_zero():
@@ -123,13 +130,13 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
 def _show(report: 'Report', args: argparse.Namespace) -> None:
     from ..evaluation.breakdown import breakdown_table, failures_table
 
-    if args.report:
-        report.save(args.report)
-    if args.results_file:
-        report.save_csv(args.results_file)
     print(report)
     for name, result in report.protocols.items():
         for by in args.breakdown:
             print(f'\n{name} by {by}\n{breakdown_table(result, by)}')
         if args.failures:
             print(f'\n{name}, the worst queries\n{failures_table(result)}')
+    if args.report:
+        report.save(args.report)
+    if args.results_file:
+        report.save_csv(args.results_file)

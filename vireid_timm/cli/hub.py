@@ -54,9 +54,10 @@ def save(args: argparse.Namespace) -> None:
     from ..device import resolve_device
     from ..evaluation.evaluate import evaluate
     from ..evaluation.report import Report
-    from ..hub.folder import load_model, round_to_half, save_run, split_problem
+    from ..hub.folder import check_target, load_model, round_to_half, save_run, split_problem
     from ..hub.publish import check_model
 
+    check_target(args.folder)
     report = Report.load(args.report) if args.report else None
     if args.dataset:
         dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)

@@ -116,10 +116,15 @@ class Report:
             temporary.write_text(_json(asdict(self)) + '\n', encoding='utf-8')
 
     def save_csv(self, path: str | Path) -> None:
-        """Write one CSV row per protocol, with metrics in percent as in timm's results files, atomically."""
-        rows = [_csv_row(self, name, result) for name, result in self.protocols.items()]
+        """Append one CSV row per protocol, with metrics in percent as in timm's results files, atomically.
+
+        Raises:
+            ValueError: There is a file that is not such a table.
+        """
+        rows = read_results(path) + [_csv_row(self, name, result) for name, result in self.protocols.items()]
+        columns = dict.fromkeys(column for row in rows for column in row)  # other versions have others
         with whole_file(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator='\n')
+            writer = csv.DictWriter(file, list(columns), restval='', lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)
 
@@ -141,6 +146,25 @@ class Report:
                 f'{path} is not a report written by `Report.save` of this version ({error!r}); evaluate again'
             ) from error
         return report
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows that `Report.save_csv` wrote; none if the file is missing or empty.
+
+    Raises:
+        ValueError: The file is something else.
+    """
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return []
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error):
+        reader, rows = None, []
+    if reader is None or 'protocol' not in (reader.fieldnames or ()) or any(None in row for row in rows):
+        raise ValueError(f'{path} is not a table of results, so no rows can be appended; give another file')
+    return rows
 
 
 def summarise(

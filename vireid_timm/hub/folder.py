@@ -21,12 +21,12 @@ from ..constants import MODALITIES
 from ..data.records import Dataset
 from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
-from ..files import whole_file, whole_folder
+from ..files import check_writable, whole_file, whole_folder
 from ..models.dual_stream import DualStreamResNet
 from ..run_folder import BEST, MODEL_CONFIG, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
 from ..version import package_versions
-from .card import evaluation_facts, model_card
+from .card import evaluation_facts, model_card, results_of
 from .provenance import learned_identities
 
 CARD = 'README.md'
@@ -163,12 +163,9 @@ def save_model_folder(
         sample: Show rendered people in the card, to explain the two modalities.
 
     Raises:
-        ValueError: The folder holds other files, or a weight is too large for half precision.
+        ValueError: The folder is something else or holds other files, or a weight is too large for half precision.
     """
-    folder = Path(folder)
-    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
-    if others:
-        raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
+    folder = check_target(folder)
     # safetensors refuses channels-last weights, and the caller's network must not change.
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format).eval()
     if half:
@@ -195,6 +192,24 @@ def save_model_folder(
         architecture, shown = model.pretrained_cfg['architecture'], SAMPLE if sample else ''
         texts = dict(table=table, license=license, sample=shown)
         (temporary / CARD).write_text(model_card(architecture, model.num_features, facts, **texts), encoding='utf-8')
+
+
+def check_target(folder: str | Path) -> Path:
+    """Return where to write a Hub-ready folder, if nothing else is lost there.
+
+    Raises:
+        ValueError: It is a file or a link, or a folder that holds other files.
+        OSError: It cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = 'link' if folder.is_symlink() else 'file'
+        raise ValueError(f'{folder} is a {kind}, which is not replaced; give a folder that does not exist yet')
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    if others:
+        raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
+    check_writable(folder, is_folder=True)
+    return folder
 
 
 def save_run(
@@ -231,13 +246,16 @@ def save_run(
     if report is not None:
         _check_report(report, model, half)
         _check_split(report, f'{prefix}:{source}')
-        facts['evaluation'] = evaluation_facts(report)
-    table = str(report) if report is not None else _validation_text(facts)
+        facts['evaluation'], table = evaluation_facts(report), str(report)
+    else:
+        kept, table = _kept_results(Path(folder), model, half)
+        facts |= {'evaluation': kept} if kept else {}
+        table = table or _validation_text(facts)
     save_model_folder(
         model,
         folder,
         facts=facts,
-        table='\n\n'.join(filter(None, (table, note))),
+        table=table if note in table else '\n\n'.join(filter(None, (table, note))),
         half=half,
         license=license or config['pretrained_cfg'].get('license') or '',
         data_terms=data_terms or facts.get('data_terms', ''),
@@ -395,18 +413,42 @@ def _reference_features(
 
 def _check_report(report: Report, model: nn.Module, half: bool) -> None:
     """A card must not claim the scores of other weights."""
+    fingerprints = _fingerprints(model, half)
+    if report.weights not in fingerprints:
+        rounded = ' in half precision' if half else ''
+        raise ValueError(
+            f'the report is about the weights {report.weights or "of precomputed features"}, but this model{rounded} '
+            f'has {fingerprints[1]}; evaluate this model, e.g. with --dataset and --data-dir here'
+        )
+
+
+def _fingerprints(model: nn.Module, half: bool) -> tuple[str, str]:
+    """Return the fingerprints of a model's weights as they are stored, with and without classifiers."""
     model = copy.deepcopy(model)
     if half:
         round_to_half(model)
     with_classifiers = weights_fingerprint(model)
     model.reset_classifier(0)
-    without = weights_fingerprint(model)
-    if report.weights not in (with_classifiers, without):
-        rounded = ' in half precision' if half else ''
+    return with_classifiers, weights_fingerprint(model)
+
+
+def _kept_results(folder: Path, model: nn.Module, half: bool) -> tuple[dict[str, Any] | None, str]:
+    """Return what an earlier version of a folder says about the results of the same weights: facts, and text.
+
+    Raises:
+        ValueError: It has results of other weights.
+    """
+    facts = read_config(folder).get('vireid') or {} if (folder / MODEL_CONFIG).is_file() else {}
+    evaluation = facts.get('evaluation')
+    if not evaluation:
+        return None, ''
+    table = results_of((folder / CARD).read_text(encoding='utf-8')) if (folder / CARD).is_file() else ''
+    if evaluation.get('weights') not in _fingerprints(model, half) or not table:
         raise ValueError(
-            f'the report is about the weights {report.weights or "of precomputed features"}, but this model{rounded} '
-            f'has {without}; evaluate this model, e.g. with --dataset and --data-dir here'
+            f'{folder} holds results of the weights {evaluation.get("weights")}, which would be lost: measure this '
+            'model, with --dataset and --data-dir or with --report, or give another folder'
         )
+    return evaluation, table
 
 
 def _check_split(report: Report, name: str) -> None:

@@ -1,0 +1,69 @@
+"""`vireid eval`: mistakes are found before anything is computed, and no result is lost."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import vireid_timm
+from vireid_timm.cli.main import main
+from vireid_timm.evaluation.report import Report, read_results
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+DATA = '--dataset synthetic --dataset-kwargs identities=0 test_identities=3 images_per_modality=2 size=(64,32)'.split()
+ON = [*DATA, *'--device cpu --cache off --workers 0 --protocol infrared-to-visible'.split()]
+
+
+def _command(model: Path | str, *arguments: str) -> list[str]:
+    return ['eval', '--checkpoint', str(model), *ON, *arguments]
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading data or loading a model is a failure."""
+    monkeypatch.setattr(sys.modules['vireid_timm.data.readers'], 'create_dataset', None)
+
+
+@pytest.mark.parametrize('flag', ['--report', '--results-file'])
+@pytest.mark.parametrize('place', ['{folder}', '{file}/new', '/proc/new/report', '{file}/deep/new'])
+@pytest.mark.usefixtures('nothing_computed')
+def test_an_unwritable_file_is_found_before_the_evaluation(
+    flag: str, place: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / 'file').touch()
+    path = place.format(folder=tmp_path, file=tmp_path / 'file')
+    assert main(_command(saved, flag, path)) == 1
+    error = capsys.readouterr().err
+    assert path in error and error.startswith('vireid: error: ') and error.count('\n') == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / 'file']
+
+
+@pytest.mark.usefixtures('nothing_computed')
+def test_a_file_that_is_no_table_of_results_is_found_before_the_evaluation(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / 'notes.txt').write_text('mine\n')
+    assert main(_command(saved, '--results-file', str(tmp_path / 'notes.txt'))) == 1
+    assert 'notes.txt is not a table of results' in capsys.readouterr().err
+    assert (tmp_path / 'notes.txt').read_text() == 'mine\n'
+
+
+def test_the_table_is_printed_even_if_it_cannot_be_written(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, 'No space left on device', 'report.json')
+
+    monkeypatch.setattr(Report, 'save', full)
+    assert main(_command(saved, '--report', str(tmp_path / 'report.json'))) == 1
+    shown = capsys.readouterr()
+    assert 'infrared-to-visible' in shown.out and 'No space left' in shown.err
+
+
+def test_two_evaluations_fill_one_table(saved: Path, tmp_path: Path) -> None:
+    table = tmp_path / 'results.csv'
+    for flip in ('--no-amp', '--flip-test'):
+        assert main(_command(saved, flip, '--results-file', str(table))) == 0
+    assert [row['flip_test'] for row in read_results(table)] == ['False', 'True']
+    assert vireid_timm.__version__ in read_results(table)[0]['versions']
