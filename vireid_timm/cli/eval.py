@@ -5,9 +5,9 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ..constants import CACHES, CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
+from ..constants import CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
 from ..training.config import MODEL_HELP
-from .parser import Parser, add_batch_size_flag, add_data_flags, add_device_flag, add_switch
+from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag, add_switch
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,7 @@ def _add_data(group: Any) -> None:
     group.add_argument('--protocol', nargs='+', metavar='NAME', help=text)
     text = "how gallery images are sampled: seeded (AGW's code) or official (the owners' file) (default: seeded)"
     group.add_argument('--draw', choices=DRAWS, default='seeded', help=text)
-    text = 'skip unreadable images instead of stopping (default: off)'
-    group.add_argument('--skip-broken', action='store_true', help=text)
-    group.add_argument('--cache', choices=CACHES, default='auto', help='where to keep decoded images (default: auto)')
-    text = 'images decoded at once (default: one per core, at most 8)'
-    group.add_argument('--workers', type=int, metavar='N', help=text)
+    add_decoding_flags(group)
 
 
 def _add_features(group: Any) -> None:

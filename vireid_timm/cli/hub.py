@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import DATASETS, SOURCES
-from .parser import Parser, add_batch_size_flag, add_data_flags, add_device_flag
+from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,6 +35,7 @@ def _add_save(actions: Any) -> None:
     text = f'or evaluate on all protocols of this dataset first: {", ".join(DATASETS)} (default: none)'
     measured.add_argument('--dataset', metavar='NAME', help=text)
     add_data_flags(parser)
+    add_decoding_flags(parser)
     add_batch_size_flag(parser)
     add_device_flag(parser)
     parser.set_defaults(run=save)
@@ -68,7 +69,8 @@ def save(args: argparse.Namespace) -> None:
         if args.half:  # measure what is published
             round_to_half(model)
         device = resolve_device(args.device)
-        report = evaluate(model.to(device), dataset, batch_size=args.batch_size, progress=True)
+        names = ('batch_size', 'skip_broken', 'cache', 'workers')
+        report = evaluate(model.to(device), dataset, progress=True, **{name: getattr(args, name) for name in names})
     save_run(args.source, args.folder, report=report, **_publication(args))
     print(*check_model(args.folder), sep='\n')
     print(f'Model: {args.folder}')

@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import parse_model_name
+from timm.models import clean_state_dict, parse_model_name
 from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
 
 from ..constants import MODALITIES
 from ..data.records import Dataset
@@ -23,8 +24,9 @@ from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
 from ..files import check_writable, whole_file, whole_folder
 from ..models.dual_stream import DualStreamResNet
-from ..run_folder import BEST, MODEL_CONFIG, has_checkpoint, load_checkpoint
+from ..run_folder import BEST, LAST, MODEL_CONFIG, PREVIOUS, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
+from ..text import format_list
 from ..version import package_versions
 from .card import evaluation_facts, model_card, results_of
 from .provenance import learned_identities
@@ -106,6 +108,8 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
         return f'{prefix}:{identifier}' if prefix else name, None
     folder = path if path.is_dir() else path.parent
     folder = folder / BEST if (folder / BEST).is_dir() else folder
+    if path.is_file() and path.suffix != '.pth' and path.name not in FILES:
+        raise ValueError(f'{path} is not part of a Hub-ready folder. {_plain_weights_hint(path)}')
     if path.suffix == '.pth' or (has_checkpoint(path) and not (folder / WEIGHTS).is_file()):
         return f'local-dir:{path if path.is_dir() else path.parent}', path
     if not (folder / MODEL_CONFIG).is_file():
@@ -116,12 +120,12 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
 def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualStreamResNet:
     """Load a model with its classifiers, so that every tensor has to fit; `shown` replaces `source` in messages."""
     name, checkpoint = _locate(source)
-    state = load_checkpoint(checkpoint) if checkpoint is not None and pretrained else None
+    state = _checkpoint_state(checkpoint) if checkpoint is not None and pretrained else None
     shown = shown or str(source)
     try:
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None)
         if state is not None:
-            model.load_state_dict(state.get('state_dict_ema', state['state_dict']))
+            model.load_state_dict(state)
     except Exception as error:  # a wrong configuration makes timm raise any type
         raise ValueError(f'cannot load a model from {shown}: {one_line(error)}') from error
     finally:
@@ -129,6 +133,26 @@ def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualS
     if not isinstance(model, DualStreamResNet):
         raise ValueError(f'{shown} is a {type(model).__name__}, not a visible-infrared re-ID model of this library')
     return model
+
+
+def _checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a training checkpoint, the averaged ones where there are some."""
+    try:
+        state = load_checkpoint(path)
+    except ValueError as error:
+        if path.is_dir() or path.name in (LAST, PREVIOUS):
+            raise
+        raise ValueError(f'{one_line(error)}. {_plain_weights_hint(path)}') from error
+    return clean_state_dict(state.get('state_dict_ema', state['state_dict']))
+
+
+def _plain_weights_hint(path: Path) -> str:
+    return (
+        f'If it holds plain weights of a model NAME with N classes (0 without classifiers), make a Hub-ready folder: '
+        f'vireid_timm.save_model_folder(timm.create_model(NAME, pretrained=True, num_classes=N, pretrained_cfg_overlay='
+        f"dict(file={str(path)!r}, num_classes=N)), DIR). For checkpoints of AGW's code: vireid hub convert {path} DIR "
+        '--from agw'
+    )
 
 
 def save_model_folder(
@@ -150,7 +174,7 @@ def save_model_folder(
     computes for them, which `check_model` compares.
 
     Args:
-        model: The network, with or without its classifiers.
+        model: The network, with or without its classifiers; a compiled or parallel one is unwrapped.
         folder: Where to write. A complete new version replaces an old one.
         facts: What re-ID users ask about a model (dataset, metrics, training settings), kept in `config.json` under
             `vireid`, which timm ignores. Settings that name places on this machine are left out.
@@ -163,11 +187,15 @@ def save_model_folder(
         sample: Show rendered people in the card, to explain the two modalities.
 
     Raises:
-        ValueError: The folder is something else or holds other files, or a weight is too large for half precision.
+        ValueError: The folder is something else or holds other files, weights or features are not finite, or a weight
+            is too large for half precision.
     """
     folder = check_target(folder)
     # safetensors refuses channels-last weights, and the caller's network must not change.
-    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(unwrap_model(model)).to('cpu', memory_format=torch.contiguous_format).eval()
+    broken = [name for name, value in model.state_dict().items() if not is_finite(value)]
+    if broken:
+        raise ValueError(f'weights with values that are NaN or infinite are not saved: {format_list(broken)}')
     if half:
         round_to_half(model)
     with whole_folder(folder) as temporary:
@@ -272,7 +300,7 @@ def save_model_config(
 ) -> None:
     """Write only the `config.json` that rebuilds the network; arguments as for `save_model_folder`."""
     with whole_file(path) as temporary:
-        _save_config(model, temporary, {}, model_args, input_size)
+        _save_config(unwrap_model(model), temporary, {}, model_args, input_size)
 
 
 def round_to_half(model: nn.Module) -> None:
@@ -287,6 +315,11 @@ def round_to_half(model: nn.Module) -> None:
                 value.copy_(value.half())
                 if not value.isfinite().all():
                     raise ValueError(f'{name} has values beyond half precision (65504); save without half')
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinity."""
+    return bool(value.isfinite().all())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -391,7 +424,10 @@ def _save_reference(model: nn.Module, folder: Path) -> None:
     cfg, generator = read_config(folder)['pretrained_cfg'], torch.Generator().manual_seed(0)
     shape = (IMAGES, *cfg['input_size'])
     images = {name: torch.randint(256, shape, dtype=torch.uint8, generator=generator) for name in MODALITIES}
-    (folder / REFERENCE).write_bytes(safetensors.torch.save({**images, **_reference_features(model, cfg, images)}))
+    features = _reference_features(model, cfg, images)
+    if not all(map(is_finite, features.values())):
+        raise ValueError('the features of this model are not finite, so it is not saved; check its weights')
+    (folder / REFERENCE).write_bytes(safetensors.torch.save({**images, **features}))
 
 
 def _reference_features(
