@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 import vireid_timm
 from vireid_timm.cli.main import main
 from vireid_timm.evaluation.report import Report, read_results
+from vireid_timm.run_folder import LAST
+from vireid_timm.training.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -17,6 +20,18 @@ ON = [*DATA, *'--device cpu --cache off --workers 0 --protocol infrared-to-visib
 
 def _command(model: Path | str, *arguments: str) -> list[str]:
     return ['eval', '--checkpoint', str(model), *ON, *arguments]
+
+
+@pytest.fixture
+def run(copy: Path, tmp_path: Path) -> Path:
+    """A run folder: `best/`, and a checkpoint of the same weights."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    copy.rename(folder / 'best')
+    (folder / 'config.json').write_bytes((folder / 'best/config.json').read_bytes())
+    state = safetensors.torch.load_file(folder / 'best/model.safetensors')
+    write_checkpoint(folder, {'arch': 'vireid_dml_r10t', 'epoch': 1, 'state_dict': state})
+    return folder
 
 
 @pytest.fixture
@@ -67,3 +82,29 @@ def test_two_evaluations_fill_one_table(saved: Path, tmp_path: Path) -> None:
         assert main(_command(saved, flip, '--results-file', str(table))) == 0
     assert [row['flip_test'] for row in read_results(table)] == ['False', 'True']
     assert vireid_timm.__version__ in read_results(table)[0]['versions']
+
+
+@pytest.mark.parametrize('size', ['32 64 3', '1 64 32', '64 32 3', '0 64 32', '3 0 32', '3 64 -1'])
+@pytest.mark.usefixtures('nothing_computed')
+def test_an_image_size_in_another_order_is_refused(size: str, saved: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(_command(saved, '--input-size', *size.split())) == 1
+    error = capsys.readouterr().err
+    assert f'--input-size {size}: expected channels, height and width' in error and '3 channels' in error
+
+
+def test_an_image_size_in_the_right_order_is_used(saved: Path, tmp_path: Path) -> None:
+    report = tmp_path / 'report.json'
+    assert main(_command(saved, '--input-size', '3', '96', '32', '--report', str(report))) == 0
+    assert Report.load(report).size == (96, 32)
+
+
+@pytest.mark.parametrize('flag', ['--checkpoint', '--model'])
+def test_without_pretrained_no_weights_of_a_checkpoint_are_used(flag: str, run: Path, tmp_path: Path) -> None:
+    weights = {}
+    for source in (run, run / 'best', run / LAST):
+        for switch in ('--pretrained', '--no-pretrained'):
+            report = tmp_path / 'report.json'
+            assert main(['eval', flag, str(source), *ON, switch, '--report', str(report)]) == 0
+            weights.setdefault(switch, set()).add(Report.load(report).weights)
+    assert not weights['--pretrained'] & weights['--no-pretrained']
+    assert len(weights['--pretrained']) == 1

@@ -80,6 +80,11 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         print(compare(*map(Report.load, args.compare)))
         return
+    if args.input_size and (args.input_size[0] != 3 or min(args.input_size) < 1):
+        raise ValueError(
+            f'--input-size {" ".join(map(str, args.input_size))}: expected channels, height and width in this order, '
+            'and images have 3 channels, e.g. --input-size 3 288 144'
+        )
     if is_rank_zero():
         for path in filter(None, (args.report, args.results_file)):
             check_writable(path)
