@@ -108,3 +108,39 @@ def test_without_pretrained_no_weights_of_a_checkpoint_are_used(flag: str, run: 
             weights.setdefault(switch, set()).add(Report.load(report).weights)
     assert not weights['--pretrained'] & weights['--no-pretrained']
     assert len(weights['--pretrained']) == 1
+
+
+MISTAKES = {
+    'no name of a model': (['--checkpoint', '', *DATA], 'the name of the model is empty'),
+    'a word instead of KEY=VALUE': ('--checkpoint {saved} --dataset-kwargs trial 3'.split(), ''),
+    'text for a share': (
+        '--checkpoint {saved} --data-dir {data} --dataset-kwargs test_share=abc'.split(),
+        'test_share',
+    ),
+    'one number for a size': ('--checkpoint {saved} --dataset synthetic --dataset-kwargs size=64'.split(), 'size'),
+    'half an identity': (
+        '--checkpoint {saved} --dataset synthetic --dataset-kwargs identities=2.5'.split(),
+        'identities',
+    ),
+    'nothing for a number': ('--checkpoint {saved} --dataset synthetic --dataset-kwargs seed=None'.split(), 'seed'),
+    'a device that torch was not built for': ([*'--checkpoint {saved} --device xpu'.split(), *DATA], 'xpu'),
+    'a device that computes nothing': ([*'--checkpoint {saved} --device meta'.split(), *DATA], 'meta'),
+    'no name of a report': ([*'--checkpoint {saved} --report'.split(), '', *DATA], 'directory'),
+    'no name of a table': ([*'--checkpoint {saved} --results-file'.split(), '', *DATA], 'directory'),
+    'a folder for a report': ('--compare {data} {data}'.split(), 'directory'),
+    'another file for a report': ('--compare {saved}/model.safetensors {data}'.split(), 'is not a report'),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_mistake_is_one_line(mistake: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments, words = MISTAKES[mistake]
+    for modality in ('visible', 'infrared'):
+        (tmp_path / 'train' / modality / 'anna').mkdir(parents=True)
+    try:
+        status = main(['eval', *(argument.format(saved=saved, data=tmp_path) for argument in arguments)])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status in (1, 2) and words in error and 'Traceback' not in error
+    assert error.strip().splitlines()[-1].startswith(('vireid: error: ', 'vireid eval: error: '))

@@ -454,6 +454,33 @@ def test_a_damaged_checkpoint_of_a_run_is_only_damaged(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    'command',
+    [
+        ['check', ''],
+        ['save', '', '{out}'],
+        ['save', '{saved}', '{out}', '--report', ''],
+        ['save', '{saved}', '{out}', '--dataset', ''],
+        ['save', '{saved}', '{out}', '--dataset', 'synthetic', '--dataset-kwargs', 'size=64'],
+        ['save', '{saved}', '{out}', '--dataset', 'synthetic', '--dataset-kwargs', 'trial'],
+        ['save', '{saved}', '{out}', '--dataset', 'synthetic', '--device', 'meta'],
+        ['save', '{saved}', ''],
+        ['push', '', 'me/it'],
+        ['push', '{saved}', ''],
+        ['convert', '', '{out}', '--from', 'agw'],
+    ],
+)
+def test_a_mistake_is_one_line(command: list, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    try:
+        status = main(['hub', *(word.format(saved=saved, out=tmp_path / 'out') for word in command)])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status in (1, 2) and 'Traceback' not in error
+    assert error.strip().splitlines()[-1].startswith(('vireid: error: ', 'vireid hub save: error: '))
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
     ('source', 'message'),
     [
         ('vireid_dml_r51', 'no file, folder or model .vireid_dml_r51.; models of this library: vireid_'),

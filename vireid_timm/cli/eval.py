@@ -86,9 +86,10 @@ def run(args: argparse.Namespace) -> None:
             'and images have 3 channels, e.g. --input-size 3 288 144'
         )
     if is_rank_zero():
-        for path in filter(None, (args.report, args.results_file)):
-            check_writable(path)
-        if args.results_file:
+        for path in (args.report, args.results_file):
+            if path is not None:
+                check_writable(path)
+        if args.results_file is not None:
             read_results(args.results_file)
     with process_group(args.device) as device:
         report = _evaluate(args, device)
@@ -137,7 +138,7 @@ def _show(report: 'Report', args: argparse.Namespace) -> None:
             print(f'\n{name} by {by}\n{breakdown_table(result, by)}')
         if args.failures:
             print(f'\n{name}, the worst queries\n{failures_table(result)}')
-    if args.report:
+    if args.report is not None:
         report.save(args.report)
-    if args.results_file:
+    if args.results_file is not None:
         report.save_csv(args.results_file)

@@ -59,8 +59,8 @@ def save(args: argparse.Namespace) -> None:
     from ..hub.publish import check_model
 
     check_target(args.folder)
-    report = Report.load(args.report) if args.report else None
-    if args.dataset:
+    report = Report.load(args.report) if args.report is not None else None
+    if args.dataset is not None:
         dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
         model = load_model(args.source)
         learned, problem = split_problem(args.source, dataset)

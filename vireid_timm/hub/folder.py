@@ -96,6 +96,8 @@ def split_problem(source: str | Path, dataset: Dataset) -> tuple[int, str]:
 def _locate(source: str | Path) -> tuple[str, Path | None]:
     """Return timm's name of a model, and the training checkpoint to load if the source is one."""
     name, path = str(source), Path(source)
+    if source == '':  # a path would make it the current folder
+        raise ValueError('the name of the model is empty; give a registered model, hf-hub:OWNER/NAME or a folder')
     is_registered = timm.is_model(name.partition('.')[0])
     if not path.exists() or (is_registered and isinstance(source, str)):
         try:
