@@ -1,5 +1,7 @@
 """`vireid eval`: mistakes are found before anything is computed, and no result is lost."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,3 +146,31 @@ def test_a_mistake_is_one_line(mistake: str, saved: Path, tmp_path: Path, capsys
     error = capsys.readouterr().err
     assert status in (1, 2) and words in error and 'Traceback' not in error
     assert error.strip().splitlines()[-1].startswith(('vireid: error: ', 'vireid eval: error: '))
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems allow no such names')
+def test_names_in_another_encoding_reach_the_report(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    encoded = '张'.encode('gbk')
+    data = os.path.join(os.fsencode(tmp_path), encoded)
+    assert main(['synth', os.fsdecode(data), *'--identities 2 --test-identities 3 --size 64 32'.split()]) == 0
+    for split in (b'query', b'gallery'):
+        for modality in (b'visible', b'infrared'):
+            folder = os.path.join(data, split, modality)
+            for person in os.listdir(folder):
+                os.rename(os.path.join(folder, person), os.path.join(folder, encoded + person))
+    report, table = (tmp_path / os.fsdecode(encoded + ending) for ending in (b'.json', b'.csv'))
+    written = ['--report', str(report), '--results-file', str(table), '--breakdown', 'identity', '--failures', '2']
+    where = ['--data-dir', os.fsdecode(data), '--workers', '0', '--device', 'cpu']
+    command = [sys.executable, '-m', 'vireid_timm', 'eval', '--checkpoint', str(saved), *where, *written]
+    subprocess.run(command, check=True, env={**os.environ, 'PYTHONIOENCODING': 'utf-8:backslashreplace'})
+    assert r'\udcd5\udcc5' in capfd.readouterr().out
+    (result,) = (result for name, result in Report.load(report).protocols.items() if name == 'visible-to-infrared')
+    assert {os.fsencode(name)[: len(encoded)] for name in result.queries['identity']} == {encoded}
+    assert os.fsencode(result.failures[0]['path']).startswith(b'query/visible/' + encoded)
+    assert len(read_results(table)) == 3
+    release = str(tmp_path / 'release')
+    assert main(['hub', 'save', str(saved), release, '--report', str(report)]) == 0
+    for card in Path(release).glob('*.[mj]*'):
+        assert card.suffix == '.safetensors' or card.read_text(encoding='utf-8')
+    assert main(['hub', 'save', str(saved), release, '--data-terms', os.fsdecode(encoded)]) == 1
+    assert '--data-terms' in capfd.readouterr().err

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -304,3 +305,18 @@ def test_another_file_is_no_table_of_results(tmp_path, result, content):
     with pytest.raises(ValueError, match='results.csv is not a table of results.*give another file'):
         make_report({'all-single': result}).save_csv(path)
     assert path.read_bytes() == content
+
+
+def test_names_in_another_encoding_are_written_and_read_back(tmp_path, result):
+    name = os.fsdecode('张'.encode('gbk'))
+    queries = {**result.queries, **{column: [name] * len(result.queries['path']) for column in ('path', 'identity')}}
+    named = dataclasses.replace(result, queries=queries, failures=[{**FAILURE, 'path': name, 'identity': name}])
+    report = make_report({'all-single': named}, options={'list': name, 'half': '\ud800'})
+    report.save(tmp_path / f'{name}.json')
+    assert Report.load(tmp_path / f'{name}.json') == report
+    report.save_csv(tmp_path / f'{name}.csv')
+    report.save_csv(tmp_path / f'{name}.csv')
+    rows = read_results(tmp_path / f'{name}.csv')
+    assert [row['options'] for row in rows] == [
+        f'list={name}, half='.encode('utf-8', 'backslashreplace').decode() + r'\ud800'
+    ] * 2

@@ -59,6 +59,7 @@ def save(args: argparse.Namespace) -> None:
     from ..hub.publish import check_model
 
     check_target(args.folder)
+    publication = _publication(args)
     report = Report.load(args.report) if args.report is not None else None
     if args.dataset is not None:
         dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
@@ -71,12 +72,17 @@ def save(args: argparse.Namespace) -> None:
         device = resolve_device(args.device)
         names = ('batch_size', 'skip_broken', 'cache', 'workers')
         report = evaluate(model.to(device), dataset, progress=True, **{name: getattr(args, name) for name in names})
-    save_run(args.source, args.folder, report=report, **_publication(args))
+    save_run(args.source, args.folder, report=report, **publication)
     print(*check_model(args.folder), sep='\n')
     print(f'Model: {args.folder}')
 
 
 def _publication(args: argparse.Namespace) -> dict[str, Any]:
+    for flag, text in (('--license', args.license), ('--data-terms', args.data_terms)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f'{flag} {text!r} is not text in UTF-8, which a model card has to be') from error
     return {name: getattr(args, name) for name in ('half', 'license', 'data_terms')}
 
 

@@ -123,7 +123,8 @@ class Report:
         """
         rows = read_results(path) + [_csv_row(self, name, result) for name, result in self.protocols.items()]
         columns = dict.fromkeys(column for row in rows for column in row)  # other versions have others
-        with whole_file(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file:
+        text = dict(encoding='utf-8', errors='backslashreplace', newline='')  # options may hold any name
+        with whole_file(path) as temporary, open(temporary, 'w', **text) as file:
             writer = csv.DictWriter(file, list(columns), restval='', lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)
