@@ -438,6 +438,8 @@ def test_plain_weights_are_told_how_to_load(name: str, num_classes: int, run: Pa
     with pytest.raises(ValueError, match=f'{name}.* vireid hub convert {path} DIR --from agw$') as caught:
         load_model(path)
     assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(str(caught.value))):
+        save_run(path, tmp_path / 'release')
     # What it advises works.
     call = re.search(r'vireid_timm.save_model_folder\(.*DIR\)', str(caught.value))[0]
     names = dict(vireid_timm=vireid_timm, timm=timm, NAME='vireid_dml_r10t', N=num_classes, DIR=tmp_path / 'out')

@@ -270,9 +270,9 @@ def save_run(
     prefix, source = parse_model_name(_locate(run)[0])
     if prefix != 'local-dir':
         raise ValueError(f'{run} is not a folder; give a run folder or a Hub-ready folder')
+    model = _load(run)
     config = read_config(Path(source))
     facts = {name: value for name, value in config.get('vireid', {}).items() if name not in ('weights', 'evaluation')}
-    model = _load(run)
     if report is not None:
         _check_report(report, model, half)
         _check_split(report, f'{prefix}:{source}')
