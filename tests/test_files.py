@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vireid_timm import files
-from vireid_timm.files import STALE_AFTER, remove_leftovers, save_json, whole_file, whole_folder
+from vireid_timm.files import STALE_AFTER, check_writable, remove_leftovers, save_json, whole_file, whole_folder
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -144,3 +144,15 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
         (temporary / 'model').write_text('two')
     assert (target / 'model').read_text() == 'one'
     assert [path.name for path in tmp_path.iterdir()] == ['best']
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    for path in (tmp_path / 'file', tmp_path / 'deep/new/file'):
+        check_writable(path)
+    check_writable(tmp_path, is_folder=True)
+    for path in (tmp_path, tmp_path / 'file/new', '/proc/new'):
+        with pytest.raises(OSError) as caught:
+            check_writable(path)
+        assert caught.value.filename == str(path)
+    assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and locks that end with the process that holds them."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -106,6 +108,27 @@ def last_written(path: Path) -> float:
         for written in path.glob('*'):
             times.append(written.stat().st_mtime)
     return max(times)
+
+
+def check_writable(path: str | Path, is_folder: bool = False) -> None:
+    """Check that `whole_file` or `whole_folder` can write there, before the work that it is for; creates nothing.
+
+    Args:
+        path: The file, or the folder.
+        is_folder: Whether it is a folder.
+
+    Raises:
+        OSError: It cannot; the error names the path.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        if path.is_dir() and not is_folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def save_json(path: str | Path, value: Any) -> None:

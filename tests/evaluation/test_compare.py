@@ -121,6 +121,7 @@ def test_every_setting_is_compared(result):
         size=(128, 64),
         precision='bfloat16',
         skipped_images=1,
+        learned_identities=3,
         versions={},
     )
     assert set(others) == {field.name for field in dataclasses.fields(Report)} - {'protocols'}

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from reports import FAILURE, SETTINGS, make_report, make_trials
 
 from vireid_timm.constants import INFRARED
 from vireid_timm.evaluation.confidence import bootstrap_intervals
-from vireid_timm.evaluation.report import METRICS, Report, summarise
+from vireid_timm.evaluation.report import METRICS, Report, read_results, summarise
 
 
 def per_query(trials):
@@ -270,3 +271,52 @@ def test_csv(tmp_path, result):
     with open(tmp_path / 'features.csv', encoding='utf-8', newline='') as file:
         (row,) = csv.DictReader(file)
     assert (row['model'], row['img_height'], row['versions']) == ('', '', '')
+
+
+def test_rows_are_appended_to_a_table_of_results(tmp_path, result):
+    path = tmp_path / 'results.csv'
+    path.touch()  # as mktemp leaves it
+    make_report({'all-single': result}).save_csv(path)
+    first = path.read_text(encoding='utf-8')
+    make_report({'all-single': result, 'all-multi': result}, model='other').save_csv(path)
+    assert path.read_text(encoding='utf-8').startswith(first)
+    rows = read_results(path)
+    assert [(row['model'], row['protocol']) for row in rows] == [
+        ('vireid_dml_r50', 'all-single'),
+        ('other', 'all-single'),
+        ('other', 'all-multi'),
+    ]
+
+
+def test_rows_of_another_version_keep_their_columns(tmp_path, result):
+    path = tmp_path / 'results.csv'
+    path.write_text('model,protocol,mAP,note\nold,all-single,12.5,"by hand, once"\n')
+    make_report({'all-single': result}).save_csv(path)
+    old, new = read_results(path)
+    assert (old['model'], old['mAP'], old['note'], old['rank1']) == ('old', '12.5', 'by hand, once', '')
+    assert (new['model'], new['note']) == ('vireid_dml_r50', '')
+    assert float(new['mAP']) == round(100 * result.mean['mAP'], 4)
+
+
+@pytest.mark.parametrize('content', [b'my notes\n', b'\x89PNG\r\n\x1a\n\x00', b'model,protocol\na,b,c\n', b'\x00'])
+def test_another_file_is_no_table_of_results(tmp_path, result, content):
+    path = tmp_path / 'results.csv'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='results.csv is not a table of results.*give another file'):
+        make_report({'all-single': result}).save_csv(path)
+    assert path.read_bytes() == content
+
+
+def test_names_in_another_encoding_are_written_and_read_back(tmp_path, result):
+    name = os.fsdecode('张'.encode('gbk'))
+    queries = {**result.queries, **{column: [name] * len(result.queries['path']) for column in ('path', 'identity')}}
+    named = dataclasses.replace(result, queries=queries, failures=[{**FAILURE, 'path': name, 'identity': name}])
+    report = make_report({'all-single': named}, options={'list': name, 'half': '\ud800'})
+    report.save(tmp_path / f'{name}.json')
+    assert Report.load(tmp_path / f'{name}.json') == report
+    report.save_csv(tmp_path / f'{name}.csv')
+    report.save_csv(tmp_path / f'{name}.csv')
+    rows = read_results(tmp_path / f'{name}.csv')
+    assert [row['options'] for row in rows] == [
+        f'list={name}, half='.encode('utf-8', 'backslashreplace').decode() + r'\ud800'
+    ] * 2

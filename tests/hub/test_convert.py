@@ -337,6 +337,46 @@ def test_what_timm_loads_is_not_converted(name, command, tmp_path):
         convert_checkpoint(path, 'agw')
 
 
+DEEN = ['DEE.FC11.weight', 'MFA1.CNL.g.weight', 'MFA3.PNL.W.1.running_var', 'visible_module.visible.conv1.weight']
+DEEN_ON_REGDB = [key for key in DEEN if not key.startswith('MFA3')]
+MPANET = [
+    'backbone.conv1.weight',
+    'backbone.layer1.0.conv1.weight',
+    'backbone.MAM4.channel_attention.0.weight',
+    'spatial_attention.weight',
+    'visible_classifier.weight',
+    'infrared_classifier_.weight',
+    'bn_neck.weight',
+]
+MPANET_WITHOUT_ATTENTION = [key for key in MPANET if 'MAM' not in key and 'attention' not in key]
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
+@pytest.mark.parametrize(
+    ('keys', 'network'),
+    [
+        (DEEN, r'DEEN \(arXiv:2303.14481\): .*DEE.*MFA'),
+        (DEEN_ON_REGDB, 'DEEN'),
+        (MPANET, 'MPANet .*single stem'),
+        (MPANET_WITHOUT_ATTENTION, 'MPANet'),
+    ],
+)
+def test_other_networks_are_refused_by_name(keys, network, prefix, tmp_path):
+    path = saved(tmp_path / 'best.t', {'net': {prefix + key: torch.ones(1) for key in keys}})
+    with pytest.raises(ValueError, match=f'from agw: it is a checkpoint of {network}.* no counterpart in'):
+        convert_checkpoint(path, 'agw')
+
+
+@pytest.mark.parametrize('value', [torch.nan, -torch.inf])
+def test_weights_that_are_not_numbers_are_named_and_leave_nothing(value, agw_state, tmp_path, capsys):
+    broken = {**agw_state, 'bottleneck.running_var': agw_state['bottleneck.running_var'].clone()}
+    broken['bottleneck.running_var'][3] = value
+    path = saved(tmp_path / 'agw.t', {'net': broken})
+    assert main(['hub', 'convert', str(path), str(tmp_path / 'out'), '--from', 'agw']) == 1
+    assert 'that are NaN or infinite: bottleneck.running_var' in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ['agw.t']
+
+
 @pytest.mark.parametrize('ending', ['pth', 'safetensors'])
 @pytest.mark.parametrize('num_classes', [0, 5])
 def test_timm_loads_our_own_weights_from_a_file(ending, num_classes, tmp_path):

@@ -1,9 +1,11 @@
 """Hub-ready folders: how they are written, and how models are named and loaded."""
 
 import json
+import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 import vireid_timm
 from vireid_timm.cli.main import main
+from vireid_timm.hub.card import results_of
 from vireid_timm.hub.folder import (
     REFERENCE,
     load_model,
@@ -79,6 +82,46 @@ def test_a_saved_model_is_loaded_with_its_arguments_and_weights(tmp_path: Path, 
     assert check_model(tmp_path / 'model')
 
 
+def _compiled(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.compile(model, backend='eager')
+
+
+def _distributed(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures('group')
+@pytest.mark.parametrize(
+    'wraps',
+    [
+        (_compiled,),
+        (torch.nn.DataParallel,),
+        (_distributed,),
+        (_distributed, _compiled),
+        (_compiled, _distributed),
+        (timm.utils.ModelEmaV3,),
+    ],
+)
+def test_a_wrapped_model_is_saved_as_the_model_in_it(wraps: tuple, tmp_path: Path) -> None:
+    model = _model(num_classes=5, **SMALL)
+    wrapped = model
+    for wrap in wraps:
+        wrapped = wrap(wrapped)
+    save_model_folder(wrapped, tmp_path / 'wrapped')
+    save_model_folder(model, tmp_path / 'plain')
+    for name in ('config.json', 'model.safetensors', 'reference.safetensors'):
+        assert (tmp_path / 'wrapped' / name).read_bytes() == (tmp_path / 'plain' / name).read_bytes()
+    save_model_config(wrapped, tmp_path / 'config.json')
+    assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == 'vireid_dml_r10t'
+
+
 def test_files_are_for_everybody_to_read_where_the_users_files_are(saved: Path) -> None:
     modes = {stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
     assert len(modes) == 1
@@ -113,6 +156,29 @@ def test_what_half_precision_cannot_hold_is_named(tmp_path: Path) -> None:
         model.global_head.neck.running_var[0] = 1e6
     with pytest.raises(ValueError, match='global_head.neck.running_var.*half'):
         save_model_folder(model, tmp_path / 'model', half=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('tensor', ['global_head.neck.running_var', 'stem.infrared.conv1.0.weight'])
+def test_weights_that_are_not_numbers_are_named_and_leave_nothing(
+    tensor: str, half: bool, value: float, tmp_path: Path
+) -> None:
+    model = _model(**SMALL)
+    with torch.no_grad():
+        model.state_dict()[tensor].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f'NaN or infinite are not saved: {tensor}$'):
+        save_model_folder(model, tmp_path / 'model', half=half)
+    assert not list(tmp_path.iterdir())
+
+
+def test_finite_weights_with_other_features_leave_nothing(tmp_path: Path) -> None:
+    model = _model(**SMALL)
+    with torch.no_grad():
+        model.stem.visible.conv1[1].running_var.fill_(-1.0)  # a variance
+    with pytest.raises(ValueError, match='features of this model are not finite'):
+        save_model_folder(model, tmp_path / 'model')
     assert not list(tmp_path.iterdir())
 
 
@@ -168,6 +234,29 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / 'photos/me.jpg').is_file()
 
 
+@pytest.mark.parametrize('kind', ['file', 'link to a folder', 'link to a file', 'link to nothing', 'in a file'])
+def test_a_file_or_a_link_is_not_replaced(
+    kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target, file, folder = tmp_path / 'release', tmp_path / 'thesis.tex', tmp_path / 'folder'
+    file.write_text('mine')
+    folder.mkdir()
+    if kind == 'file':
+        target = file
+    elif kind == 'in a file':
+        target = file / 'release'
+    else:
+        target.symlink_to({'folder': folder, 'file': file, 'nothing': tmp_path / 'nothing'}[kind.split()[-1]])
+    before = sorted(tmp_path.iterdir())
+    # Before an evaluation: the dataset does not exist.
+    assert main(['hub', 'save', str(saved), str(target), '--dataset', 'folder', '--data-dir', 'no/such/data']) == 1
+    assert str(target) in capsys.readouterr().err
+    with pytest.raises((ValueError, OSError), match=str(target)):
+        save_model_folder(_model(**SMALL), target)
+    assert file.read_text() == 'mine' and sorted(tmp_path.iterdir()) == before
+    assert target.is_symlink() == kind.startswith('link')
+
+
 # From a run to a folder
 
 
@@ -210,6 +299,43 @@ def test_a_report_of_other_weights_is_refused(saved: Path, tmp_path: Path) -> No
     save_model_folder(other, tmp_path / 'other')
     assert main(['hub', 'save', str(tmp_path / 'other'), str(tmp_path / 'wrong'), '--report', str(path)]) == 1
     assert not (tmp_path / 'wrong').exists() and not (tmp_path / 'rounded').exists()
+
+
+def test_hub_save_has_the_flags_that_its_messages_name(saved: Path, tmp_path: Path, capsys) -> None:
+    assert main(['synth', str(tmp_path / 'data'), *'--identities 2 --test-identities 2 --size 64 32'.split()]) == 0
+    broken = next((tmp_path / 'data/query').rglob('*.*g'))
+    broken.write_bytes(b'no image')
+    command = ['hub', 'save', str(saved), str(tmp_path / 'out'), '--dataset', 'folder', '--data-dir']
+    command += [str(tmp_path / 'data'), '--device', 'cpu', '--cache', 'ram', '--workers', '0']
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert str(broken) in error and '(--skip-broken)' in error
+    assert main([*command, '--skip-broken']) == 0
+    assert _config(tmp_path / 'out')['vireid']['evaluation']['skipped_images'] == 1
+
+
+def test_results_of_an_earlier_release_are_not_lost(saved: Path, tmp_path: Path) -> None:
+    release, dataset = tmp_path / 'release', vireid_timm.create_dataset('synthetic', **DATA)
+    report = vireid_timm.evaluate(load_model(saved), dataset, 'infrared-to-visible', cache='off')
+    save_run(saved, release, report=report, note='Twice the same.')
+    evaluation, card = _config(release)['vireid']['evaluation'], (release / 'README.md').read_text()
+    # The same weights keep their results, however often they are saved.
+    for _ in range(2):
+        save_run(saved, release, license='mit', note='Twice the same.')
+        assert _config(release)['vireid']['evaluation'] == evaluation
+        again = (release / 'README.md').read_text()
+        assert results_of(again) == results_of(card) and str(report) in again and again.count('Twice the same.') == 1
+        assert 'model-index' in again and 'license: mit' in again
+    # Other weights do not inherit them, and do not remove them.
+    other = _model(num_classes=5)
+    save_model_folder(other, tmp_path / 'other')
+    for source, half in ((tmp_path / 'other', False), (saved, True)):
+        with pytest.raises(ValueError, match='release holds results of the weights .*--dataset.*--report.*another'):
+            save_run(source, release, half=half)
+    assert (release / 'README.md').read_text() == again
+    new = vireid_timm.evaluate(load_model(tmp_path / 'other'), dataset, 'infrared-to-visible', cache='off')
+    save_run(tmp_path / 'other', release, report=new)
+    assert _config(release)['vireid']['evaluation']['weights'] == new.weights
 
 
 def test_a_run_is_saved_from_its_best_model(saved: Path, tmp_path: Path) -> None:
@@ -276,6 +402,21 @@ def test_a_model_loads_by_every_name(run: Path) -> None:
     assert not torch.equal(_features(load_model(run, pretrained=False)), averaged)
 
 
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_checkpoints_of_wrapped_models_are_read_as_timm_reads_them(prefix: str, run: Path) -> None:
+    expected = _features(load_model(run / LAST))
+    state = torch.load(run / LAST, weights_only=True)
+    for key in ('state_dict', 'state_dict_ema'):
+        state[key] = {prefix + name: value for name, value in state[key].items()}
+    write_checkpoint(run, state)
+    torch.testing.assert_close(_features(load_model(run / LAST)), expected, rtol=0, atol=0)
+    weights = run / 'best/model.safetensors'
+    expected = _features(load_model(run))
+    stored = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({prefix + name: value for name, value in stored.items()}, weights)
+    torch.testing.assert_close(_features(load_model(run)), expected, rtol=0, atol=0)
+
+
 def test_a_checkpoint_is_saved_with_its_averaged_weights(run: Path, tmp_path: Path) -> None:
     save_run(run / LAST, tmp_path / 'out')
     torch.testing.assert_close(_features(load_model(tmp_path / 'out')), _features(load_model(run / LAST)))
@@ -283,6 +424,62 @@ def test_a_checkpoint_is_saved_with_its_averaged_weights(run: Path, tmp_path: Pa
     for source in ('vireid_dml_r10t.synthvi', 'hf-hub:me/it'):
         with pytest.raises(ValueError, match=f'{source} is not a folder'):
             save_run(source, tmp_path / 'other')
+
+
+@pytest.mark.parametrize('num_classes', [0, 5])
+@pytest.mark.parametrize('name', ['mine.pth', 'mine.pt', 'mine.t', 'mine.bin', 'mine.safetensors'])
+def test_plain_weights_are_told_how_to_load(name: str, num_classes: int, run: Path, tmp_path: Path) -> None:
+    model = _model(num_classes=num_classes, img_size=(128, 64))
+    path = run / name  # not taken for a name of the run's model
+    if path.suffix == '.safetensors':
+        safetensors.torch.save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match=f'{name}.* vireid hub convert {path} DIR --from agw$') as caught:
+        load_model(path)
+    assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(str(caught.value))):
+        save_run(path, tmp_path / 'release')
+    # What it advises works.
+    call = re.search(r'vireid_timm.save_model_folder\(.*DIR\)', str(caught.value))[0]
+    names = dict(vireid_timm=vireid_timm, timm=timm, NAME='vireid_dml_r10t', N=num_classes, DIR=tmp_path / 'out')
+    exec(call, names)
+    model.reset_classifier(0)
+    torch.testing.assert_close(_features(load_model(tmp_path / 'out')), _features(model), rtol=0, atol=0)
+
+
+def test_a_damaged_checkpoint_of_a_run_is_only_damaged(run: Path) -> None:
+    (run / LAST).write_bytes(b'1234')
+    with pytest.raises(ValueError, match='damaged') as caught:
+        load_model(run / LAST)
+    assert 'plain weights' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        ['check', ''],
+        ['save', '', '{out}'],
+        ['save', '{saved}', '{out}', '--report', ''],
+        ['save', '{saved}', '{out}', '--dataset', ''],
+        ['save', '{saved}', '{out}', '--dataset', 'synthetic', '--dataset-kwargs', 'size=64'],
+        ['save', '{saved}', '{out}', '--dataset', 'synthetic', '--dataset-kwargs', 'trial'],
+        ['save', '{saved}', '{out}', '--dataset', 'synthetic', '--device', 'meta'],
+        ['save', '{saved}', ''],
+        ['push', '', 'me/it'],
+        ['push', '{saved}', ''],
+        ['convert', '', '{out}', '--from', 'agw'],
+    ],
+)
+def test_a_mistake_is_one_line(command: list, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    try:
+        status = main(['hub', *(word.format(saved=saved, out=tmp_path / 'out') for word in command)])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status in (1, 2) and 'Traceback' not in error
+    assert error.strip().splitlines()[-1].startswith(('vireid: error: ', 'vireid hub save: error: '))
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(

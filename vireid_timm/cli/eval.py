@@ -1,11 +1,13 @@
 """`vireid eval`."""
 
 import argparse
+import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
-from ..constants import CACHES, CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
+from ..constants import CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
 from ..training.config import MODEL_HELP
-from .parser import Parser, add_batch_size_flag, add_data_flags, add_device_flag, add_switch
+from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag, add_switch
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +40,7 @@ def _add_data(group: Any) -> None:
     group.add_argument('--protocol', nargs='+', metavar='NAME', help=text)
     text = "how gallery images are sampled: seeded (AGW's code) or official (the owners' file) (default: seeded)"
     group.add_argument('--draw', choices=DRAWS, default='seeded', help=text)
-    text = 'skip unreadable images instead of stopping (default: off)'
-    group.add_argument('--skip-broken', action='store_true', help=text)
-    group.add_argument('--cache', choices=CACHES, default='auto', help='where to keep decoded images (default: auto)')
-    text = 'images decoded at once (default: one per core, at most 8)'
-    group.add_argument('--workers', type=int, metavar='N', help=text)
+    add_decoding_flags(group)
 
 
 def _add_features(group: Any) -> None:
@@ -68,18 +66,31 @@ def _add_output(group: Any) -> None:
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
     group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
-    group.add_argument('--results-file', metavar='FILE.csv', help='save one row per protocol (default: none)')
+    text = 'append one row per protocol to this table (default: none)'
+    group.add_argument('--results-file', metavar='FILE.csv', help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a model, or compare two reports."""
     from ..distributed import is_rank_zero, process_group
     from ..evaluation.compare import compare
-    from ..evaluation.report import Report
+    from ..evaluation.report import Report, read_results
+    from ..files import check_writable
 
     if args.compare:
         print(compare(*map(Report.load, args.compare)))
         return
+    if args.input_size and (args.input_size[0] != 3 or min(args.input_size) < 1):
+        raise ValueError(
+            f'--input-size {" ".join(map(str, args.input_size))}: expected channels, height and width in this order, '
+            'and images have 3 channels, e.g. --input-size 3 288 144'
+        )
+    if is_rank_zero():
+        for path in (args.report, args.results_file):
+            if path is not None:
+                check_writable(path)
+        if args.results_file is not None:
+            read_results(args.results_file)
     with process_group(args.device) as device:
         report = _evaluate(args, device)
     if is_rank_zero():
@@ -90,11 +101,14 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
     from ..data.readers import create_dataset
     from ..device import autocast_dtype
     from ..evaluation.evaluate import evaluate
-    from ..hub.folder import load_model
+    from ..hub.folder import load_model, split_problem
 
     dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
     model = load_model(args.model, pretrained=args.pretrained)
-    return evaluate(
+    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
+    if problem:
+        logging.getLogger(__name__).warning(problem)
+    report = evaluate(
         model.to(device),
         dataset,
         args.protocol,
@@ -112,18 +126,19 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         workers=args.workers,
         progress=True,
     )
+    return dataclasses.replace(report, learned_identities=learned)
 
 
 def _show(report: 'Report', args: argparse.Namespace) -> None:
     from ..evaluation.breakdown import breakdown_table, failures_table
 
-    if args.report:
-        report.save(args.report)
-    if args.results_file:
-        report.save_csv(args.results_file)
     print(report)
     for name, result in report.protocols.items():
         for by in args.breakdown:
             print(f'\n{name} by {by}\n{breakdown_table(result, by)}')
         if args.failures:
             print(f'\n{name}, the worst queries\n{failures_table(result)}')
+    if args.report is not None:
+        report.save(args.report)
+    if args.results_file is not None:
+        report.save_csv(args.results_file)

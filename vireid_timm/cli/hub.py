@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import DATASETS, SOURCES
-from .parser import Parser, add_batch_size_flag, add_data_flags, add_device_flag
+from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,6 +35,7 @@ def _add_save(actions: Any) -> None:
     text = f'or evaluate on all protocols of this dataset first: {", ".join(DATASETS)} (default: none)'
     measured.add_argument('--dataset', metavar='NAME', help=text)
     add_data_flags(parser)
+    add_decoding_flags(parser)
     add_batch_size_flag(parser)
     add_device_flag(parser)
     parser.set_defaults(run=save)
@@ -54,23 +55,34 @@ def save(args: argparse.Namespace) -> None:
     from ..device import resolve_device
     from ..evaluation.evaluate import evaluate
     from ..evaluation.report import Report
-    from ..hub.folder import load_model, round_to_half, save_run
+    from ..hub.folder import check_target, load_model, round_to_half, save_run, split_problem
     from ..hub.publish import check_model
 
-    report = Report.load(args.report) if args.report else None
-    if args.dataset:
+    check_target(args.folder)
+    publication = _publication(args)
+    report = Report.load(args.report) if args.report is not None else None
+    if args.dataset is not None:
         dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
         model = load_model(args.source)
+        learned, problem = split_problem(args.source, dataset)
+        if learned:
+            raise ValueError(problem)
         if args.half:  # measure what is published
             round_to_half(model)
         device = resolve_device(args.device)
-        report = evaluate(model.to(device), dataset, batch_size=args.batch_size, progress=True)
-    save_run(args.source, args.folder, report=report, **_publication(args))
+        names = ('batch_size', 'skip_broken', 'cache', 'workers')
+        report = evaluate(model.to(device), dataset, progress=True, **{name: getattr(args, name) for name in names})
+    save_run(args.source, args.folder, report=report, **publication)
     print(*check_model(args.folder), sep='\n')
     print(f'Model: {args.folder}')
 
 
 def _publication(args: argparse.Namespace) -> dict[str, Any]:
+    for flag, text in (('--license', args.license), ('--data-terms', args.data_terms)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f'{flag} {text!r} is not text in UTF-8, which a model card has to be') from error
     return {name: getattr(args, name) for name in ('half', 'license', 'data_terms')}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
+from ..constants import CACHES
+
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Break lines at spaces only, not within `--grad-accum-steps`."""
@@ -58,3 +60,12 @@ def add_device_flag(group: Any) -> None:
     """Add where to compute."""
     text = 'device; falls back to the CPU where there is no GPU (default: cuda)'
     group.add_argument('--device', default='cuda', metavar='NAME', help=text)
+
+
+def add_decoding_flags(group: Any) -> None:
+    """Add how test images are decoded."""
+    text = 'skip unreadable images instead of stopping (default: off)'
+    group.add_argument('--skip-broken', action='store_true', help=text)
+    group.add_argument('--cache', choices=CACHES, default='auto', help='where to keep decoded images (default: auto)')
+    text = 'images decoded at once (default: one per core, at most 8)'
+    group.add_argument('--workers', type=int, metavar='N', help=text)

@@ -188,7 +188,7 @@ def _report(
         check_finite(features[_on_device(features, rows)], dataset.test.path[rows])
     metrics = _rank(features, dataset, plans, reranking)
     paths = relative_paths(dataset.root, dataset.test.path.tolist())
-    images = hashlib.sha256('\n'.join(paths).encode())
+    images = hashlib.sha256('\n'.join(paths).encode('utf-8', 'surrogatepass'))  # names may be in another encoding
     results = {}
     for plan in plans:
         protocol, trials = plan.protocol, plan.trials

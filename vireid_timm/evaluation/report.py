@@ -85,6 +85,7 @@ class Report:
         size: Height and width of the input images.
         precision: Dtype that the network computed in, e.g. `float32`.
         skipped_images: Number of broken test images that were skipped.
+        learned_identities: Number of test identities that the model was trained on, as far as `vireid eval` can tell.
         versions: Versions of the packages.
     """
 
@@ -100,6 +101,7 @@ class Report:
     size: tuple[int, int] | None = None
     precision: str = ''
     skipped_images: int = 0
+    learned_identities: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
@@ -114,10 +116,16 @@ class Report:
             temporary.write_text(_json(asdict(self)) + '\n', encoding='utf-8')
 
     def save_csv(self, path: str | Path) -> None:
-        """Write one CSV row per protocol, with metrics in percent as in timm's results files, atomically."""
-        rows = [_csv_row(self, name, result) for name, result in self.protocols.items()]
-        with whole_file(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator='\n')
+        """Append one CSV row per protocol, with metrics in percent as in timm's results files, atomically.
+
+        Raises:
+            ValueError: There is a file that is not such a table.
+        """
+        rows = read_results(path) + [_csv_row(self, name, result) for name, result in self.protocols.items()]
+        columns = dict.fromkeys(column for row in rows for column in row)  # other versions have others
+        text = dict(encoding='utf-8', errors='backslashreplace', newline='')  # options may hold any name
+        with whole_file(path) as temporary, open(temporary, 'w', **text) as file:
+            writer = csv.DictWriter(file, list(columns), restval='', lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)
 
@@ -139,6 +147,25 @@ class Report:
                 f'{path} is not a report written by `Report.save` of this version ({error!r}); evaluate again'
             ) from error
         return report
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows that `Report.save_csv` wrote; none if the file is missing or empty.
+
+    Raises:
+        ValueError: The file is something else.
+    """
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return []
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error):
+        reader, rows = None, []
+    if reader is None or 'protocol' not in (reader.fieldnames or ()) or any(None in row for row in rows):
+        raise ValueError(f'{path} is not a table of results, so no rows can be appended; give another file')
+    return rows
 
 
 def summarise(
@@ -281,7 +308,7 @@ def _csv_row(report: Report, name: str, result: ProtocolResult) -> dict[str, Any
     for metric, (low, high) in result.intervals.items():
         row |= {f'{metric}_low': _percent(low), f'{metric}_high': _percent(high)}
     row |= {'per_identity_cmc': result.per_identity_cmc, 'img_height': height, 'img_width': width}
-    row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images')}
+    row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images', 'learned_identities')}
     row |= {'options': _pairs(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
     return row | {'versions': _pairs(report.versions, ' ')}
 
@@ -308,6 +335,8 @@ def _heading(report: Report) -> list[str]:
         lines.append(reranking)
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
+    if report.learned_identities:
+        lines.append(f'WRONG SPLIT: the model was trained on {report.learned_identities} of the test identities')
     lines.append(_pairs(report.versions, ' '))
     for direction in dict.fromkeys(result.direction for result in report.protocols.values()):
         names = [name for name, result in report.protocols.items() if result.direction == direction]

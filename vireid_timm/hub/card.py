@@ -104,6 +104,11 @@ infrared_features = model(infrared=infrared)
 """
 
 
+def results_of(card: str) -> str:
+    """Return the results in the text of a card, as they were given to `model_card`; empty if there are none."""
+    return card.partition('## Results\n\n```\n')[2].partition('\n```')[0]
+
+
 def _default_data_terms(dataset: str) -> str:
     if dataset == 'synthetic':
         return (

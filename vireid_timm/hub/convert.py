@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
+from timm.models import clean_state_dict
 
 from ..constants import SOURCES
 from ..models.dual_stream import DualStreamResNet
+from .folder import is_finite
 
 STATE_KEYS = ('net', 'state_dict', 'model')  # where a file may keep its weights
 
@@ -34,6 +36,14 @@ NON_LOCAL = '_non_local.'
 
 BIAS_TOLERANCE = 1e-6
 MOST_NAMED = 10  # names in a message
+
+# Networks that share names with AGW's or are asked for often, by tensors that only they have: what has no place here.
+OTHERS = {
+    ('DEE.', 'MFA1.'): 'DEEN (arXiv:2303.14481): its blocks DEE (diverse embeddings) and MFA (feature aggregation)',
+    ('spatial_attention.', 'visible_classifier.', 'backbone.MAM'): (
+        'MPANet (CVPR 2021): its single stem for both modalities and its attention to patterns and modalities'
+    ),
+}
 
 State = dict[str, torch.Tensor]
 
@@ -112,12 +122,15 @@ def _state_dict(content: Any) -> State:
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(f'it has no state dict; these are not tensors: {_few(others)}')
-    return {str(name).removeprefix('module.'): value for name, value in content.items()}
+    return clean_state_dict({str(name): value for name, value in content.items()})
 
 
 def _check_kind(state: State, path: Path) -> None:
-    """Refuse what timm loads without a conversion, and say how."""
+    """Refuse what timm loads without a conversion, and say how, and other networks, and say why."""
     overlay = f'pretrained=True, pretrained_cfg_overlay=dict(file={str(path)!r})'
+    for prefixes, network in OTHERS.items():
+        if any(key.startswith(prefixes) for key in state):
+            raise ValueError(f'it is a checkpoint of {network} have no counterpart in the networks of vireid_timm')
     if any(key.startswith('stem.visible.') for key in state):
         raise ValueError(
             'these are weights of vireid_timm and need no conversion. Load a checkpoint of a run with '
@@ -193,6 +206,7 @@ def _fill(model: DualStreamResNet, state: State) -> list[str]:
             for key, value in found.items()
             if value.shape != own[key].shape
         ),
+        'with values that are NaN or infinite': [keys[key] for key, value in found.items() if not is_finite(value)],
     }
     texts = [f'{len(names)} tensors {problem}: {_few(names)}' for problem, names in problems.items() if names]
     if texts:

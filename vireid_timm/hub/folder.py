@@ -14,18 +14,22 @@ import torch
 import torch.nn as nn
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import parse_model_name
+from timm.models import clean_state_dict, parse_model_name
 from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
 
 from ..constants import MODALITIES
+from ..data.records import Dataset
 from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
-from ..files import whole_file, whole_folder
+from ..files import check_writable, whole_file, whole_folder
 from ..models.dual_stream import DualStreamResNet
-from ..run_folder import BEST, MODEL_CONFIG, has_checkpoint, load_checkpoint
+from ..run_folder import BEST, LAST, MODEL_CONFIG, PREVIOUS, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
+from ..text import format_list
 from ..version import package_versions
-from .card import evaluation_facts, model_card
+from .card import evaluation_facts, model_card, results_of
+from .provenance import learned_identities
 
 CARD = 'README.md'
 WEIGHTS = 'model.safetensors'
@@ -78,9 +82,22 @@ def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
     return model
 
 
+def split_problem(source: str | Path, dataset: Dataset) -> tuple[int, str]:
+    """Return how many test identities a model was trained on, and a sentence about them, see `learned_identities`.
+
+    Args:
+        source: The model, as for `load_model`.
+        dataset: What it is tested on.
+    """
+    name = _locate(source)[0]
+    return learned_identities(name, dataset.name, dataset.options, dataset.root, dataset.test.identities())
+
+
 def _locate(source: str | Path) -> tuple[str, Path | None]:
     """Return timm's name of a model, and the training checkpoint to load if the source is one."""
     name, path = str(source), Path(source)
+    if source == '':  # a path would make it the current folder
+        raise ValueError('the name of the model is empty; give a registered model, hf-hub:OWNER/NAME or a folder')
     is_registered = timm.is_model(name.partition('.')[0])
     if not path.exists() or (is_registered and isinstance(source, str)):
         try:
@@ -93,6 +110,8 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
         return f'{prefix}:{identifier}' if prefix else name, None
     folder = path if path.is_dir() else path.parent
     folder = folder / BEST if (folder / BEST).is_dir() else folder
+    if path.is_file() and path.suffix != '.pth' and path.name not in FILES:
+        raise ValueError(f'{path} is not part of a Hub-ready folder. {_plain_weights_hint(path)}')
     if path.suffix == '.pth' or (has_checkpoint(path) and not (folder / WEIGHTS).is_file()):
         return f'local-dir:{path if path.is_dir() else path.parent}', path
     if not (folder / MODEL_CONFIG).is_file():
@@ -103,12 +122,12 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
 def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualStreamResNet:
     """Load a model with its classifiers, so that every tensor has to fit; `shown` replaces `source` in messages."""
     name, checkpoint = _locate(source)
-    state = load_checkpoint(checkpoint) if checkpoint is not None and pretrained else None
+    state = _checkpoint_state(checkpoint) if checkpoint is not None and pretrained else None
     shown = shown or str(source)
     try:
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None)
         if state is not None:
-            model.load_state_dict(state.get('state_dict_ema', state['state_dict']))
+            model.load_state_dict(state)
     except Exception as error:  # a wrong configuration makes timm raise any type
         raise ValueError(f'cannot load a model from {shown}: {one_line(error)}') from error
     finally:
@@ -116,6 +135,26 @@ def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualS
     if not isinstance(model, DualStreamResNet):
         raise ValueError(f'{shown} is a {type(model).__name__}, not a visible-infrared re-ID model of this library')
     return model
+
+
+def _checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a training checkpoint, the averaged ones where there are some."""
+    try:
+        state = load_checkpoint(path)
+    except ValueError as error:
+        if path.is_dir() or path.name in (LAST, PREVIOUS):
+            raise
+        raise ValueError(f'{one_line(error)}. {_plain_weights_hint(path)}') from error
+    return clean_state_dict(state.get('state_dict_ema', state['state_dict']))
+
+
+def _plain_weights_hint(path: Path) -> str:
+    return (
+        f'If it holds plain weights of a model NAME with N classes (0 without classifiers), make a Hub-ready folder: '
+        f'vireid_timm.save_model_folder(timm.create_model(NAME, pretrained=True, num_classes=N, pretrained_cfg_overlay='
+        f"dict(file={str(path)!r}, num_classes=N)), DIR). For checkpoints of AGW's code: vireid hub convert {path} DIR "
+        '--from agw'
+    )
 
 
 def save_model_folder(
@@ -137,7 +176,7 @@ def save_model_folder(
     computes for them, which `check_model` compares.
 
     Args:
-        model: The network, with or without its classifiers.
+        model: The network, with or without its classifiers; a compiled or parallel one is unwrapped.
         folder: Where to write. A complete new version replaces an old one.
         facts: What re-ID users ask about a model (dataset, metrics, training settings), kept in `config.json` under
             `vireid`, which timm ignores. Settings that name places on this machine are left out.
@@ -150,14 +189,15 @@ def save_model_folder(
         sample: Show rendered people in the card, to explain the two modalities.
 
     Raises:
-        ValueError: The folder holds other files, or a weight is too large for half precision.
+        ValueError: The folder is something else or holds other files, weights or features are not finite, or a weight
+            is too large for half precision.
     """
-    folder = Path(folder)
-    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
-    if others:
-        raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
+    folder = check_target(folder)
     # safetensors refuses channels-last weights, and the caller's network must not change.
-    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(unwrap_model(model)).to('cpu', memory_format=torch.contiguous_format).eval()
+    broken = [name for name, value in model.state_dict().items() if not is_finite(value)]
+    if broken:
+        raise ValueError(f'weights with values that are NaN or infinite are not saved: {format_list(broken)}')
     if half:
         round_to_half(model)
     with whole_folder(folder) as temporary:
@@ -184,6 +224,24 @@ def save_model_folder(
         (temporary / CARD).write_text(model_card(architecture, model.num_features, facts, **texts), encoding='utf-8')
 
 
+def check_target(folder: str | Path) -> Path:
+    """Return where to write a Hub-ready folder, if nothing else is lost there.
+
+    Raises:
+        ValueError: It is a file or a link, or a folder that holds other files.
+        OSError: It cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = 'link' if folder.is_symlink() else 'file'
+        raise ValueError(f'{folder} is a {kind}, which is not replaced; give a folder that does not exist yet')
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    if others:
+        raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
+    check_writable(folder, is_folder=True)
+    return folder
+
+
 def save_run(
     run: str | Path,
     folder: str | Path,
@@ -206,23 +264,28 @@ def save_run(
         data_terms: As for `save_model_folder`; what the saved model states if empty.
 
     Raises:
-        ValueError: There is no such model, it does not load, or the report is about other weights.
+        ValueError: There is no such model, it does not load, or the report is about other weights or about people whom
+            the model was trained on.
     """
     prefix, source = parse_model_name(_locate(run)[0])
     if prefix != 'local-dir':
         raise ValueError(f'{run} is not a folder; give a run folder or a Hub-ready folder')
+    model = _load(run)
     config = read_config(Path(source))
     facts = {name: value for name, value in config.get('vireid', {}).items() if name not in ('weights', 'evaluation')}
-    model = _load(run)
     if report is not None:
         _check_report(report, model, half)
-        facts['evaluation'] = evaluation_facts(report)
-    table = str(report) if report is not None else _validation_text(facts)
+        _check_split(report, f'{prefix}:{source}')
+        facts['evaluation'], table = evaluation_facts(report), str(report)
+    else:
+        kept, table = _kept_results(Path(folder), model, half)
+        facts |= {'evaluation': kept} if kept else {}
+        table = table or _validation_text(facts)
     save_model_folder(
         model,
         folder,
         facts=facts,
-        table='\n\n'.join(filter(None, (table, note))),
+        table=table if note in table else '\n\n'.join(filter(None, (table, note))),
         half=half,
         license=license or config['pretrained_cfg'].get('license') or '',
         data_terms=data_terms or facts.get('data_terms', ''),
@@ -239,7 +302,7 @@ def save_model_config(
 ) -> None:
     """Write only the `config.json` that rebuilds the network; arguments as for `save_model_folder`."""
     with whole_file(path) as temporary:
-        _save_config(model, temporary, {}, model_args, input_size)
+        _save_config(unwrap_model(model), temporary, {}, model_args, input_size)
 
 
 def round_to_half(model: nn.Module) -> None:
@@ -254,6 +317,11 @@ def round_to_half(model: nn.Module) -> None:
                 value.copy_(value.half())
                 if not value.isfinite().all():
                     raise ValueError(f'{name} has values beyond half precision (65504); save without half')
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinity."""
+    return bool(value.isfinite().all())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -358,7 +426,10 @@ def _save_reference(model: nn.Module, folder: Path) -> None:
     cfg, generator = read_config(folder)['pretrained_cfg'], torch.Generator().manual_seed(0)
     shape = (IMAGES, *cfg['input_size'])
     images = {name: torch.randint(256, shape, dtype=torch.uint8, generator=generator) for name in MODALITIES}
-    (folder / REFERENCE).write_bytes(safetensors.torch.save({**images, **_reference_features(model, cfg, images)}))
+    features = _reference_features(model, cfg, images)
+    if not all(map(is_finite, features.values())):
+        raise ValueError('the features of this model are not finite, so it is not saved; check its weights')
+    (folder / REFERENCE).write_bytes(safetensors.torch.save({**images, **features}))
 
 
 def _reference_features(
@@ -380,18 +451,51 @@ def _reference_features(
 
 def _check_report(report: Report, model: nn.Module, half: bool) -> None:
     """A card must not claim the scores of other weights."""
+    fingerprints = _fingerprints(model, half)
+    if report.weights not in fingerprints:
+        rounded = ' in half precision' if half else ''
+        raise ValueError(
+            f'the report is about the weights {report.weights or "of precomputed features"}, but this model{rounded} '
+            f'has {fingerprints[1]}; evaluate this model, e.g. with --dataset and --data-dir here'
+        )
+
+
+def _fingerprints(model: nn.Module, half: bool) -> tuple[str, str]:
+    """Return the fingerprints of a model's weights as they are stored, with and without classifiers."""
     model = copy.deepcopy(model)
     if half:
         round_to_half(model)
     with_classifiers = weights_fingerprint(model)
     model.reset_classifier(0)
-    without = weights_fingerprint(model)
-    if report.weights not in (with_classifiers, without):
-        rounded = ' in half precision' if half else ''
+    return with_classifiers, weights_fingerprint(model)
+
+
+def _kept_results(folder: Path, model: nn.Module, half: bool) -> tuple[dict[str, Any] | None, str]:
+    """Return what an earlier version of a folder says about the results of the same weights: facts, and text.
+
+    Raises:
+        ValueError: It has results of other weights.
+    """
+    facts = read_config(folder).get('vireid') or {} if (folder / MODEL_CONFIG).is_file() else {}
+    evaluation = facts.get('evaluation')
+    if not evaluation:
+        return None, ''
+    table = results_of((folder / CARD).read_text(encoding='utf-8')) if (folder / CARD).is_file() else ''
+    if evaluation.get('weights') not in _fingerprints(model, half) or not table:
         raise ValueError(
-            f'the report is about the weights {report.weights or "of precomputed features"}, but this model{rounded} '
-            f'has {without}; evaluate this model, e.g. with --dataset and --data-dir here'
+            f'{folder} holds results of the weights {evaluation.get("weights")}, which would be lost: measure this '
+            'model, with --dataset and --data-dir or with --report, or give another folder'
         )
+    return evaluation, table
+
+
+def _check_split(report: Report, name: str) -> None:
+    """A card must not claim scores on people whom the model was trained on."""
+    tested = {identity for result in report.protocols.values() for identity in result.queries['identity']}
+    learned, problem = learned_identities(name, report.dataset, report.options, None, tested)
+    if learned or report.learned_identities:
+        problem = problem or f'the model was trained on {report.learned_identities} of the test identities'
+        raise ValueError(f'the report is no measurement: {problem}')
 
 
 def _validation_text(facts: dict[str, Any]) -> str:
