@@ -2,14 +2,16 @@
 
 import copy
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 from image_files import noise, write_broken, write_images
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from vireid_timm.constants import INFRARED
-from vireid_timm.data.images import ImageError, load_image, read_image
+from vireid_timm.data.images import ImageError, image_suffixes, load_image, read_image, readable_formats
 from vireid_timm.synthvi.render import render
 
 
@@ -186,3 +188,36 @@ def test_load_image(tmp_path):
         expected = read_image(str(path)).resize((12, 24), Image.Resampling.BILINEAR)
         assert np.array_equal(load_image(str(path), (24, 12)), np.asarray(expected))
     assert np.array_equal(load_image(files[-1], (32, 16)), render(INFRARED, 3, 1, 0, size=(32, 16)))
+
+
+def test_every_suffix_that_is_read_can_be_read(tmp_path):
+    saved = {'.apng': 'PNG', '.avifs': 'AVIF', '.mpo': 'JPEG', '.pfm': 'PPM'}
+    for suffix in image_suffixes():
+        name = saved.get(suffix) or Image.registered_extensions()[suffix]
+        pixels = noise(16, 8) if suffix == '.pfm' else noise(16, 8, 3)
+        image = Image.fromarray(pixels).convert('F') if suffix == '.pfm' else Image.fromarray(pixels)
+        path = tmp_path / f'image{suffix}'
+        image.save(path, format=name)
+        assert read_image(str(path)).size == (8, 16), suffix
+
+
+def test_heic_is_read_with_its_plugin(tmp_path, monkeypatch):
+    path = tmp_path / 'image.heic'
+    Image.new('RGB', (8, 16), 'red').save(path, format='PNG')
+    plugin = types.ModuleType('pillow_heif')
+
+    def register_heif_opener():
+        Image.register_open('HEIF', PngImagePlugin.PngImageFile, lambda prefix: prefix.startswith(b'\x89PNG'))
+        Image.register_extension('HEIF', '.heic')
+
+    plugin.register_heif_opener = register_heif_opener
+    for registry in ('OPEN', 'EXTENSION', 'ID'):
+        monkeypatch.setattr(Image, registry, copy.copy(getattr(Image, registry)))
+    monkeypatch.setitem(sys.modules, 'pillow_heif', plugin)
+    readable_formats.cache_clear()
+    try:
+        assert 'HEIF' in readable_formats()
+        assert '.heic' in image_suffixes()
+        assert read_image(str(path)).size == (8, 16)
+    finally:
+        readable_formats.cache_clear()

@@ -514,3 +514,97 @@ def test_too_few_identities_to_hold_out(visible, infrared, share):
     with pytest.raises(ValueError, match='cannot hold out .* of the . identities'):
         split_identities(records_of(visible, infrared), share, 0)
     assert len(split_identities(records_of(visible, infrared), 0, 0)[1]) == 0
+
+
+UNREAD = 'files are ignored for their suffix'
+
+
+def kinds_of(dataset):
+    return {finding.kind: finding.count for finding in dataset.findings}
+
+
+def test_folder_counts_what_it_ignores(tmp_path, caplog):
+    put_people(tmp_path, 'train', 'abcdef', 'abcdef')
+    put(
+        tmp_path,
+        *(f'{split}/visible/a/0.jpg' for split in ('test', 'val', '.hidden')),
+        *(f'train/{modality}/a/0.jpg' for modality in ('thermal', 'ir', 'Infrared')),
+        'train/visible/a/monday/1.jpg',
+        'train/infrared/b/monday/.hidden/1.jpg',
+        *('0.jpg', 'train/0.JPG', 'train/visible/0.png', 'test/0.jpg'),
+    )
+    for name in ('a/0.heic', 'a/1.HEIC', 'b/notes.txt', 'b/noname', 'b/Thumbs.db', 'b/.DS_Store'):
+        text(tmp_path, f'train/infrared/{name}', '')
+    dataset = create_dataset('folder', tmp_path)
+    assert len(dataset.train) + len(dataset.test) == 24
+    assert [finding.message for finding in dataset.findings] == warnings_in(caplog)
+    counted = [(finding.kind, finding.count) for finding in dataset.findings]
+    assert sorted(counted) == [
+        ('nested-folder', 2),
+        ('stray-image', 3),
+        ('unknown-folder', 2),
+        ('unknown-folder', 3),
+        ('unread-suffix', 4),
+    ]
+    said = ' | '.join(warnings_in(caplog))
+    assert (
+        '2 folders are ignored because they are not named train, query or gallery: '
+        f'{tmp_path}/test, {tmp_path}/val' in said
+    )
+    assert (
+        '3 folders are ignored because they are not named visible or infrared: '
+        f'{tmp_path}/train/Infrared, {tmp_path}/train/ir, {tmp_path}/train/thermal' in said
+    )
+    assert f'2 folders inside the folder of a person are ignored: {tmp_path}/train/visible/a/monday, ' in said
+    assert f'4 {UNREAD} (.heic: 2, ' in said
+    assert 'none: 1' in said
+    assert 'read are .apng ' in said
+    assert 'pip install pillow-heif' in said
+
+
+def test_folder_reports_what_it_ignored_before_an_error(tmp_path, caplog):
+    put(tmp_path, 'train/visible/a/0.jpg', 'train/thermal/a/0.jpg', 'query/rgb/a/0.jpg', 'gallery/visible/a/0.jpg')
+    with pytest.raises(FileNotFoundError, match='train/infrared'):
+        create_dataset('folder', tmp_path)
+    os.rename(tmp_path / 'train', tmp_path / 'test')
+    with pytest.raises(ValueError, match='query has no image'):
+        create_dataset('folder', tmp_path)
+    assert f'{tmp_path}/query/rgb' in caplog.text
+    assert f'{tmp_path}/test' in caplog.text
+
+
+@pytest.mark.parametrize('suffix', ['jfif', 'JFIF', 'jpe', 'JpG', 'dib', 'pbm', 'apng', 'j2k', 'mpo'])
+def test_every_suffix_of_a_format_is_read(tmp_path, suffix):
+    put_people(tmp_path, 'train', 'abcd', 'abcd')
+    text(tmp_path, f'train/visible/a/x.{suffix}', '')
+    dataset = create_dataset('folder', tmp_path, test_share=0)
+    assert f'{tmp_path}/train/visible/a/x.{suffix}' in dataset.train.path
+    assert not dataset.findings
+
+
+@pytest.mark.parametrize('suffix', ['eps', 'heic', 'heif', 'mp4', 'jpg~', 'pdf'])
+def test_other_suffixes_are_counted(tmp_path, sysu, suffix):
+    root, listing = sysu
+    camera = next(iter(listing[7]))
+    text(root, f'cam{camera}/0007/x.{suffix}', '')
+    assert kinds_of(create_dataset('sysu_mm01', root))['unread-suffix'] == 1
+
+
+def test_a_dangling_link_is_kept_and_a_pipe_is_not(tmp_path):
+    put_people(tmp_path, 'train', 'abcd', 'abcd')
+    (tmp_path / 'train/visible/a/link.jpg').symlink_to('gone.jpg')
+    os.mkfifo(tmp_path / 'train/visible/a/pipe.jpg')
+    dataset = create_dataset('folder', tmp_path, test_share=0)
+    assert f'{tmp_path}/train/visible/a/link.jpg' in dataset.train.path
+    assert kinds_of(dataset) == {'unread-suffix': 1}
+
+
+@pytest.mark.parametrize('name', ['CAM1', 'camera1', 'cam', 'cam1b'])
+def test_llcm_names_other_camera_folders(tmp_path, name, caplog):
+    put(tmp_path, 'vis/0001/0001_c01_.jpg', 'nir/0001/0001_c01_.jpg')
+    put(tmp_path, 'test_vis/cam3/0003/a.jpg', 'test_nir/cam1/0003/a.jpg', f'test_nir/{name}/0003/a.jpg')
+    for word in ('vis', 'nir'):
+        text(tmp_path, f'idx/train_{word}.txt', f'{word}/0001/0001_c01_.jpg 0\n')
+    text(tmp_path, 'idx/test_id.txt', '3')
+    assert len(create_dataset('llcm', tmp_path).test) == 2
+    assert f'1 folders are ignored because they are not named cam<number>: {tmp_path}/test_nir/{name}' in caplog.text

@@ -1,13 +1,16 @@
 """Decode any image file, or render a SynthVI address, as 8-bit RGB."""
 
+import functools
+from contextlib import suppress
+
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..synthvi.render import render_address
 
 ADDRESS_PREFIX = 'synthvi:'
-IMAGE_SUFFIXES = ('.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # not EPS: Pillow runs Ghostscript on it
+# Not EPS: Pillow runs Ghostscript on it. AVIF comes with Pillow 11.3, HEIF with the package pillow-heif.
+FORMATS = ('BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'HEIF')
 MAX_PIXELS = 64 * 1024 * 1024  # twice an 8K frame; a file that claims more is rejected before it is decoded
 STRETCH_PERCENTILES = (0.1, 99.9)
 
@@ -30,6 +33,23 @@ class ImageError(ValueError):
         return f'{self.args[0]}; replace or remove it, or skip broken images with skip_broken=True (--skip-broken)'
 
 
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this installation reads."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.registered_extensions().values())
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """Return the lower-case suffixes of the files that this installation reads, sorted."""
+    formats = (*readable_formats(), 'MPO')  # a JPEG of several frames, which Pillow's JPEG reader opens
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
+
+
 def read_image(path: str) -> Image.Image:
     """Read one image as 8-bit RGB, whatever its format.
 
@@ -48,7 +68,7 @@ def read_image(path: str) -> Image.Image:
         return Image.fromarray(render_address(path))
     try:
         # Not by path: Pillow would map plain TIFFs into memory, and garbles mapped ones that need a rotation.
-        with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
+        with open(path, 'rb') as file, Image.open(file, formats=readable_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'it has {width}x{height} pixels')
@@ -84,7 +104,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f'{error}, more than the limit of {MAX_PIXELS:,} pixels'
     if isinstance(error, UnidentifiedImageError):
-        return f'not one of the formats {", ".join(FORMATS)}'
+        return f'not one of the formats {", ".join(readable_formats())}'
     return getattr(error, 'strerror', None) or str(error) or type(error).__name__
 
 

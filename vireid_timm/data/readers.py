@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,8 @@ import numpy as np
 
 from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
 from ..synthvi.render import camera_numbers, camera_order, image_address
-from ..text import format_list
-from .images import IMAGE_SUFFIXES
+from .findings import Findings
+from .images import image_suffixes
 from .records import Dataset, Records
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ REGDB_TRIALS = range(1, 11)
 _CAMERA_PREFIX = re.compile(r'c(?:am)?(\d+)_', re.IGNORECASE)  # c3_0001.jpg, cam3_0001.jpg
 _LLCM_CAMERA = re.compile(r'_c(\d+)_')  # 0001_c01_s185535_f7010_nir.jpg
 _CAMERA_FOLDER = re.compile(r'cam(\d+)')
+_LITTER = ('thumbs.db', 'desktop.ini')  # Windows leaves them in every folder of images
 
 
 def create_dataset(name: str, root: str | os.PathLike | None = None, **options: object) -> Dataset:
@@ -96,8 +98,9 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
         dataset = reader(**options)
     else:
         dataset = reader(_existing_root(name, root), **options)
-    _check(dataset)
-    return dataset
+    findings = Findings(dataset.findings)
+    _check(dataset, findings)
+    return replace(dataset, findings=findings)
 
 
 def split_identities(records: Records, share: float, seed: int) -> tuple[Records, Records]:
@@ -140,9 +143,9 @@ def read_sysu_mm01(root: str) -> Dataset:
     if both:
         raise ValueError(f'{root}: identity {both[0]} is listed for training and for testing; check exp/*_id.txt')
     cells = [(camera, modality, _required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
-    return Dataset(
-        'sysu_mm01', root, _camera_folders(cells, train, 'train'), _camera_folders(cells, lists['test'], 'test')
-    )
+    with _Scan() as scan:
+        tables = [_camera_folders(scan, cells, *part) for part in ((train, 'train'), (lists['test'], 'test'))]
+    return Dataset('sysu_mm01', root, *tables, findings=scan.findings)
 
 
 def read_regdb(root: str, *, trial: int = 1) -> Dataset:
@@ -171,14 +174,15 @@ def read_llcm(root: str) -> Dataset:
             camera = _LLCM_CAMERA.search(inner.split('/')[-1])
             rows.append((path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
     cells = []
-    for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
-        # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
-        folder = _required('llcm', root, name)
-        numbers = [_CAMERA_FOLDER.fullmatch(camera) for camera in _folders(folder)]
-        cells += [(int(number[1]), modality, os.path.join(folder, number[0])) for number in numbers if number]
-    cells.sort()
-    test = _camera_folders(cells, _read_numbers('llcm', root, 'idx/test_id.txt'), 'test')
-    return Dataset('llcm', root, Records.from_rows(rows), test)
+    with _Scan() as scan:
+        for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
+            # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
+            folder = _required('llcm', root, name)
+            for camera in scan.folders(folder, _CAMERA_FOLDER, 'cam<number>'):
+                cells.append((int(camera[3:]), modality, os.path.join(folder, camera)))
+        cells.sort()
+        test = _camera_folders(scan, cells, _read_numbers('llcm', root, 'idx/test_id.txt'), 'test')
+    return Dataset('llcm', root, Records.from_rows(rows), test, findings=scan.findings)
 
 
 def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset:
@@ -192,25 +196,28 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
         test_share: Share of the identities to hold out, 0 for none; ignored if there is a gallery.
         seed: Decides which identities are held out.
     """
-    present = {split: os.path.isdir(os.path.join(root, split)) for split in ('train', 'query', 'gallery')}
-    if present['query'] != present['gallery']:
-        there, missing = ('query', 'gallery') if present['query'] else ('gallery', 'query')
-        raise ValueError(f'{root} has a folder {there} but no {missing}; expected both or neither:{LAYOUTS["folder"]}')
-    train = Records.from_rows([])
-    if present['train'] or not present['query']:
-        for modality in MODALITIES:
-            _required('folder', root, f'train/{modality}')
-        train = Records.from_rows(_person_folders(root, 'train'))
-    if not present['query']:
-        train, test = split_identities(train, test_share, seed)
-        return Dataset('folder', root, train, test, {'test_share': test_share, 'seed': seed})
-    test = []
-    for split in ('query', 'gallery'):
-        rows = _person_folders(root, split)
-        if not rows:
-            raise ValueError(f'{os.path.join(root, split)} has no image; expected:{LAYOUTS["folder"]}')
-        test += rows
-    return Dataset('folder', root, train, Records.from_rows(test))
+    with _Scan() as scan:
+        present = scan.folders(root, re.compile('train|query|gallery'), 'train, query or gallery')
+        if ('query' in present) != ('gallery' in present):
+            there, missing = ('query', 'gallery') if 'query' in present else ('gallery', 'query')
+            raise ValueError(
+                f'{root} has a folder {there} but no {missing}; expected both or neither:{LAYOUTS["folder"]}'
+            )
+        train = Records.from_rows([])
+        if 'train' in present or 'query' not in present:
+            for modality in MODALITIES:
+                _required('folder', root, f'train/{modality}')
+            train = Records.from_rows(_person_folders(scan, root, 'train'))
+        test = []
+        for split in ('query', 'gallery') if 'query' in present else ():
+            rows = _person_folders(scan, root, split)
+            if not rows:
+                raise ValueError(f'{os.path.join(root, split)} has no image; expected:{LAYOUTS["folder"]}')
+            test += rows
+    if test:
+        return Dataset('folder', root, train, Records.from_rows(test), findings=scan.findings)
+    train, held_out = split_identities(train, test_share, seed)
+    return Dataset('folder', root, train, held_out, {'test_share': test_share, 'seed': seed}, scan.findings)
 
 
 def read_csv(root: str) -> Dataset:
@@ -389,16 +396,74 @@ def _hint(word: str, known: Iterable[str]) -> str:
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-def _folders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+class _Scan:
+    """Lists folders and images. At the end of its `with` block it reports what it ignored, also after an error.
+
+    Hidden files and folders are ignored without a word.
+    """
+
+    def __init__(self) -> None:
+        self.findings = Findings()
+        self._suffixes = image_suffixes()
+        self._noted: dict[tuple[str, str], list[str]] = {}
+        self._unread: list[str] = []
+
+    def __enter__(self) -> '_Scan':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for (kind, what), names in self._noted.items():
+            self.findings.add(kind, what, names)
+        counts = Counter(os.path.splitext(path)[1].lower() or 'none' for path in self._unread)
+        listed = ', '.join(f'{suffix}: {count:,}' for suffix, count in counts.most_common())
+        heic = '; to read .heic, run `pip install pillow-heif`' if counts.keys() & {'.heic', '.heif'} else ''
+        what = f'files are ignored for their suffix ({listed}; read are {" ".join(self._suffixes)}{heic})'
+        self.findings.add('unread-suffix', what, sorted(self._unread))
+
+    def note(self, kind: str, what: str, name: str) -> None:
+        """Add a name to a finding."""
+        self._noted.setdefault((kind, what), []).append(name)
+
+    def folders(self, folder: str, expected: re.Pattern | None = None, description: str = '') -> list[str]:
+        """Return the names of the sub-folders, sorted.
+
+        Args:
+            folder: The folder.
+            expected: Names to return; None for all.
+            description: The same for people.
+        """
+        names = []
+        for entry in _visible_entries(folder):
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.name.lower().endswith(self._suffixes):
+                self.note('stray-image', 'images are not in the folder of a person and are ignored', entry.path)
+        for name in names if expected else ():
+            if not expected.fullmatch(name):
+                what = f'folders are ignored because they are not named {description}'
+                self.note('unknown-folder', what, os.path.join(folder, name))
+        return [name for name in names if expected is None or expected.fullmatch(name)]
+
+    def images(self, folder: str) -> list[str]:
+        """Return the names of a person's images, sorted. A dangling link counts: reading it names the file."""
+        names = []
+        for entry in _visible_entries(folder):
+            if entry.is_dir():
+                self.note('nested-folder', 'folders inside the folder of a person are ignored', entry.path)
+            elif entry.name.lower().endswith(self._suffixes) and (entry.is_file() or entry.is_symlink()):
+                names.append(entry.name)
+            else:
+                self._unread.append(entry.path)
+        if not names:
+            self.note('empty-folder', 'folders have no image', folder)
+        return names
 
 
-def _images(folder: str) -> list[str]:
-    """Return the names of the images in a folder, sorted. Hidden files and non-images are ignored."""
+def _visible_entries(folder: str) -> list[os.DirEntry]:
+    """Return what is in a folder, by name, without hidden files and the system's own."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_file()]
-    return sorted(name for name in names if not name.startswith('.') and name.lower().endswith(IMAGE_SUFFIXES))
+        shown = [entry for entry in entries if not entry.name.startswith('.') and entry.name.lower() not in _LITTER]
+    return sorted(shown, key=lambda entry: entry.name)
 
 
 def _read_numbers(name: str, root: str, inner: str) -> list[int]:
@@ -436,49 +501,42 @@ def _read_image_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
     return images
 
 
-def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str) -> Records:
+def _camera_folders(
+    scan: _Scan, cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str
+) -> Records:
     """Return records of `<camera folder>/<identity, 4 digits>/<image>`, by identity, then camera, then file name.
 
     Args:
+        scan: Lists the folders.
         cells: Number, modality and folder of every camera.
         identities: Numbers of the identities.
         split: Split of every record.
     """
     rows: list[Row] = []
-    empty, unseen = [], []
     for name in sorted({f'{number:04d}' for number in identities}):
         before = len(rows)
         for camera, modality, camera_folder in cells:
             folder = os.path.join(camera_folder, name)
-            if not os.path.isdir(folder):  # not every camera has seen everyone
-                continue
-            images = _images(folder)
-            rows += [(os.path.join(folder, image), name, camera, modality, split) for image in images]
-            if not images:
-                empty.append(folder)
+            if os.path.isdir(folder):  # not every camera has seen everyone
+                rows += [(os.path.join(folder, image), name, camera, modality, split) for image in scan.images(folder)]
         if len(rows) == before:
-            unseen.append(name)
-    _warn_counted(empty, 'folders have no image')
-    _warn_counted(unseen, f'of the listed {split} identities have no image')
+            scan.note('unseen-identity', f'of the listed {split} identities have no image', name)
     return Records.from_rows(rows)
 
 
-def _person_folders(root: str, split: str) -> list[Row]:
-    """Return rows of `<split>/<modality>/<person>/<image>`."""
+def _person_folders(scan: _Scan, root: str, split: str) -> list[Row]:
+    """Return rows of `<split>/<modality>/<person>/<image>`, visible ones first."""
     rows: list[Row] = []
-    empty = []
-    for modality in MODALITIES:
-        modality_folder = os.path.join(root, split, modality)
-        for person in _folders(modality_folder) if os.path.isdir(modality_folder) else ():
+    split_folder = os.path.join(root, split)
+    present = scan.folders(split_folder, re.compile('|'.join(MODALITIES)), ' or '.join(MODALITIES))
+    for modality in sorted(present, key=MODALITIES.index):
+        modality_folder = os.path.join(split_folder, modality)
+        for person in scan.folders(modality_folder):
             folder = os.path.join(modality_folder, person)
-            images = _images(folder)
-            for image in images:
+            for image in scan.images(folder):
                 prefix = _CAMERA_PREFIX.match(image)
                 camera = int(prefix[1]) if prefix else UNKNOWN_CAMERA
                 rows.append((os.path.join(folder, image), person, camera, modality, split))
-            if not images:
-                empty.append(folder)
-    _warn_counted(empty, 'folders have no image')
     return rows
 
 
@@ -486,15 +544,16 @@ def _identities_of(records: Records, modality: str) -> set[str]:
     return set(records.identity[records.modality == modality].tolist())
 
 
-def _check(dataset: Dataset) -> None:
-    """Warn about oddities of a dataset, and raise if it has no image."""
+def _check(dataset: Dataset, findings: Findings) -> None:
+    """Add oddities of a dataset's tables, and raise if it has no image."""
     train, test = dataset.train, dataset.test
     where = dataset.root or dataset.name
     if not len(train) and not len(test):
         expected = f'; expected:{LAYOUTS[dataset.name]}' if dataset.name in LAYOUTS else ''
         raise ValueError(f'{where} has no image{expected}')
     shared = set(train.identity.tolist()) & set(test.identity.tolist())
-    _warn_counted(sorted(shared), 'identities are in both the training and the test set, which inflates the result')
+    what = 'identities are in both the training and the test set, which inflates the result'
+    findings.add('train-test-identity', what, sorted(shared), is_serious=True)
     published = PUBLISHED_COUNTS.get(dataset.name)
     counts = tuple(
         int((table.modality == modality).sum()) for table in (train, test) for modality in (VISIBLE, INFRARED)
@@ -507,11 +566,6 @@ def _check(dataset: Dataset) -> None:
             if count != expected
         ]
         _logger.warning(f'{where}: image counts differ from the published {dataset.name}: {", ".join(differing)}')
-
-
-def _warn_counted(names: Sequence[str], what: str) -> None:
-    if names:
-        _logger.warning(f'{len(names)} {what}: {format_list(names)}')
 
 
 def synthetic_records(
