@@ -356,7 +356,7 @@ def test_csv(tmp_path, caplog):
         (f'{tmp_path}/e.jpg', '007', 2, INFRARED, 'test'),
         (f'{tmp_path}/f.jpg', 'ben', 1, INFRARED, 'test'),
     ]
-    assert warnings_in(caplog) == [f'{table}: dropped 1 duplicate lines']
+    assert warnings_in(caplog) == [f'1 lines of {table} repeat an image and count once: {tmp_path}/a.jpg']
 
 
 def test_csv_next_to_its_images(tmp_path, monkeypatch):
@@ -402,7 +402,7 @@ def test_csv_errors(tmp_path, lines, message):
 
 def test_csv_without_a_column(tmp_path):
     table = write_csv(tmp_path, 'a.jpg,anna,visible', header='path,identity,modality')
-    with pytest.raises(ValueError, match='the first line lacks camera, split; expected:'):
+    with pytest.raises(ValueError, match='the first line lacks split; expected:'):
         create_dataset('csv', table)
     table.write_text('')
     with pytest.raises(ValueError, match='lacks path, identity'):
@@ -608,3 +608,154 @@ def test_llcm_names_other_camera_folders(tmp_path, name, caplog):
     text(tmp_path, 'idx/test_id.txt', '3')
     assert len(create_dataset('llcm', tmp_path).test) == 2
     assert f'1 folders are ignored because they are not named cam<number>: {tmp_path}/test_nir/{name}' in caplog.text
+
+
+ROWS = [
+    ('images/a.jpg', 'anna', '1', 'visible', 'train'),
+    ('images/b.jpg', 'José', '2', 'infrared', 'train'),
+    ('images/c.jpg', 'carl', '10', 'infrared', 'query'),
+    ('images/d.jpg', 'carl', '', 'visible', 'gallery'),
+]
+HEADER = ('path', 'identity', 'camera', 'modality', 'split')
+
+
+def csv_text(separator=',', header=HEADER, change=lambda row: row):
+    return ''.join(separator.join(row) + '\n' for row in (header, *map(change, ROWS)))
+
+
+def with_camera(change):
+    return csv_text(change=lambda row: (*row[:2], change(row[2]), *row[3:]))
+
+
+CSV_FORMS = {
+    'tab': csv_text('\t'),
+    'semicolon': csv_text(';'),
+    'spaces': csv_text(' , '),
+    'old line ends': csv_text().replace('\n', '\r'),
+    'windows line ends': csv_text().replace('\n', '\r\n'),
+    'byte order mark': '\ufeff' + csv_text(';'),
+    'header': csv_text(header=(' Path', 'IDENTITY', 'Camera ', 'Modality', ' Split ')),
+    'values': csv_text(change=lambda row: (*row[:3], row[3].upper(), row[4].title())),
+    'floats': with_camera(lambda camera: f'{camera}.0' if camera else 'nan'),
+    'pandas': with_camera(lambda camera: camera or '<NA>'),
+    'backslashes': csv_text(change=lambda row: (row[0].replace('/', '\\'), *row[1:])),
+    'quotes': csv_text('","').replace('\n', '"\n"').join('""').removesuffix('""'),
+}
+
+
+@pytest.mark.parametrize('form', CSV_FORMS)
+def test_csv_of_every_tool(tmp_path, form, caplog):
+    put(tmp_path, *(row[0] for row in ROWS))
+    (tmp_path / 'table.csv').write_bytes(CSV_FORMS[form].encode())
+    dataset = create_dataset('csv', tmp_path / 'table.csv')
+    rows = [(f'{tmp_path}/{row[0]}', row[1], int(row[2] or 0), *row[3:]) for row in ROWS]
+    assert rows_of(dataset.train) + rows_of(dataset.test) == rows
+    assert not warnings_in(caplog)
+
+
+@pytest.mark.parametrize('missing', ['nan', 'NaN', 'None', 'null', 'NA', 'n/a', '', None])
+def test_csv_without_cameras(tmp_path, missing):
+    put(tmp_path, *(row[0] for row in ROWS))
+    content = with_camera(lambda camera: missing or '')
+    if missing is None:
+        content = csv_text(header=(*HEADER[:2], *HEADER[3:]), change=lambda row: (*row[:2], *row[3:]))
+    text(tmp_path, 'table.csv', content)
+    dataset = create_dataset('csv', tmp_path / 'table.csv')
+    assert dataset.train.camera.tolist() + dataset.test.camera.tolist() == [0, 0, 0, 0]
+
+
+def test_csv_takes_serial_numbers_as_names(tmp_path):
+    put(tmp_path, *(row[0] for row in ROWS))
+    text(tmp_path, 'table.csv', with_camera(lambda camera: f'8949022000007452153{camera or 0}'))
+    dataset = create_dataset('csv', tmp_path / 'table.csv')
+    assert dataset.train.camera.tolist() + dataset.test.camera.tolist() == [2, 4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    'lines, message',
+    [
+        (['"a.jpg,anna,1,visible,train', 'a.jpg,anna,1,visible,train'], 'table.csv, line 2: a value has several lines'),
+        (['a.jpg,"anna,1,visible,train', *['a.jpg,anna,1,visible,train'] * 6000], 'line 2: a quote is not closed'),
+        (['a.jpg,nan,1,visible,train'], r'line 2: the identity is missing \(nan\)'),
+        (['a.jpg,,1,visible,train'] * 8, 'has 8 wrong lines: line 2: .*; line 3: .* and 3 more'),
+        (['a.jpg,,1,visible,train', 'a.jpg,x,1,visible', 'x.jpg,x,1,visible,train'], 'has 3 wrong lines: .*; line 4: '),
+        (
+            ['a.jpg,a,1,visible,train', *['a.jpg,b,1,visible,train'] * 2],
+            'has 2 wrong lines: lines 2 and 3: .*; lines 2',
+        ),
+    ],
+)
+def test_csv_counts_wrong_lines(tmp_path, lines, message):
+    put(tmp_path, 'a.jpg')
+    with pytest.raises(ValueError, match=message):
+        create_dataset('csv', write_csv(tmp_path, *lines))
+
+
+def test_csv_knows_an_image_by_any_path(tmp_path, monkeypatch):
+    put(tmp_path, 'a.jpg')
+    (tmp_path / 'link').symlink_to(tmp_path)
+    (tmp_path / 'link.jpg').symlink_to('a.jpg')
+    monkeypatch.chdir(tmp_path)
+    names = ['a.jpg', f'{tmp_path}/a.jpg', 'link/a.jpg', 'link.jpg', '../' + tmp_path.name + '/a.jpg']
+    table = write_csv(tmp_path, *(f'{name},anna,1,visible,test' for name in names))
+    dataset = create_dataset('csv', 'table.csv')
+    assert dataset.test.path.tolist() == ['a.jpg']
+    assert [(finding.kind, finding.count) for finding in dataset.findings] == [('repeated-line', 4)]
+    write_csv(tmp_path, 'a.jpg,anna,1,visible,train', f'{tmp_path}/a.jpg,anna,1,visible,test')
+    with pytest.raises(ValueError, match='for training and for testing'):
+        create_dataset('csv', table)
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-32', 'latin-1', 'gbk'])
+@pytest.mark.parametrize('name', ['csv', 'sysu_mm01', 'regdb'])
+def test_other_encodings_name_the_file(sysu, regdb, encoding, name):
+    root = sysu[0]
+    file = {'csv': 'table.csv', 'sysu_mm01': 'exp/val_id.txt', 'regdb': 'idx/test_visible_1.txt'}[name]
+    (root / file).write_bytes('path,1\n张,2'.encode(encoding, 'replace').replace(b'?', b'\xe9'))
+    with pytest.raises(ValueError, match=rf'{root}/{file}, line \d: this is not UTF-8 text; save the file as UTF-8'):
+        create_dataset(name, root / file if name == 'csv' else root)
+
+
+def test_lists_may_have_a_byte_order_mark(sysu, regdb):
+    root = sysu[0]
+    before = {name: create_dataset(name, root) for name in ('sysu_mm01', 'regdb')}
+    for file in (root / 'exp').iterdir():
+        file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes())
+    for file in (root / 'idx').iterdir():
+        file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes().replace(b'/', b'\\'))
+    for name, dataset in before.items():
+        again = create_dataset(name, root)
+        assert rows_of(again.train) + rows_of(again.test) == rows_of(dataset.train) + rows_of(dataset.test)
+
+
+def test_a_line_twice_in_a_list_counts_once(regdb, caplog):
+    root, _ = regdb
+    before = rows_of(create_dataset('regdb', root).test)
+    file = root / 'idx/test_visible_1.txt'
+    file.write_bytes(file.read_bytes() * 2)
+    dataset = create_dataset('regdb', root)
+    assert rows_of(dataset.test) == before
+    assert f'3 lines of {file} repeat an image and count once: Visible/20/' in caplog.text
+    assert kinds_of(dataset) == {'repeated-line': 3}
+
+
+def test_lists_count_wrong_lines(regdb):
+    root, files = regdb
+    for name in files[1][VISIBLE]:
+        (root / name).unlink()
+    text(root, 'idx/train_thermal_1.txt', 'nonsense\n' * 7)
+    with pytest.raises(FileNotFoundError, match='train_visible_1.txt has 2 wrong lines: line 1: there is no file'):
+        create_dataset('regdb', root)
+    text(root, 'idx/train_visible_1.txt', '')
+    with pytest.raises(ValueError, match='train_thermal_1.txt has 7 wrong lines: line 1: expected .* and 2 more'):
+        create_dataset('regdb', root)
+
+
+@pytest.mark.parametrize(
+    'file', ['train/visible/a/c12345678901234567890_x.jpg', 'train/infrared/a/CAM1234567890123456789_.png']
+)
+def test_overlong_camera_numbers_name_the_file(tmp_path, file):
+    put_people(tmp_path, 'train', 'abcd', 'abcd')
+    put(tmp_path, file)
+    with pytest.raises(ValueError, match=f'{file}: the camera number 1234567890123456789.? has more than 18 digits'):
+        create_dataset('folder', tmp_path)

@@ -9,6 +9,7 @@ al., "Person Recognition System Based on a Combination of Body Images from Visib
 import csv
 import difflib
 import inspect
+import io
 import logging
 import os
 import random
@@ -21,6 +22,7 @@ import numpy as np
 
 from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
 from ..synthvi.render import camera_numbers, camera_order, image_address
+from ..text import format_list
 from .findings import Findings
 from .images import image_suffixes
 from .records import Dataset, Records
@@ -48,7 +50,7 @@ LAYOUTS = {
     'csv': """
   path,identity,camera,modality,split
   images/a.jpg,anna,3,visible,train
-(path: relative to the file's folder; camera: may be empty; split: train, query, gallery, or test for both)""",
+(path: relative to the file's folder; camera: optional; split: train, query, gallery, or test for both)""",
 }
 # Images of (training visible, training infrared, test visible, test infrared), as published.
 PUBLISHED_COUNTS = {
@@ -65,6 +67,9 @@ REGDB_TRIALS = range(1, 11)
 _CAMERA_PREFIX = re.compile(r'c(?:am)?(\d+)_', re.IGNORECASE)  # c3_0001.jpg, cam3_0001.jpg
 _LLCM_CAMERA = re.compile(r'_c(\d+)_')  # 0001_c01_s185535_f7010_nir.jpg
 _CAMERA_FOLDER = re.compile(r'cam(\d+)')
+_FLOAT_CAMERA = re.compile(r'\d+\.0+')
+_NO_VALUE = ('nan', 'na', 'n/a', '<na>', 'none', 'null')
+_CAMERA_DIGITS = 18  # what fits into 64 bits
 _LITTER = ('thumbs.db', 'desktop.ini')  # Windows leaves them in every folder of images
 
 
@@ -156,30 +161,32 @@ def read_regdb(root: str, *, trial: int = 1) -> Dataset:
     """
     if trial not in REGDB_TRIALS:
         raise ValueError(f'RegDB has trials {REGDB_TRIALS[0]} to {REGDB_TRIALS[-1]}, got {trial!r}')
-    tables = {}
+    tables, findings = {}, Findings()
     for split in ('train', 'test'):
         rows: list[Row] = []
         for modality, folder, camera in ((VISIBLE, 'visible', 1), (INFRARED, 'thermal', 2)):
-            for path, inner in _read_image_list('regdb', root, f'idx/{split}_{folder}_{trial}.txt'):
+            for path, inner in _read_image_list('regdb', root, f'idx/{split}_{folder}_{trial}.txt', findings):
                 rows.append((path, inner.split('/')[-2], camera, modality, split))
         tables[split] = Records.from_rows(rows)
-    return Dataset('regdb', root, tables['train'], tables['test'], {'trial': trial})
+    return Dataset('regdb', root, tables['train'], tables['test'], {'trial': trial}, findings)
 
 
 def read_llcm(root: str) -> Dataset:
     """Read LLCM: 713 identities to train on, 351 to test on. Cameras of one number share a site in both modalities."""
     rows: list[Row] = []
-    for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
-        for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt'):
-            camera = _LLCM_CAMERA.search(inner.split('/')[-1])
-            rows.append((path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
     cells = []
     with _Scan() as scan:
+        for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
+            for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt', scan.findings):
+                found = _LLCM_CAMERA.search(inner.split('/')[-1])
+                camera = _camera_number(found[1], path) if found else UNKNOWN_CAMERA
+                rows.append((path, inner.split('/')[-2], camera, modality, 'train'))
         for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
             # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
             folder = _required('llcm', root, name)
             for camera in scan.folders(folder, _CAMERA_FOLDER, 'cam<number>'):
-                cells.append((int(camera[3:]), modality, os.path.join(folder, camera)))
+                path = os.path.join(folder, camera)
+                cells.append((_camera_number(camera[3:], path), modality, path))
         cells.sort()
         test = _camera_folders(scan, cells, _read_numbers('llcm', root, 'idx/test_id.txt'), 'test')
     return Dataset('llcm', root, Records.from_rows(rows), test, findings=scan.findings)
@@ -226,7 +233,8 @@ def read_csv(root: str) -> Dataset:
     Cameras that are not numbers are numbered in the order of their names. An image that is listed both as query and as
     gallery becomes one record of split `test`.
     """
-    rows = _number_cameras(root, _merge_repeated(root, _read_csv_lines(root)))
+    findings = Findings()
+    rows = _number_cameras(root, _merge_repeated(root, _read_csv_lines(root), findings))
     splits = {row.split for row in rows}
     if ('query' in splits) != ('gallery' in splits) and 'test' not in splits:
         there, missing = ('query', 'gallery') if 'query' in splits else ('gallery', 'query')
@@ -241,7 +249,7 @@ def read_csv(root: str) -> Dataset:
         )
         for training in (True, False)
     ]
-    return Dataset('csv', root, *tables)
+    return Dataset('csv', root, *tables, findings=findings)
 
 
 def read_synthetic(
@@ -316,63 +324,115 @@ class _Line:
     split: str
 
 
+def _read_text(file_name: str) -> str:
+    """Return the text of a file, without a byte order mark."""
+    with open(file_name, 'rb') as file:
+        content = file.read()
+    try:
+        text, wrong = content.decode('utf-8-sig'), content.find(b'\0')  # UTF-16 without a mark has zeros
+    except UnicodeDecodeError as error:
+        text, wrong = '', error.start
+    if wrong >= 0:
+        line = content.count(b'\n', 0, wrong) + 1
+        raise ValueError(f'{file_name}, line {line}: this is not UTF-8 text; save the file as UTF-8')
+    return text
+
+
+def _check_lines(file_name: str, wrong: Sequence[str], hint: str = '') -> None:
+    """Raise an error that names the first wrong lines (`line 3: ...`) and counts them all, if there are any."""
+    if wrong:
+        where = f'{file_name}, ' if len(wrong) == 1 else f'{file_name} has {len(wrong):,} wrong lines: '
+        missing = all(': there is no file ' in line for line in wrong)
+        raise (FileNotFoundError if missing else ValueError)(where + format_list(wrong, separator='; ') + hint)
+
+
 def _read_csv_lines(file_name: str) -> list[_Line]:
-    columns = ('path', 'identity', 'camera', 'modality', 'split')
-    base, lines = os.path.dirname(file_name), []
-    with open(file_name, newline='', encoding='utf-8-sig') as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
+    text = _read_text(file_name)
+    delimiter = max(',;\t', key=text.partition('\n')[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True)
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    missing = [name for name in ('path', 'identity', 'modality', 'split') if name not in reader.fieldnames]
+    if missing:
+        raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
+    lines: list[_Line] = []
+    wrong, first = [], 2
+    try:
         for row in reader:
-            where = f'{file_name}, line {reader.line_num}'
-            if None in row or None in row.values():
-                raise ValueError(f'{where}: expected {len(reader.fieldnames)} values, as in the first line')
-            values = {column: row[column].strip() for column in columns}
-            line = _Line(reader.line_num, **values | {'path': os.path.join(base, values['path'])})
-            for column, allowed in (('modality', MODALITIES), ('split', SPLITS)):
-                if values[column] not in allowed:
-                    raise ValueError(
-                        f'{where}: unknown {column} {values[column]!r}; expected one of {", ".join(allowed)}'
-                    )
-            if not line.identity:
-                raise ValueError(f'{where}: the identity is empty')
-            if not os.path.isfile(line.path):
-                raise FileNotFoundError(f'{where}: there is no file {line.path}')
-            lines.append(line)
+            # A quote that is not closed takes the lines up to the next quote into one value.
+            if any('\n' in value or '\r' in value for value in row.values() if isinstance(value, str)):
+                wrong.append(f'line {first}: a value has several lines; is a quote not closed?')
+            elif None in row or None in row.values():
+                wrong.append(f'line {reader.line_num}: expected {len(reader.fieldnames)} values, as in the first line')
+            else:
+                line = _csv_line(file_name, reader.line_num, {name: value.strip() for name, value in row.items()})
+                problem = _problem_of(line)
+                if problem:
+                    wrong.append(f'line {line.number}: {problem}')
+                lines.append(line)
+            first = reader.line_num + 1
+    except csv.Error as error:
+        wrong.append(f'line {first}: a quote is not closed ({error})')
+    _check_lines(file_name, wrong)
     return lines
 
 
-def _merge_repeated(file_name: str, lines: list[_Line]) -> list[_Line]:
+def _csv_line(file_name: str, number: int, values: dict[str, str]) -> _Line:
+    path = os.path.join(os.path.dirname(file_name), values['path'])
+    if '\\' in path and not os.path.exists(path):  # written on Windows
+        path = os.path.join(os.path.dirname(file_name), values['path'].replace('\\', '/'))
+    camera = values.get('camera', '')
+    if camera.lower() in _NO_VALUE:
+        camera = ''
+    elif _FLOAT_CAMERA.fullmatch(camera):  # pandas writes whole numbers like this if some are missing
+        camera = camera.partition('.')[0]
+    return _Line(number, path, values['identity'], camera, values['modality'].lower(), values['split'].lower())
+
+
+def _problem_of(line: _Line) -> str | None:
+    for column, value, allowed in (('modality', line.modality, MODALITIES), ('split', line.split, SPLITS)):
+        if value not in allowed:
+            return f'unknown {column} {value!r}; expected one of {", ".join(allowed)}'
+    if line.identity in ('', 'nan', 'NaN'):
+        return f'the identity is {"empty" if not line.identity else f"missing ({line.identity})"}'
+    return None if os.path.isfile(line.path) else f'there is no file {line.path}'
+
+
+def _merge_repeated(file_name: str, lines: list[_Line], findings: Findings) -> list[_Line]:
     """Reduce to one line per image: query and gallery become test, duplicates are dropped, contradictions raise."""
     merged: dict[str, _Line] = {}
-    dropped = 0
+    dropped, wrong = [], []
     for line in lines:
-        path = os.path.normpath(line.path)
+        path = os.path.realpath(line.path)
         first = merged.setdefault(path, line)
         if first is line:
             continue
-        where = f'{file_name}, lines {first.number} and {line.number}: {line.path} is listed twice'
+        where = f'lines {first.number} and {line.number}: {line.path} is listed twice'
         if (first.identity, first.camera, first.modality) != (line.identity, line.camera, line.modality):
-            raise ValueError(f'{where}, with different identities, cameras or modalities')
-        if (first.split == 'train') != (line.split == 'train'):
-            raise ValueError(f'{where}, for training and for testing')
-        if first.split == line.split:
-            dropped += 1
+            wrong.append(f'{where}, with different identities, cameras or modalities')
+        elif (first.split == 'train') != (line.split == 'train'):
+            wrong.append(f'{where}, for training and for testing')
+        elif first.split == line.split:
+            dropped.append(line.path)
         else:
             merged[path] = replace(first, split='test')
-    if dropped:
-        _logger.warning(f'{file_name}: dropped {dropped} duplicate lines')
+    _check_lines(file_name, wrong)
+    findings.add('repeated-line', f'lines of {file_name} repeat an image and count once', dropped)
     return list(merged.values())
 
 
 def _number_cameras(file_name: str, lines: list[_Line]) -> list[_Line]:
     names = sorted({line.camera for line in lines} - {''})
-    if all(name.isdecimal() for name in names):
+    if all(name.isdecimal() and len(name) <= _CAMERA_DIGITS for name in names):
         return [replace(line, camera=line.camera or str(UNKNOWN_CAMERA)) for line in lines]
     numbers = {name: str(number) for number, name in enumerate(names, 1)} | {'': str(UNKNOWN_CAMERA)}
     _logger.info(f'{file_name}: cameras are numbered {", ".join(f"{name}={numbers[name]}" for name in names)}')
     return [replace(line, camera=numbers[line.camera]) for line in lines]
+
+
+def _camera_number(digits: str, where: str) -> int:
+    if len(digits) > _CAMERA_DIGITS:
+        raise ValueError(f'{where}: the camera number {digits} has more than {_CAMERA_DIGITS} digits; rename it')
+    return int(digits)
 
 
 def _existing_root(name: str, root: str) -> str:
@@ -469,36 +529,35 @@ def _visible_entries(folder: str) -> list[os.DirEntry]:
 def _read_numbers(name: str, root: str, inner: str) -> list[int]:
     """Return the comma-separated numbers in a file."""
     path = _required(name, root, inner)
-    with open(path, encoding='utf-8') as file:
-        words = file.read().replace(',', ' ').split()
-    for word in words:
-        if not word.isdecimal():
-            raise ValueError(f'{path}: expected one line of comma-separated numbers, got {word!r}')
+    words = _read_text(path).replace(',', ' ').split()
+    wrong = [repr(word) for word in words if not word.isdecimal()]
+    if wrong:
+        raise ValueError(f'{path}: expected one line of comma-separated numbers, got {format_list(wrong)}')
     return [int(word) for word in words]
 
 
-def _read_image_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
+def _read_image_list(name: str, root: str, inner: str, findings: Findings) -> list[tuple[str, str]]:
     """Return (path, path inside `root`) of every line `path label` of a file. The listed files must exist."""
     list_name = _required(name, root, inner)
-    images = []
-    with open(list_name, encoding='utf-8') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            words = line.rsplit(maxsplit=1)
-            relative = words[0].strip().replace('\\', '/')
-            if len(words) != 2 or not words[1].isdecimal() or '/' not in relative:
-                raise ValueError(
-                    f'{list_name}, line {number}: expected `<folder>/<identity>/<image> <label>`, got {line.strip()!r}'
-                )
-            path = os.path.join(root, *relative.split('/'))
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f'{list_name}, line {number}: there is no file {path}; '
-                    f'dataset {name!r} expects in {root}:{LAYOUTS[name]}'
-                )
-            images.append((path, relative))
-    return images
+    images: dict[str, str] = {}
+    wrong, repeated = [], []
+    for number, line in enumerate(io.StringIO(_read_text(list_name), newline=None), 1):
+        words = line.rsplit(maxsplit=1)
+        if not words:
+            continue
+        relative = words[0].strip().replace('\\', '/')
+        path = os.path.join(root, *relative.split('/'))
+        if len(words) != 2 or not words[1].isdecimal() or '/' not in relative:
+            wrong.append(f'line {number}: expected `<folder>/<identity>/<image> <label>`, got {line.strip()!r}')
+        elif path in images:
+            repeated.append(relative)
+        elif not os.path.isfile(path):
+            wrong.append(f'line {number}: there is no file {path}')
+        else:
+            images[path] = relative
+    _check_lines(list_name, wrong, f'; dataset {name!r} expects in {root}:{LAYOUTS[name]}')
+    findings.add('repeated-line', f'lines of {list_name} repeat an image and count once', repeated)
+    return list(images.items())
 
 
 def _camera_folders(
@@ -534,9 +593,9 @@ def _person_folders(scan: _Scan, root: str, split: str) -> list[Row]:
         for person in scan.folders(modality_folder):
             folder = os.path.join(modality_folder, person)
             for image in scan.images(folder):
-                prefix = _CAMERA_PREFIX.match(image)
-                camera = int(prefix[1]) if prefix else UNKNOWN_CAMERA
-                rows.append((os.path.join(folder, image), person, camera, modality, split))
+                path, prefix = os.path.join(folder, image), _CAMERA_PREFIX.match(image)
+                camera = _camera_number(prefix[1], path) if prefix else UNKNOWN_CAMERA
+                rows.append((path, person, camera, modality, split))
     return rows
 
 
