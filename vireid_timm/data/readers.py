@@ -210,11 +210,9 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
             raise ValueError(
                 f'{root} has a folder {there} but no {missing}; expected both or neither:{LAYOUTS["folder"]}'
             )
-        train = Records.from_rows([])
-        if 'train' in present or 'query' not in present:
-            for modality in MODALITIES:
-                _required('folder', root, f'train/{modality}')
-            train = Records.from_rows(_person_folders(scan, root, 'train'))
+        train = Records.from_rows(_person_folders(scan, root, 'train') if 'train' in present else [])
+        for modality in MODALITIES if 'train' in present or 'query' not in present else ():
+            _required('folder', root, f'train/{modality}')
         test = []
         for split in ('query', 'gallery') if 'query' in present else ():
             rows = _person_folders(scan, root, split)
