@@ -8,10 +8,10 @@ def format_bytes(count: int) -> str:
     return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.1f} MB'
 
 
-def format_list(names: Sequence[str], limit: int = 5) -> str:
-    """Return names separated by commas, the first `limit` of them, then how many more there are."""
+def format_list(names: Sequence[str], limit: int = 5, separator: str = ', ') -> str:
+    """Return the first `limit` names, separated by commas, then how many more there are."""
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return f'{", ".join(names[:limit])}{more}'
+    return f'{separator.join(names[:limit])}{more}'
 
 
 def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:

@@ -2,14 +2,18 @@
 
 import copy
 import math
+import struct
+import sys
+import types
+import zlib
 
 import numpy as np
 import pytest
 from image_files import noise, write_broken, write_images
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from vireid_timm.constants import INFRARED
-from vireid_timm.data.images import ImageError, load_image, read_image
+from vireid_timm.data.images import ImageError, image_suffixes, load_image, read_image, readable_formats
 from vireid_timm.synthvi.render import render
 
 
@@ -186,3 +190,121 @@ def test_load_image(tmp_path):
         expected = read_image(str(path)).resize((12, 24), Image.Resampling.BILINEAR)
         assert np.array_equal(load_image(str(path), (24, 12)), np.asarray(expected))
     assert np.array_equal(load_image(files[-1], (32, 16)), render(INFRARED, 3, 1, 0, size=(32, 16)))
+
+
+def test_every_suffix_that_is_read_can_be_read(tmp_path):
+    saved = {'.apng': 'PNG', '.avifs': 'AVIF', '.mpo': 'JPEG', '.pfm': 'PPM'}
+    for suffix in image_suffixes():
+        name = saved.get(suffix) or Image.registered_extensions()[suffix]
+        pixels = noise(16, 8) if suffix == '.pfm' else noise(16, 8, 3)
+        image = Image.fromarray(pixels).convert('F') if suffix == '.pfm' else Image.fromarray(pixels)
+        path = tmp_path / f'image{suffix}'
+        image.save(path, format=name)
+        assert read_image(str(path)).size == (8, 16), suffix
+
+
+def test_heic_is_read_with_its_plugin(tmp_path, monkeypatch):
+    path = tmp_path / 'image.heic'
+    Image.new('RGB', (8, 16), 'red').save(path, format='PNG')
+    plugin = types.ModuleType('pillow_heif')
+
+    def register_heif_opener():
+        Image.register_open('HEIF', PngImagePlugin.PngImageFile, lambda prefix: prefix.startswith(b'\x89PNG'))
+        Image.register_extension('HEIF', '.heic')
+
+    plugin.register_heif_opener = register_heif_opener
+    for registry in ('OPEN', 'EXTENSION', 'ID'):
+        monkeypatch.setattr(Image, registry, copy.copy(getattr(Image, registry)))
+    monkeypatch.setitem(sys.modules, 'pillow_heif', plugin)
+    readable_formats.cache_clear()
+    try:
+        assert 'HEIF' in readable_formats()
+        assert '.heic' in image_suffixes()
+        assert read_image(str(path)).size == (8, 16)
+    finally:
+        readable_formats.cache_clear()
+
+
+def write_deep(path, values):
+    """Write [H, W, C] uint16 as PNG or TIFF of grey and alpha, colour, or colour and alpha; Pillow cannot."""
+    height, width, channels = values.shape
+    if path.suffix == '.png':
+        kind = {2: 4, 3: 2, 4: 6}[channels]
+        rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
+        parts = {b'IHDR': struct.pack('>IIBBBBB', width, height, 16, kind, 0, 0, 0), b'IDAT': zlib.compress(rows)}
+        chunks = [
+            struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+            for name, data in (*parts.items(), (b'IEND', b''))
+        ]
+        path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunks))
+        return
+    mark, order = (b'MM', '>') if path.stem.endswith('big') else (b'II', '<')
+    pixels, bits = values.astype(f'{order}u2').tobytes(), 8
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, None), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, None), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, 1, len(pixels))]
+    tags += [(338, 3, 1, 2)] if channels == 4 else []
+    end = 8 + 2 + 12 * len(tags) + 4
+    content = struct.pack(f'{order}2sHI', mark, 42, bits) + struct.pack(f'{order}H', len(tags))
+    for tag, kind, count, value in tags:
+        value = {258: end, 273: end + 2 * channels}.get(tag, value)
+        packed = struct.pack(
+            f'{order}HH' if kind == 3 and count == 1 else f'{order}I',
+            *([value, 0] if kind == 3 and count == 1 else [value]),
+        )
+        content += struct.pack(f'{order}HHI', tag, kind, count) + packed
+    path.write_bytes(content + bytes(4) + struct.pack(f'{order}{channels}H', *[16] * channels) + pixels)
+
+
+DEEP_FILES = [('a.png', 2), ('a.png', 3), ('a.png', 4), ('a.tif', 3), ('big.tif', 3), ('a.tif', 4), ('big.tif', 4)]
+
+
+@pytest.mark.parametrize('name, channels', DEEP_FILES)
+def test_deep_grey_of_several_channels_is_stretched_as_one_channel(tmp_path, name, channels):
+    counts = deep_images()['counts'][0]
+    values = np.repeat(counts[..., None], channels, axis=2)
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    write_deep(tmp_path / name, values)
+    Image.fromarray(counts).save(tmp_path / 'one.png')
+    expected = np.asarray(read_image(str(tmp_path / 'one.png')))
+    assert expected.std() > 30
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / name))), expected)
+
+
+@pytest.mark.parametrize('name, channels', DEEP_FILES[1:])
+@pytest.mark.parametrize('bits', [8, 10, 12, 16])
+def test_deep_colour_keeps_its_hue_and_is_not_black(tmp_path, name, channels, bits):
+    values = np.random.default_rng(0).integers(0, 1 << bits, (40, 20, channels)).astype(np.uint16)
+    if channels == 4:
+        values[..., 3] = 65535
+    write_deep(tmp_path / name, values)
+    pixels = np.asarray(read_image(str(tmp_path / name)))
+    colour = values[..., :3]
+    if bits == 16:
+        assert np.array_equal(pixels, colour >> 8)
+    else:
+        low, high = np.percentile(colour, (0.1, 99.9))
+        assert np.abs(pixels - np.clip((colour - low) / (high - low), 0, 1) * 255).max() <= 0.51
+
+
+@pytest.mark.parametrize('channels', [2, 4])
+def test_transparent_parts_of_deep_images_are_black_and_do_not_count(tmp_path, channels):
+    counts = deep_images()['counts'][0]
+    values = np.repeat(counts[..., None], channels, axis=2)
+    values[..., -1] = 65535
+    values[:30] = 0
+    write_deep(tmp_path / 'a.png', values)
+    Image.fromarray(counts[30:]).save(tmp_path / 'half.png')
+    pixels = np.asarray(read_image(str(tmp_path / 'a.png')))
+    assert not pixels[:30].any()
+    assert np.array_equal(pixels[30:], np.asarray(read_image(str(tmp_path / 'half.png'))))
+    values[...] = 0
+    write_deep(tmp_path / 'a.png', values)
+    assert not np.asarray(read_image(str(tmp_path / 'a.png'))).any()
+
+
+@pytest.mark.parametrize('content', [b'P6 0 0 255\n', b'P5 0 4 255\n', b'P5 4 0 65535\n'])
+def test_images_without_pixels_are_refused(tmp_path, content):
+    (tmp_path / 'a.ppm').write_bytes(content)
+    with pytest.raises(ImageError, match='a.ppm: this image cannot be read'):
+        read_image(str(tmp_path / 'a.ppm'))

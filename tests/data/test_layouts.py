@@ -70,7 +70,8 @@ def test_every_image_comes_back(written, layout):
             image = planned[path]
             assert (int(identity), camera, modality) == (image.identity, image.camera, image.modality)
             with Image.open(path) as opened:
-                assert opened.mode == ('RGB' if modality == VISIBLE else 'L')
+                assert opened.mode == 'RGB'
+                assert (np.ptp(np.asarray(opened), axis=2) == 0).all() == (modality == INFRARED)
             expected = render(
                 image.modality,
                 image.identity,
@@ -121,9 +122,10 @@ def owners_orders(root):
     orders = {}
     for camera in range(1, 7):
         identities = cameras[camera - 1, 0]
-        assert identities.shape == (len(identities), 1)
+        assert identities.shape == (cameras[0, 0].size, 1)
         for identity in range(1, len(identities) + 1):
             matrix = identities[identity - 1, 0]
+            assert matrix.shape[0] == 10, 'a row for each trial, also if there are no images'
             if matrix.size:
                 orders[camera, identity] = matrix.tolist()
     return orders
@@ -421,6 +423,14 @@ def full_tree(tmp_path_factory):
         (root / name).write_text(text)
     write_permutations(plan, root, seed=0)
     return root
+
+
+def test_cells_without_images_have_a_row_for_each_trial(full_tree):
+    cameras = loadmat(full_tree / 'exp' / 'rand_perm_cam.mat')['rand_perm_cam']
+    shapes = [matrix.shape for camera in cameras.flat for matrix in camera.flat]
+    assert len(shapes) == 6 * 533
+    assert {rows for rows, _ in shapes} == {10}
+    assert (10, 0) in shapes
 
 
 def test_full_size_sysu_mm01_on_disk(full, full_tree, caplog):

@@ -356,7 +356,7 @@ def test_csv(tmp_path, caplog):
         (f'{tmp_path}/e.jpg', '007', 2, INFRARED, 'test'),
         (f'{tmp_path}/f.jpg', 'ben', 1, INFRARED, 'test'),
     ]
-    assert warnings_in(caplog) == [f'{table}: dropped 1 duplicate lines']
+    assert warnings_in(caplog) == [f'1 lines of {table} repeat an image and count once: {tmp_path}/a.jpg']
 
 
 def test_csv_next_to_its_images(tmp_path, monkeypatch):
@@ -402,7 +402,7 @@ def test_csv_errors(tmp_path, lines, message):
 
 def test_csv_without_a_column(tmp_path):
     table = write_csv(tmp_path, 'a.jpg,anna,visible', header='path,identity,modality')
-    with pytest.raises(ValueError, match='the first line lacks camera, split; expected:'):
+    with pytest.raises(ValueError, match='the first line lacks split; expected:'):
         create_dataset('csv', table)
     table.write_text('')
     with pytest.raises(ValueError, match='lacks path, identity'):
@@ -514,3 +514,248 @@ def test_too_few_identities_to_hold_out(visible, infrared, share):
     with pytest.raises(ValueError, match='cannot hold out .* of the . identities'):
         split_identities(records_of(visible, infrared), share, 0)
     assert len(split_identities(records_of(visible, infrared), 0, 0)[1]) == 0
+
+
+UNREAD = 'files are ignored for their suffix'
+
+
+def kinds_of(dataset):
+    return {finding.kind: finding.count for finding in dataset.findings}
+
+
+def test_folder_counts_what_it_ignores(tmp_path, caplog):
+    put_people(tmp_path, 'train', 'abcdef', 'abcdef')
+    put(
+        tmp_path,
+        *(f'{split}/visible/a/0.jpg' for split in ('test', 'val', '.hidden')),
+        *(f'train/{modality}/a/0.jpg' for modality in ('thermal', 'ir', 'Infrared')),
+        'train/visible/a/monday/1.jpg',
+        'train/infrared/b/monday/.hidden/1.jpg',
+        *('0.jpg', 'train/0.JPG', 'train/visible/0.png', 'test/0.jpg'),
+    )
+    for name in ('a/0.heic', 'a/1.HEIC', 'b/notes.txt', 'b/noname', 'b/Thumbs.db', 'b/.DS_Store'):
+        text(tmp_path, f'train/infrared/{name}', '')
+    dataset = create_dataset('folder', tmp_path)
+    assert len(dataset.train) + len(dataset.test) == 24
+    assert [finding.message for finding in dataset.findings] == warnings_in(caplog)
+    counted = [(finding.kind, finding.count) for finding in dataset.findings]
+    assert sorted(counted) == [
+        ('nested-folder', 2),
+        ('stray-image', 3),
+        ('unknown-folder', 2),
+        ('unknown-folder', 3),
+        ('unread-suffix', 4),
+    ]
+    said = ' | '.join(warnings_in(caplog))
+    assert (
+        '2 folders are ignored because they are not named train, query or gallery: '
+        f'{tmp_path}/test, {tmp_path}/val' in said
+    )
+    assert (
+        '3 folders are ignored because they are not named visible or infrared: '
+        f'{tmp_path}/train/Infrared, {tmp_path}/train/ir, {tmp_path}/train/thermal' in said
+    )
+    assert f'2 folders inside the folder of a person are ignored: {tmp_path}/train/visible/a/monday, ' in said
+    assert f'4 {UNREAD} (.heic: 2, ' in said
+    assert 'none: 1' in said
+    assert 'read are .apng ' in said
+    assert 'pip install pillow-heif' in said
+
+
+def test_folder_reports_what_it_ignored_before_an_error(tmp_path, caplog):
+    put(tmp_path, 'train/visible/a/0.jpg', 'train/thermal/a/0.jpg', 'query/rgb/a/0.jpg', 'gallery/visible/a/0.jpg')
+    with pytest.raises(FileNotFoundError, match='train/infrared'):
+        create_dataset('folder', tmp_path)
+    os.rename(tmp_path / 'train', tmp_path / 'test')
+    with pytest.raises(ValueError, match='query has no image'):
+        create_dataset('folder', tmp_path)
+    assert f'{tmp_path}/query/rgb' in caplog.text
+    assert f'{tmp_path}/test' in caplog.text
+
+
+@pytest.mark.parametrize('suffix', ['jfif', 'JFIF', 'jpe', 'JpG', 'dib', 'pbm', 'apng', 'j2k', 'mpo'])
+def test_every_suffix_of_a_format_is_read(tmp_path, suffix):
+    put_people(tmp_path, 'train', 'abcd', 'abcd')
+    text(tmp_path, f'train/visible/a/x.{suffix}', '')
+    dataset = create_dataset('folder', tmp_path, test_share=0)
+    assert f'{tmp_path}/train/visible/a/x.{suffix}' in dataset.train.path
+    assert not dataset.findings
+
+
+@pytest.mark.parametrize('suffix', ['eps', 'heic', 'heif', 'mp4', 'jpg~', 'pdf'])
+def test_other_suffixes_are_counted(tmp_path, sysu, suffix):
+    root, listing = sysu
+    camera = next(iter(listing[7]))
+    text(root, f'cam{camera}/0007/x.{suffix}', '')
+    assert kinds_of(create_dataset('sysu_mm01', root))['unread-suffix'] == 1
+
+
+def test_a_dangling_link_is_kept_and_a_pipe_is_not(tmp_path):
+    put_people(tmp_path, 'train', 'abcd', 'abcd')
+    (tmp_path / 'train/visible/a/link.jpg').symlink_to('gone.jpg')
+    os.mkfifo(tmp_path / 'train/visible/a/pipe.jpg')
+    dataset = create_dataset('folder', tmp_path, test_share=0)
+    assert f'{tmp_path}/train/visible/a/link.jpg' in dataset.train.path
+    assert kinds_of(dataset) == {'unread-suffix': 1}
+
+
+@pytest.mark.parametrize('name', ['CAM1', 'camera1', 'cam', 'cam1b'])
+def test_llcm_names_other_camera_folders(tmp_path, name, caplog):
+    put(tmp_path, 'vis/0001/0001_c01_.jpg', 'nir/0001/0001_c01_.jpg')
+    put(tmp_path, 'test_vis/cam3/0003/a.jpg', 'test_nir/cam1/0003/a.jpg', f'test_nir/{name}/0003/a.jpg')
+    for word in ('vis', 'nir'):
+        text(tmp_path, f'idx/train_{word}.txt', f'{word}/0001/0001_c01_.jpg 0\n')
+    text(tmp_path, 'idx/test_id.txt', '3')
+    assert len(create_dataset('llcm', tmp_path).test) == 2
+    assert f'1 folders are ignored because they are not named cam<number>: {tmp_path}/test_nir/{name}' in caplog.text
+
+
+ROWS = [
+    ('images/a.jpg', 'anna', '1', 'visible', 'train'),
+    ('images/b.jpg', 'José', '2', 'infrared', 'train'),
+    ('images/c.jpg', 'carl', '10', 'infrared', 'query'),
+    ('images/d.jpg', 'carl', '', 'visible', 'gallery'),
+]
+HEADER = ('path', 'identity', 'camera', 'modality', 'split')
+
+
+def csv_text(separator=',', header=HEADER, change=lambda row: row):
+    return ''.join(separator.join(row) + '\n' for row in (header, *map(change, ROWS)))
+
+
+def with_camera(change):
+    return csv_text(change=lambda row: (*row[:2], change(row[2]), *row[3:]))
+
+
+CSV_FORMS = {
+    'tab': csv_text('\t'),
+    'semicolon': csv_text(';'),
+    'spaces': csv_text(' , '),
+    'old line ends': csv_text().replace('\n', '\r'),
+    'windows line ends': csv_text().replace('\n', '\r\n'),
+    'byte order mark': '\ufeff' + csv_text(';'),
+    'header': csv_text(header=(' Path', 'IDENTITY', 'Camera ', 'Modality', ' Split ')),
+    'values': csv_text(change=lambda row: (*row[:3], row[3].upper(), row[4].title())),
+    'floats': with_camera(lambda camera: f'{camera}.0' if camera else 'nan'),
+    'pandas': with_camera(lambda camera: camera or '<NA>'),
+    'backslashes': csv_text(change=lambda row: (row[0].replace('/', '\\'), *row[1:])),
+    'quotes': csv_text('","').replace('\n', '"\n"').join('""').removesuffix('""'),
+}
+
+
+@pytest.mark.parametrize('form', CSV_FORMS)
+def test_csv_of_every_tool(tmp_path, form, caplog):
+    put(tmp_path, *(row[0] for row in ROWS))
+    (tmp_path / 'table.csv').write_bytes(CSV_FORMS[form].encode())
+    dataset = create_dataset('csv', tmp_path / 'table.csv')
+    rows = [(f'{tmp_path}/{row[0]}', row[1], int(row[2] or 0), *row[3:]) for row in ROWS]
+    assert rows_of(dataset.train) + rows_of(dataset.test) == rows
+    assert not warnings_in(caplog)
+
+
+@pytest.mark.parametrize('missing', ['nan', 'NaN', 'None', 'null', 'NA', 'n/a', '', None])
+def test_csv_without_cameras(tmp_path, missing):
+    put(tmp_path, *(row[0] for row in ROWS))
+    content = with_camera(lambda camera: missing or '')
+    if missing is None:
+        content = csv_text(header=(*HEADER[:2], *HEADER[3:]), change=lambda row: (*row[:2], *row[3:]))
+    text(tmp_path, 'table.csv', content)
+    dataset = create_dataset('csv', tmp_path / 'table.csv')
+    assert dataset.train.camera.tolist() + dataset.test.camera.tolist() == [0, 0, 0, 0]
+
+
+def test_csv_takes_serial_numbers_as_names(tmp_path):
+    put(tmp_path, *(row[0] for row in ROWS))
+    text(tmp_path, 'table.csv', with_camera(lambda camera: f'8949022000007452153{camera or 0}'))
+    dataset = create_dataset('csv', tmp_path / 'table.csv')
+    assert dataset.train.camera.tolist() + dataset.test.camera.tolist() == [2, 4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    'lines, message',
+    [
+        (['"a.jpg,anna,1,visible,train', 'a.jpg,anna,1,visible,train'], 'table.csv, line 2: a value has several lines'),
+        (['a.jpg,"anna,1,visible,train', *['a.jpg,anna,1,visible,train'] * 6000], 'line 2: a quote is not closed'),
+        (['a.jpg,nan,1,visible,train'], r'line 2: the identity is missing \(nan\)'),
+        (['a.jpg,,1,visible,train'] * 8, 'has 8 wrong lines: line 2: .*; line 3: .* and 3 more'),
+        (['a.jpg,,1,visible,train', 'a.jpg,x,1,visible', 'x.jpg,x,1,visible,train'], 'has 3 wrong lines: .*; line 4: '),
+        (
+            ['a.jpg,a,1,visible,train', *['a.jpg,b,1,visible,train'] * 2],
+            'has 2 wrong lines: lines 2 and 3: .*; lines 2',
+        ),
+    ],
+)
+def test_csv_counts_wrong_lines(tmp_path, lines, message):
+    put(tmp_path, 'a.jpg')
+    with pytest.raises(ValueError, match=message):
+        create_dataset('csv', write_csv(tmp_path, *lines))
+
+
+def test_csv_knows_an_image_by_any_path(tmp_path, monkeypatch):
+    put(tmp_path, 'a.jpg')
+    (tmp_path / 'link').symlink_to(tmp_path)
+    (tmp_path / 'link.jpg').symlink_to('a.jpg')
+    monkeypatch.chdir(tmp_path)
+    names = ['a.jpg', f'{tmp_path}/a.jpg', 'link/a.jpg', 'link.jpg', '../' + tmp_path.name + '/a.jpg']
+    table = write_csv(tmp_path, *(f'{name},anna,1,visible,test' for name in names))
+    dataset = create_dataset('csv', 'table.csv')
+    assert dataset.test.path.tolist() == ['a.jpg']
+    assert [(finding.kind, finding.count) for finding in dataset.findings] == [('repeated-line', 4)]
+    write_csv(tmp_path, 'a.jpg,anna,1,visible,train', f'{tmp_path}/a.jpg,anna,1,visible,test')
+    with pytest.raises(ValueError, match='for training and for testing'):
+        create_dataset('csv', table)
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-32', 'latin-1', 'gbk'])
+@pytest.mark.parametrize('name', ['csv', 'sysu_mm01', 'regdb'])
+def test_other_encodings_name_the_file(sysu, regdb, encoding, name):
+    root = sysu[0]
+    file = {'csv': 'table.csv', 'sysu_mm01': 'exp/val_id.txt', 'regdb': 'idx/test_visible_1.txt'}[name]
+    (root / file).write_bytes('path,1\n张,2'.encode(encoding, 'replace').replace(b'?', b'\xe9'))
+    with pytest.raises(ValueError, match=rf'{root}/{file}, line \d: this is not UTF-8 text; save the file as UTF-8'):
+        create_dataset(name, root / file if name == 'csv' else root)
+
+
+def test_lists_may_have_a_byte_order_mark(sysu, regdb):
+    root = sysu[0]
+    before = {name: create_dataset(name, root) for name in ('sysu_mm01', 'regdb')}
+    for file in (root / 'exp').iterdir():
+        file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes())
+    for file in (root / 'idx').iterdir():
+        file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes().replace(b'/', b'\\'))
+    for name, dataset in before.items():
+        again = create_dataset(name, root)
+        assert rows_of(again.train) + rows_of(again.test) == rows_of(dataset.train) + rows_of(dataset.test)
+
+
+def test_a_line_twice_in_a_list_counts_once(regdb, caplog):
+    root, _ = regdb
+    before = rows_of(create_dataset('regdb', root).test)
+    file = root / 'idx/test_visible_1.txt'
+    file.write_bytes(file.read_bytes() * 2)
+    dataset = create_dataset('regdb', root)
+    assert rows_of(dataset.test) == before
+    assert f'3 lines of {file} repeat an image and count once: Visible/20/' in caplog.text
+    assert kinds_of(dataset) == {'repeated-line': 3}
+
+
+def test_lists_count_wrong_lines(regdb):
+    root, files = regdb
+    for name in files[1][VISIBLE]:
+        (root / name).unlink()
+    text(root, 'idx/train_thermal_1.txt', 'nonsense\n' * 7)
+    with pytest.raises(FileNotFoundError, match='train_visible_1.txt has 2 wrong lines: line 1: there is no file'):
+        create_dataset('regdb', root)
+    text(root, 'idx/train_visible_1.txt', '')
+    with pytest.raises(ValueError, match='train_thermal_1.txt has 7 wrong lines: line 1: expected .* and 2 more'):
+        create_dataset('regdb', root)
+
+
+@pytest.mark.parametrize(
+    'file', ['train/visible/a/c12345678901234567890_x.jpg', 'train/infrared/a/CAM1234567890123456789_.png']
+)
+def test_overlong_camera_numbers_name_the_file(tmp_path, file):
+    put_people(tmp_path, 'train', 'abcd', 'abcd')
+    put(tmp_path, file)
+    with pytest.raises(ValueError, match=f'{file}: the camera number 1234567890123456789.? has more than 18 digits'):
+        create_dataset('folder', tmp_path)

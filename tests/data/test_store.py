@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -28,9 +29,11 @@ from processes import start
 
 from vireid_timm.constants import VISIBLE
 from vireid_timm.data import store as store_module
+from vireid_timm.data.check import add_copies
+from vireid_timm.data.findings import Findings
 from vireid_timm.data.images import ImageError, load_image, read_image
-from vireid_timm.data.readers import synthetic_records
-from vireid_timm.data.records import Records
+from vireid_timm.data.readers import create_dataset, synthetic_records
+from vireid_timm.data.records import Records, class_map_of
 from vireid_timm.data.store import CACHES, ImageStore, default_cache_dir, image_store, plan_store
 
 SIZE = (24, 12)
@@ -582,3 +585,93 @@ def test_store_is_pickled_without_its_file(tmp_path, files, cache):
     assert isinstance(again, ImageStore)
     assert torch.equal(again[:], store[:])
     assert (len(pickle.dumps(store)) > store[:].nbytes) == (cache == 'ram')  # the other process opens the file
+
+
+def write_noise(folder, names):
+    """Write one image per name; names that end in the same digit get the same bytes."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        seed = int(Path(name).stem[-1])
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 4, 3), np.uint8)).save(folder / name)
+
+
+COPIES = {
+    'modality-copy': [('a', 1, 'visible', 'query'), ('a', 3, 'infrared', 'gallery')],
+    'identity-copy': [('a', 1, 'visible', 'train'), ('b', 1, 'visible', 'train')],
+    'train-test-copy': [('a', 1, 'visible', 'train'), ('a', 1, 'visible', 'test')],
+    'query-gallery-copy': [('a', 1, 'visible', 'query'), ('a', 1, 'visible', 'gallery')],
+    'query-gallery-copy ': [('a', 0, 'visible', 'test'), ('a', 0, 'visible', 'test')],
+    'query-gallery-copy  ': [('a', 1, 'visible', 'test'), ('a', 2, 'visible', 'gallery')],
+    'copy': [('a', 1, 'visible', 'train'), ('a', 2, 'visible', 'train')],
+    'copy ': [('a', 1, 'visible', 'test'), ('a', 1, 'visible', 'test')],
+}
+
+
+@pytest.mark.parametrize('kind', COPIES)
+@pytest.mark.parametrize('cache', ['disk', 'ram'])
+def test_copies_are_named_once_for_each_kind(tmp_path, cache, kind, caplog):
+    names = ['x1.png', 'other2.png', 'y1.png', 'z1.png', 'u3.png', 'v3.png']
+    write_noise(tmp_path, names)
+    first, second = COPIES[kind]
+    labels = [first, first, second, first, first, second]
+    rows = [(str(tmp_path / name), *label) for name, label in zip(names, labels)]
+    for _ in range(2):  # the second time the store is found, if it is on disk
+        caplog.clear()
+        image_store(Records.from_rows(rows), SIZE, cache=cache, cache_dir=tmp_path / 'cache')
+        (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert said.startswith('2 images ')
+        assert said.endswith(f': {tmp_path}/x1.png = {tmp_path}/y1.png, {tmp_path}/u3.png = {tmp_path}/v3.png')
+    findings = Findings()
+    add_copies(findings, Records.from_rows(rows), [[0, 2, 3]])
+    (finding,) = findings
+    assert (finding.kind, finding.count, finding.is_serious) == (kind.strip(), 1, 'copy' != kind.strip())
+
+
+def test_one_path_or_address_twice_is_no_copy(tmp_path, caplog):
+    write_noise(tmp_path, ['x1.png'])
+    address = synthetic_records([0], split='train', size=(32, 16)).path[0]
+    rows = [(path, 'a', 1, 'visible', 'train') for path in [str(tmp_path / 'x1.png'), str(address)] * 2]
+    image_store(Records.from_rows(rows), SIZE, cache='ram')
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('cache', ['disk', 'ram', 'off'])
+def test_names_that_are_not_utf8(tmp_path, cache, caplog):
+    """Names from another system's archive are read, stored, found again, and named when something is wrong."""
+    root = os.fsencode(tmp_path)
+    for split, modality in (('train', 'visible'), ('train', 'infrared'), ('query', 'visible'), ('gallery', 'infrared')):
+        for seed, person in enumerate((b'\xd5\xc5', b'Jos\xe9', 'José'.encode())):
+            folder = os.path.join(root, split.encode(), modality.encode(), person)
+            os.makedirs(folder)
+            pixels = np.random.default_rng([seed, len(split), len(modality)]).integers(0, 256, (8, 4, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'plain.png')
+            os.rename(tmp_path / 'plain.png', os.path.join(folder, b'\xb5\xda.png'))
+    with open(os.path.join(root, b'train/visible/\xd5\xc5/\xd5.jpg'), 'wb') as broken:
+        broken.write(b'no image')
+    dataset = create_dataset('folder', tmp_path)
+    people = sorted(['José', 'Jos\udce9', '\udcd5\udcc5'])
+    assert dataset.train.identities() == dataset.test.identities() == people
+    assert list(class_map_of(dataset.train)) == people
+    for _ in range(2):
+        caplog.clear()
+        store = image_store(dataset.train, SIZE, cache=cache, cache_dir=tmp_path / 'cache', skip_broken=True)
+        assert [problem.count('\udcd5.jpg') for problem in store.broken.values()] == [1]
+        assert '1 of 7 images are broken' in caplog.text
+        intact = store.intact()
+        paths = dataset.train.path[intact].tolist()
+        assert torch.equal(store[intact], one_by_one(paths))
+
+
+def test_names_that_are_not_utf8_in_findings(tmp_path):
+    for folder in (b'train/visible/\xd5\xc5/\xd5\xc5', b'train/infrared/\xd5\xc5', b'\xd5\xc5', b'train/\xd5\xc5'):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), folder))
+    findings = create_dataset('folder', write_pairs(tmp_path), test_share=0).findings
+    assert {finding.kind for finding in findings} == {'unknown-folder', 'nested-folder', 'empty-folder'}
+    assert json.loads(json.dumps([finding.message for finding in findings])) == [f.message for f in findings]
+
+
+def write_pairs(root):
+    """Write one image of a person in each modality into a folder's training part."""
+    for modality in ('visible', 'infrared'):
+        write_noise(root, [f'train/{modality}/a/{len(modality) % 7}.png'])
+    return root

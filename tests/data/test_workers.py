@@ -4,8 +4,12 @@ import functools
 import math
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +65,46 @@ def test_map_chunks_ends_its_threads_on_an_error():
 
 def test_default_workers():
     assert 1 <= default_workers() <= 8
+
+
+SCRIPT = """
+import sys
+with open('log', 'a') as log:
+    log.write(f'{__name__}\\n')
+from vireid_timm.data.workers import in_order
+assert __name__ == '__main__'
+print(sum(in_order(abs, range(-50, 0), workers=2, processes=True)))
+assert sys.modules['__main__'].log is log
+"""
+
+
+@pytest.mark.parametrize('way', ['file', 'module', 'stdin', 'interactive'])
+def test_worker_processes_run_nothing_of_the_callers_script(tmp_path, way):
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    options = {
+        'file': ['script.py'],
+        'module': ['-m', 'script'],
+        'stdin': ['-'],
+        'interactive': ['-i', '-q'],
+    }[way]
+    done = subprocess.run(
+        [sys.executable, *options],
+        input={'stdin': SCRIPT, 'interactive': 'exec(open("script.py").read())\n'}.get(way, ''),
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['1275']
+    assert (tmp_path / 'log').read_text() == '__main__\n'
+
+
+def test_starting_processes_from_several_threads_keeps_the_main_module():
+    main = sys.modules['__main__']
+    with ThreadPoolExecutor(3) as threads:
+        run = functools.partial(in_order, abs, [-1, -2], workers=2, processes=True)
+        assert list(threads.map(lambda _: list(run()), range(3))) == [[1, 2]] * 3
+    assert sys.modules['__main__'] is main

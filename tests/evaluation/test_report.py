@@ -108,7 +108,7 @@ def test_table(result):
         'infrared to visible: all-single, all-multi',
         'visible to infrared: visible-to-infrared',
     ]
-    table = lines[7:-1]
+    table = lines[7:-2]
     assert table[0].split() == 'protocol trials queries gallery R1 R5 R10 R20 mAP mINP mAP 95 %'.split()
     assert len({len(line) for line in (table[0], table[1], table[3], table[5])}) == 1, 'columns must align'
     low, high = result.intervals['mAP']
@@ -119,7 +119,9 @@ def test_table(result):
     assert table[2].split() == ['std', *(f'{100 * result.std[name]:.2f}' for name in METRICS)]
     assert table[5].split() == ['visible-to-infrared', '1', *counts, *cells, *interval]
     assert len(table) == 6, 'a single trial has no deviation'
-    assert lines[-1] == 'R1 to R20 count distinct identities: all-single, all-multi'
+    assert lines[-2] == 'R1 to R20 count distinct identities: all-single, all-multi'
+    few = 'fewer than 10 people or 30 queries, so these results mean little'
+    assert lines[-1] == f'{few}: all-single, all-multi, visible-to-infrared'
     assert report['all-multi'] is result
 
 
@@ -320,3 +322,12 @@ def test_names_in_another_encoding_are_written_and_read_back(tmp_path, result):
     assert [row['options'] for row in rows] == [
         f'list={name}, half='.encode('utf-8', 'backslashreplace').decode() + r'\ud800'
     ] * 2
+
+
+@pytest.mark.parametrize('people, queries, small', [(10, 30, False), (9, 30, True), (10, 29, True), (1, 1, True)])
+def test_few_people_or_queries_are_named(result, people, queries, small):
+    columns = {name: [0.5] * (queries + 5) for name in result.queries}
+    columns['identity'] = [str(number % people) for number in range(queries)] + ['without a match'] * 5
+    columns['AP'] = [0.5] * queries + [None] * 5
+    counted = dataclasses.replace(result, queries=columns, num_valid_queries=queries)
+    assert ('mean little: all-single' in str(make_report({'all-single': counted}))) == small

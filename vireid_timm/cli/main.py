@@ -15,6 +15,7 @@ from .parser import Parser
 
 # Each is a module of this package, which is imported when its command is called.
 COMMANDS = {
+    'data': 'check images before you use them',
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
     'hub': 'save, push, check and convert models',

@@ -1,16 +1,24 @@
 """Decode any image file, or render a SynthVI address, as 8-bit RGB."""
 
+import functools
+import re
+import sys
+from contextlib import suppress
+from typing import BinaryIO
+
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..synthvi.render import render_address
 
 ADDRESS_PREFIX = 'synthvi:'
-IMAGE_SUFFIXES = ('.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # not EPS: Pillow runs Ghostscript on it
+# Not EPS: Pillow runs Ghostscript on it. AVIF comes with Pillow 11.3, HEIF with the package pillow-heif.
+FORMATS = ('BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'HEIF')
 MAX_PIXELS = 64 * 1024 * 1024  # twice an 8K frame; a file that claims more is rejected before it is decoded
 STRETCH_PERCENTILES = (0.1, 99.9)
 
+_DEEP_PACKING = re.compile('(LA|RGB|RGBA|RGBX);16([BLN])')
+_DARK = 1 << 12  # 16-bit values below this have an upper byte below 16
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,13 +38,32 @@ class ImageError(ValueError):
         return f'{self.args[0]}; replace or remove it, or skip broken images with skip_broken=True (--skip-broken)'
 
 
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this installation reads."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.registered_extensions().values())
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """Return the lower-case suffixes of the files that this installation reads, sorted."""
+    formats = (*readable_formats(), 'MPO')  # a JPEG of several frames, which Pillow's JPEG reader opens
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
+
+
 def read_image(path: str) -> Image.Image:
     """Read one image as 8-bit RGB, whatever its format.
 
     EXIF orientation is applied, transparent parts become black, and only the first of several frames is read. A single
     channel of more than 8 bits (`I;16`, `I`, `F`, as thermal cameras write) is stretched linearly from the image's own
     0.1 and 99.9 percentiles to 0..255. Raw counts use a small part of their range, and that part moves with the
-    camera's temperature: scaling the full range would leave the image almost black.
+    camera's temperature: scaling the full range would leave the image almost black. The same holds for 16-bit grey with
+    transparency, for 16-bit colour whose three channels are equal, and, with all channels scaled alike, for 16-bit
+    colour that uses at most 12 of its bits. Other 16-bit colour keeps its upper 8 bits.
 
     Args:
         path: A file, or the address of a rendered image (`synthvi:...`).
@@ -48,14 +75,18 @@ def read_image(path: str) -> Image.Image:
         return Image.fromarray(render_address(path))
     try:
         # Not by path: Pillow would map plain TIFFs into memory, and garbles mapped ones that need a rotation.
-        with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
+        with open(path, 'rb') as file, Image.open(file, formats=readable_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'it has {width}x{height} pixels')
+            if not width or not height:
+                raise ValueError(f'it is empty: {width}x{height} pixels')
+            packing = _deep_packing(image)
             image.load()
             # Pillow rotates TIFFs itself, and leaves other formats to the caller.
             turn = None if image.format == 'TIFF' else _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
-            upright = _to_rgb(image)
+            dark = None if packing is None else _dark_values(image, packing, file)
+            upright = _to_rgb(image) if dark is None else _stretch(dark)
             return upright if turn is None else upright.transpose(turn)
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise ImageError(f'{path}: this image cannot be read ({_reason(error)})') from error
@@ -84,8 +115,48 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f'{error}, more than the limit of {MAX_PIXELS:,} pixels'
     if isinstance(error, UnidentifiedImageError):
-        return f'not one of the formats {", ".join(FORMATS)}'
+        return f'not one of the formats {", ".join(readable_formats())}'
     return getattr(error, 'strerror', None) or str(error) or type(error).__name__
+
+
+def _deep_packing(image: Image.Image) -> re.Match | None:
+    """Return how the values of a 16-bit colour image are packed, e.g. `RGB;16B`; None for other images."""
+    arguments = image.tile[0][3] if image.tile else None
+    return _DEEP_PACKING.fullmatch(str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments))
+
+
+def _dark_values(image: Image.Image, packing: re.Match, file: BinaryIO) -> np.ndarray | None:
+    """Return the values of a 16-bit image of several channels that its upper 8 bits would show nearly black, else None.
+
+    Args:
+        image: The decoded image. Pillow keeps the upper byte of every value.
+        packing: How its values are packed.
+        file: Its file, to decode the lower bytes too.
+
+    Returns:
+        One channel [H, W] or three [H, W, 3], float64; NaN where the image is transparent.
+    """
+    channels, order = packing.groups()
+    upper = np.asarray(image)
+    opposite = {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}[order]
+    # Read with the opposite byte order, the lower byte is the one that is kept. Read as four channels of 8 bits, the
+    # bytes of grey and alpha are grey's upper and lower one, then alpha's.
+    other = 'RGBA' if channels == 'LA' else f'{channels};16{opposite}'
+    file.seek(0)
+    with Image.open(file, formats=readable_formats()) as again:
+        again.tile = [
+            (*tile[:3], (other, *tile[3][1:]) if isinstance(tile[3], tuple) else other) for tile in again.tile
+        ]
+        lower = np.asarray(again)
+    lower = lower[..., [1, 1, 1]] if channels == 'LA' else lower[..., :3]
+    values = 256.0 * upper[..., :3] + lower
+    if image.mode == 'RGBA':
+        values[upper[..., 3] == 0] = np.nan
+    if np.isnan(values).all():
+        return None
+    if channels == 'LA' or (np.ptp(values, axis=2)[np.isfinite(values[..., 0])] == 0).all():
+        return values[..., 0]
+    return values if np.nanpercentile(values, STRETCH_PERCENTILES[1]) < _DARK else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -100,7 +171,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(values: np.ndarray) -> Image.Image:
-    """Scale one channel [H, W] of any range to 8 bits, as described in `read_image`."""
+    """Scale values [H, W] or [H, W, 3] of any range to 8 bits, as described in `read_image`."""
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:

@@ -195,8 +195,8 @@ def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
     """Write the file that SYSU-MM01's owners sample galleries with, in their format: `exp/rand_perm_cam.mat`.
 
     It is a cell array of the cameras, each a cell array by identity number, each a matrix: row t orders the images of
-    that identity and camera for trial t, counted from 1. It is empty if there are no images. Without SciPy, the file is
-    skipped.
+    that identity and camera for trial t, counted from 1. Without images it is 10x0: the owners' code takes rows of it.
+    Without SciPy, the file is skipped.
 
     Args:
         plan: A plan of layout `sysu_mm01`.
@@ -213,14 +213,14 @@ def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
         return
     rng = random.Random(f'permutations {seed}')
     counts = Counter((image.camera, image.identity) for image in plan.images)
+    last = max(identity for _, identity in counts)
     cameras = np.empty((len(SYSU_CAMERAS), 1), dtype=object)
     for place, (camera, _) in enumerate(SYSU_CAMERAS):
-        seen = [identity for number, identity in counts if number == camera]
-        cameras[place, 0] = np.empty((max(seen, default=0), 1), dtype=object)
-        for identity in range(1, len(cameras[place, 0]) + 1):
+        cameras[place, 0] = np.empty((last, 1), dtype=object)
+        for identity in range(1, last + 1):
             numbers = range(1, counts[camera, identity] + 1)
-            orders = [rng.sample(numbers, len(numbers)) for _ in range(_PERMUTATION_TRIALS if numbers else 0)]
-            cameras[place, 0][identity - 1, 0] = np.asarray(orders, dtype=np.uint16).reshape(len(orders), len(numbers))
+            orders = [rng.sample(numbers, len(numbers)) for _ in range(_PERMUTATION_TRIALS)]
+            cameras[place, 0][identity - 1, 0] = np.asarray(orders, dtype=np.uint16)
     content = io.BytesIO()
     savemat(content, {PERMUTATION_VARIABLE: cameras}, do_compression=True)  # adds a checksum, as MATLAB does
     (folder / PERMUTATION_FILE).write_bytes(_MATLAB_HEADER + content.getvalue()[len(_MATLAB_HEADER) :])
@@ -281,9 +281,8 @@ def _write_chunk(
 ) -> None:
     for plan in images:
         pixels = render(plan.modality, plan.identity, plan.camera, plan.image, seed=seed, spectrum=spectrum, size=size)
-        # One channel for infrared, as in the real files.
-        image = Image.fromarray(pixels if plan.modality == VISIBLE else pixels[..., 0])
-        image.save(os.path.join(folder, plan.path), quality=JPEG_QUALITY)
+        # Infrared has three channels too, as in the real files: other code relies on them.
+        Image.fromarray(pixels).save(os.path.join(folder, plan.path), quality=JPEG_QUALITY)
 
 
 def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:

@@ -9,10 +9,12 @@ al., "Person Recognition System Based on a Combination of Body Images from Visib
 import csv
 import difflib
 import inspect
+import io
 import logging
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +23,8 @@ import numpy as np
 from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
 from ..synthvi.render import camera_numbers, camera_order, image_address
 from ..text import format_list
-from .images import IMAGE_SUFFIXES
+from .findings import Findings
+from .images import image_suffixes
 from .records import Dataset, Records
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ LAYOUTS = {
     'csv': """
   path,identity,camera,modality,split
   images/a.jpg,anna,3,visible,train
-(path: relative to the file's folder; camera: may be empty; split: train, query, gallery, or test for both)""",
+(path: relative to the file's folder; camera: optional; split: train, query, gallery, or test for both)""",
 }
 # Images of (training visible, training infrared, test visible, test infrared), as published.
 PUBLISHED_COUNTS = {
@@ -64,6 +67,10 @@ REGDB_TRIALS = range(1, 11)
 _CAMERA_PREFIX = re.compile(r'c(?:am)?(\d+)_', re.IGNORECASE)  # c3_0001.jpg, cam3_0001.jpg
 _LLCM_CAMERA = re.compile(r'_c(\d+)_')  # 0001_c01_s185535_f7010_nir.jpg
 _CAMERA_FOLDER = re.compile(r'cam(\d+)')
+_FLOAT_CAMERA = re.compile(r'\d+\.0+')
+_NO_VALUE = ('nan', 'na', 'n/a', '<na>', 'none', 'null')
+_CAMERA_DIGITS = 18  # what fits into 64 bits
+_LITTER = ('thumbs.db', 'desktop.ini')  # Windows leaves them in every folder of images
 
 
 def create_dataset(name: str, root: str | os.PathLike | None = None, **options: object) -> Dataset:
@@ -96,8 +103,9 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
         dataset = reader(**options)
     else:
         dataset = reader(_existing_root(name, root), **options)
-    _check(dataset)
-    return dataset
+    findings = Findings(dataset.findings)
+    _check(dataset, findings)
+    return replace(dataset, findings=findings)
 
 
 def split_identities(records: Records, share: float, seed: int) -> tuple[Records, Records]:
@@ -140,9 +148,9 @@ def read_sysu_mm01(root: str) -> Dataset:
     if both:
         raise ValueError(f'{root}: identity {both[0]} is listed for training and for testing; check exp/*_id.txt')
     cells = [(camera, modality, _required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
-    return Dataset(
-        'sysu_mm01', root, _camera_folders(cells, train, 'train'), _camera_folders(cells, lists['test'], 'test')
-    )
+    with _Scan() as scan:
+        tables = [_camera_folders(scan, cells, *part) for part in ((train, 'train'), (lists['test'], 'test'))]
+    return Dataset('sysu_mm01', root, *tables, findings=scan.findings)
 
 
 def read_regdb(root: str, *, trial: int = 1) -> Dataset:
@@ -153,32 +161,35 @@ def read_regdb(root: str, *, trial: int = 1) -> Dataset:
     """
     if trial not in REGDB_TRIALS:
         raise ValueError(f'RegDB has trials {REGDB_TRIALS[0]} to {REGDB_TRIALS[-1]}, got {trial!r}')
-    tables = {}
+    tables, findings = {}, Findings()
     for split in ('train', 'test'):
         rows: list[Row] = []
         for modality, folder, camera in ((VISIBLE, 'visible', 1), (INFRARED, 'thermal', 2)):
-            for path, inner in _read_image_list('regdb', root, f'idx/{split}_{folder}_{trial}.txt'):
+            for path, inner in _read_image_list('regdb', root, f'idx/{split}_{folder}_{trial}.txt', findings):
                 rows.append((path, inner.split('/')[-2], camera, modality, split))
         tables[split] = Records.from_rows(rows)
-    return Dataset('regdb', root, tables['train'], tables['test'], {'trial': trial})
+    return Dataset('regdb', root, tables['train'], tables['test'], {'trial': trial}, findings)
 
 
 def read_llcm(root: str) -> Dataset:
     """Read LLCM: 713 identities to train on, 351 to test on. Cameras of one number share a site in both modalities."""
     rows: list[Row] = []
-    for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
-        for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt'):
-            camera = _LLCM_CAMERA.search(inner.split('/')[-1])
-            rows.append((path, inner.split('/')[-2], int(camera[1]) if camera else UNKNOWN_CAMERA, modality, 'train'))
     cells = []
-    for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
-        # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
-        folder = _required('llcm', root, name)
-        numbers = [_CAMERA_FOLDER.fullmatch(camera) for camera in _folders(folder)]
-        cells += [(int(number[1]), modality, os.path.join(folder, number[0])) for number in numbers if number]
-    cells.sort()
-    test = _camera_folders(cells, _read_numbers('llcm', root, 'idx/test_id.txt'), 'test')
-    return Dataset('llcm', root, Records.from_rows(rows), test)
+    with _Scan() as scan:
+        for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
+            for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt', scan.findings):
+                found = _LLCM_CAMERA.search(inner.split('/')[-1])
+                camera = _camera_number(found[1], path) if found else UNKNOWN_CAMERA
+                rows.append((path, inner.split('/')[-2], camera, modality, 'train'))
+        for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
+            # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
+            folder = _required('llcm', root, name)
+            for camera in scan.folders(folder, _CAMERA_FOLDER, 'cam<number>'):
+                path = os.path.join(folder, camera)
+                cells.append((_camera_number(camera[3:], path), modality, path))
+        cells.sort()
+        test = _camera_folders(scan, cells, _read_numbers('llcm', root, 'idx/test_id.txt'), 'test')
+    return Dataset('llcm', root, Records.from_rows(rows), test, findings=scan.findings)
 
 
 def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset:
@@ -192,25 +203,26 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
         test_share: Share of the identities to hold out, 0 for none; ignored if there is a gallery.
         seed: Decides which identities are held out.
     """
-    present = {split: os.path.isdir(os.path.join(root, split)) for split in ('train', 'query', 'gallery')}
-    if present['query'] != present['gallery']:
-        there, missing = ('query', 'gallery') if present['query'] else ('gallery', 'query')
-        raise ValueError(f'{root} has a folder {there} but no {missing}; expected both or neither:{LAYOUTS["folder"]}')
-    train = Records.from_rows([])
-    if present['train'] or not present['query']:
-        for modality in MODALITIES:
+    with _Scan() as scan:
+        present = scan.folders(root, re.compile('train|query|gallery'), 'train, query or gallery')
+        if ('query' in present) != ('gallery' in present):
+            there, missing = ('query', 'gallery') if 'query' in present else ('gallery', 'query')
+            raise ValueError(
+                f'{root} has a folder {there} but no {missing}; expected both or neither:{LAYOUTS["folder"]}'
+            )
+        train = Records.from_rows(_person_folders(scan, root, 'train') if 'train' in present else [])
+        for modality in MODALITIES if 'train' in present or 'query' not in present else ():
             _required('folder', root, f'train/{modality}')
-        train = Records.from_rows(_person_folders(root, 'train'))
-    if not present['query']:
-        train, test = split_identities(train, test_share, seed)
-        return Dataset('folder', root, train, test, {'test_share': test_share, 'seed': seed})
-    test = []
-    for split in ('query', 'gallery'):
-        rows = _person_folders(root, split)
-        if not rows:
-            raise ValueError(f'{os.path.join(root, split)} has no image; expected:{LAYOUTS["folder"]}')
-        test += rows
-    return Dataset('folder', root, train, Records.from_rows(test))
+        test = []
+        for split in ('query', 'gallery') if 'query' in present else ():
+            rows = _person_folders(scan, root, split)
+            if not rows:
+                raise ValueError(f'{os.path.join(root, split)} has no image; expected:{LAYOUTS["folder"]}')
+            test += rows
+    if test:
+        return Dataset('folder', root, train, Records.from_rows(test), findings=scan.findings)
+    train, held_out = split_identities(train, test_share, seed)
+    return Dataset('folder', root, train, held_out, {'test_share': test_share, 'seed': seed}, scan.findings)
 
 
 def read_csv(root: str) -> Dataset:
@@ -219,7 +231,8 @@ def read_csv(root: str) -> Dataset:
     Cameras that are not numbers are numbered in the order of their names. An image that is listed both as query and as
     gallery becomes one record of split `test`.
     """
-    rows = _number_cameras(root, _merge_repeated(root, _read_csv_lines(root)))
+    findings = Findings()
+    rows = _number_cameras(root, _merge_repeated(root, _read_csv_lines(root), findings))
     splits = {row.split for row in rows}
     if ('query' in splits) != ('gallery' in splits) and 'test' not in splits:
         there, missing = ('query', 'gallery') if 'query' in splits else ('gallery', 'query')
@@ -234,7 +247,7 @@ def read_csv(root: str) -> Dataset:
         )
         for training in (True, False)
     ]
-    return Dataset('csv', root, *tables)
+    return Dataset('csv', root, *tables, findings=findings)
 
 
 def read_synthetic(
@@ -309,63 +322,115 @@ class _Line:
     split: str
 
 
+def _read_text(file_name: str) -> str:
+    """Return the text of a file, without a byte order mark."""
+    with open(file_name, 'rb') as file:
+        content = file.read()
+    try:
+        text, wrong = content.decode('utf-8-sig'), content.find(b'\0')  # UTF-16 without a mark has zeros
+    except UnicodeDecodeError as error:
+        text, wrong = '', error.start
+    if wrong >= 0:
+        line = content.count(b'\n', 0, wrong) + 1
+        raise ValueError(f'{file_name}, line {line}: this is not UTF-8 text; save the file as UTF-8')
+    return text
+
+
+def _check_lines(file_name: str, wrong: Sequence[str], hint: str = '') -> None:
+    """Raise an error that names the first wrong lines (`line 3: ...`) and counts them all, if there are any."""
+    if wrong:
+        where = f'{file_name}, ' if len(wrong) == 1 else f'{file_name} has {len(wrong):,} wrong lines: '
+        missing = all(': there is no file ' in line for line in wrong)
+        raise (FileNotFoundError if missing else ValueError)(where + format_list(wrong, separator='; ') + hint)
+
+
 def _read_csv_lines(file_name: str) -> list[_Line]:
-    columns = ('path', 'identity', 'camera', 'modality', 'split')
-    base, lines = os.path.dirname(file_name), []
-    with open(file_name, newline='', encoding='utf-8-sig') as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
+    text = _read_text(file_name)
+    delimiter = max(',;\t', key=text.partition('\n')[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True)
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    missing = [name for name in ('path', 'identity', 'modality', 'split') if name not in reader.fieldnames]
+    if missing:
+        raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
+    lines: list[_Line] = []
+    wrong, first = [], 2
+    try:
         for row in reader:
-            where = f'{file_name}, line {reader.line_num}'
-            if None in row or None in row.values():
-                raise ValueError(f'{where}: expected {len(reader.fieldnames)} values, as in the first line')
-            values = {column: row[column].strip() for column in columns}
-            line = _Line(reader.line_num, **values | {'path': os.path.join(base, values['path'])})
-            for column, allowed in (('modality', MODALITIES), ('split', SPLITS)):
-                if values[column] not in allowed:
-                    raise ValueError(
-                        f'{where}: unknown {column} {values[column]!r}; expected one of {", ".join(allowed)}'
-                    )
-            if not line.identity:
-                raise ValueError(f'{where}: the identity is empty')
-            if not os.path.isfile(line.path):
-                raise FileNotFoundError(f'{where}: there is no file {line.path}')
-            lines.append(line)
+            # A quote that is not closed takes the lines up to the next quote into one value.
+            if any('\n' in value or '\r' in value for value in row.values() if isinstance(value, str)):
+                wrong.append(f'line {first}: a value has several lines; is a quote not closed?')
+            elif None in row or None in row.values():
+                wrong.append(f'line {reader.line_num}: expected {len(reader.fieldnames)} values, as in the first line')
+            else:
+                line = _csv_line(file_name, reader.line_num, {name: value.strip() for name, value in row.items()})
+                problem = _problem_of(line)
+                if problem:
+                    wrong.append(f'line {line.number}: {problem}')
+                lines.append(line)
+            first = reader.line_num + 1
+    except csv.Error as error:
+        wrong.append(f'line {first}: a quote is not closed ({error})')
+    _check_lines(file_name, wrong)
     return lines
 
 
-def _merge_repeated(file_name: str, lines: list[_Line]) -> list[_Line]:
+def _csv_line(file_name: str, number: int, values: dict[str, str]) -> _Line:
+    path = os.path.join(os.path.dirname(file_name), values['path'])
+    if '\\' in path and not os.path.exists(path):  # written on Windows
+        path = os.path.join(os.path.dirname(file_name), values['path'].replace('\\', '/'))
+    camera = values.get('camera', '')
+    if camera.lower() in _NO_VALUE:
+        camera = ''
+    elif _FLOAT_CAMERA.fullmatch(camera):  # pandas writes whole numbers like this if some are missing
+        camera = camera.partition('.')[0]
+    return _Line(number, path, values['identity'], camera, values['modality'].lower(), values['split'].lower())
+
+
+def _problem_of(line: _Line) -> str | None:
+    for column, value, allowed in (('modality', line.modality, MODALITIES), ('split', line.split, SPLITS)):
+        if value not in allowed:
+            return f'unknown {column} {value!r}; expected one of {", ".join(allowed)}'
+    if line.identity in ('', 'nan', 'NaN'):
+        return f'the identity is {"empty" if not line.identity else f"missing ({line.identity})"}'
+    return None if os.path.isfile(line.path) else f'there is no file {line.path}'
+
+
+def _merge_repeated(file_name: str, lines: list[_Line], findings: Findings) -> list[_Line]:
     """Reduce to one line per image: query and gallery become test, duplicates are dropped, contradictions raise."""
     merged: dict[str, _Line] = {}
-    dropped = 0
+    dropped, wrong = [], []
     for line in lines:
-        path = os.path.normpath(line.path)
+        path = os.path.realpath(line.path)
         first = merged.setdefault(path, line)
         if first is line:
             continue
-        where = f'{file_name}, lines {first.number} and {line.number}: {line.path} is listed twice'
+        where = f'lines {first.number} and {line.number}: {line.path} is listed twice'
         if (first.identity, first.camera, first.modality) != (line.identity, line.camera, line.modality):
-            raise ValueError(f'{where}, with different identities, cameras or modalities')
-        if (first.split == 'train') != (line.split == 'train'):
-            raise ValueError(f'{where}, for training and for testing')
-        if first.split == line.split:
-            dropped += 1
+            wrong.append(f'{where}, with different identities, cameras or modalities')
+        elif (first.split == 'train') != (line.split == 'train'):
+            wrong.append(f'{where}, for training and for testing')
+        elif first.split == line.split:
+            dropped.append(line.path)
         else:
             merged[path] = replace(first, split='test')
-    if dropped:
-        _logger.warning(f'{file_name}: dropped {dropped} duplicate lines')
+    _check_lines(file_name, wrong)
+    findings.add('repeated-line', f'lines of {file_name} repeat an image and count once', dropped)
     return list(merged.values())
 
 
 def _number_cameras(file_name: str, lines: list[_Line]) -> list[_Line]:
     names = sorted({line.camera for line in lines} - {''})
-    if all(name.isdecimal() for name in names):
+    if all(name.isdecimal() and len(name) <= _CAMERA_DIGITS for name in names):
         return [replace(line, camera=line.camera or str(UNKNOWN_CAMERA)) for line in lines]
     numbers = {name: str(number) for number, name in enumerate(names, 1)} | {'': str(UNKNOWN_CAMERA)}
     _logger.info(f'{file_name}: cameras are numbered {", ".join(f"{name}={numbers[name]}" for name in names)}')
     return [replace(line, camera=numbers[line.camera]) for line in lines]
+
+
+def _camera_number(digits: str, where: str) -> int:
+    if len(digits) > _CAMERA_DIGITS:
+        raise ValueError(f'{where}: the camera number {digits} has more than {_CAMERA_DIGITS} digits; rename it')
+    return int(digits)
 
 
 def _existing_root(name: str, root: str) -> str:
@@ -389,96 +454,146 @@ def _hint(word: str, known: Iterable[str]) -> str:
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-def _folders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+class _Scan:
+    """Lists folders and images. At the end of its `with` block it reports what it ignored, also after an error.
+
+    Hidden files and folders are ignored without a word.
+    """
+
+    def __init__(self) -> None:
+        self.findings = Findings()
+        self._suffixes = image_suffixes()
+        self._noted: dict[tuple[str, str], list[str]] = {}
+        self._unread: list[str] = []
+
+    def __enter__(self) -> '_Scan':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for (kind, what), names in self._noted.items():
+            self.findings.add(kind, what, names)
+        counts = Counter(os.path.splitext(path)[1].lower() or 'none' for path in self._unread)
+        listed = ', '.join(f'{suffix}: {count:,}' for suffix, count in counts.most_common())
+        heic = '; to read .heic, run `pip install pillow-heif`' if counts.keys() & {'.heic', '.heif'} else ''
+        what = f'files are ignored for their suffix ({listed}; read are {" ".join(self._suffixes)}{heic})'
+        self.findings.add('unread-suffix', what, sorted(self._unread))
+
+    def note(self, kind: str, what: str, name: str) -> None:
+        """Add a name to a finding."""
+        self._noted.setdefault((kind, what), []).append(name)
+
+    def folders(self, folder: str, expected: re.Pattern | None = None, description: str = '') -> list[str]:
+        """Return the names of the sub-folders, sorted.
+
+        Args:
+            folder: The folder.
+            expected: Names to return; None for all.
+            description: The same for people.
+        """
+        names = []
+        for entry in _visible_entries(folder):
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.name.lower().endswith(self._suffixes):
+                self.note('stray-image', 'images are not in the folder of a person and are ignored', entry.path)
+        for name in names if expected else ():
+            if not expected.fullmatch(name):
+                what = f'folders are ignored because they are not named {description}'
+                self.note('unknown-folder', what, os.path.join(folder, name))
+        return [name for name in names if expected is None or expected.fullmatch(name)]
+
+    def images(self, folder: str) -> list[str]:
+        """Return the names of a person's images, sorted. A dangling link counts: reading it names the file."""
+        names = []
+        for entry in _visible_entries(folder):
+            if entry.is_dir():
+                self.note('nested-folder', 'folders inside the folder of a person are ignored', entry.path)
+            elif entry.name.lower().endswith(self._suffixes) and (entry.is_file() or entry.is_symlink()):
+                names.append(entry.name)
+            else:
+                self._unread.append(entry.path)
+        if not names:
+            self.note('empty-folder', 'folders have no image', folder)
+        return names
 
 
-def _images(folder: str) -> list[str]:
-    """Return the names of the images in a folder, sorted. Hidden files and non-images are ignored."""
+def _visible_entries(folder: str) -> list[os.DirEntry]:
+    """Return what is in a folder, by name, without hidden files and the system's own."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_file()]
-    return sorted(name for name in names if not name.startswith('.') and name.lower().endswith(IMAGE_SUFFIXES))
+        shown = [entry for entry in entries if not entry.name.startswith('.') and entry.name.lower() not in _LITTER]
+    return sorted(shown, key=lambda entry: entry.name)
 
 
 def _read_numbers(name: str, root: str, inner: str) -> list[int]:
     """Return the comma-separated numbers in a file."""
     path = _required(name, root, inner)
-    with open(path, encoding='utf-8') as file:
-        words = file.read().replace(',', ' ').split()
-    for word in words:
-        if not word.isdecimal():
-            raise ValueError(f'{path}: expected one line of comma-separated numbers, got {word!r}')
+    words = _read_text(path).replace(',', ' ').split()
+    wrong = [repr(word) for word in words if not word.isdecimal()]
+    if wrong:
+        raise ValueError(f'{path}: expected one line of comma-separated numbers, got {format_list(wrong)}')
     return [int(word) for word in words]
 
 
-def _read_image_list(name: str, root: str, inner: str) -> list[tuple[str, str]]:
+def _read_image_list(name: str, root: str, inner: str, findings: Findings) -> list[tuple[str, str]]:
     """Return (path, path inside `root`) of every line `path label` of a file. The listed files must exist."""
     list_name = _required(name, root, inner)
-    images = []
-    with open(list_name, encoding='utf-8') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            words = line.rsplit(maxsplit=1)
-            relative = words[0].strip().replace('\\', '/')
-            if len(words) != 2 or not words[1].isdecimal() or '/' not in relative:
-                raise ValueError(
-                    f'{list_name}, line {number}: expected `<folder>/<identity>/<image> <label>`, got {line.strip()!r}'
-                )
-            path = os.path.join(root, *relative.split('/'))
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f'{list_name}, line {number}: there is no file {path}; '
-                    f'dataset {name!r} expects in {root}:{LAYOUTS[name]}'
-                )
-            images.append((path, relative))
-    return images
+    images: dict[str, str] = {}
+    wrong, repeated = [], []
+    for number, line in enumerate(io.StringIO(_read_text(list_name), newline=None), 1):
+        words = line.rsplit(maxsplit=1)
+        if not words:
+            continue
+        relative = words[0].strip().replace('\\', '/')
+        path = os.path.join(root, *relative.split('/'))
+        if len(words) != 2 or not words[1].isdecimal() or '/' not in relative:
+            wrong.append(f'line {number}: expected `<folder>/<identity>/<image> <label>`, got {line.strip()!r}')
+        elif path in images:
+            repeated.append(relative)
+        elif not os.path.isfile(path):
+            wrong.append(f'line {number}: there is no file {path}')
+        else:
+            images[path] = relative
+    _check_lines(list_name, wrong, f'; dataset {name!r} expects in {root}:{LAYOUTS[name]}')
+    findings.add('repeated-line', f'lines of {list_name} repeat an image and count once', repeated)
+    return list(images.items())
 
 
-def _camera_folders(cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str) -> Records:
+def _camera_folders(
+    scan: _Scan, cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str
+) -> Records:
     """Return records of `<camera folder>/<identity, 4 digits>/<image>`, by identity, then camera, then file name.
 
     Args:
+        scan: Lists the folders.
         cells: Number, modality and folder of every camera.
         identities: Numbers of the identities.
         split: Split of every record.
     """
     rows: list[Row] = []
-    empty, unseen = [], []
     for name in sorted({f'{number:04d}' for number in identities}):
         before = len(rows)
         for camera, modality, camera_folder in cells:
             folder = os.path.join(camera_folder, name)
-            if not os.path.isdir(folder):  # not every camera has seen everyone
-                continue
-            images = _images(folder)
-            rows += [(os.path.join(folder, image), name, camera, modality, split) for image in images]
-            if not images:
-                empty.append(folder)
+            if os.path.isdir(folder):  # not every camera has seen everyone
+                rows += [(os.path.join(folder, image), name, camera, modality, split) for image in scan.images(folder)]
         if len(rows) == before:
-            unseen.append(name)
-    _warn_counted(empty, 'folders have no image')
-    _warn_counted(unseen, f'of the listed {split} identities have no image')
+            scan.note('unseen-identity', f'of the listed {split} identities have no image', name)
     return Records.from_rows(rows)
 
 
-def _person_folders(root: str, split: str) -> list[Row]:
-    """Return rows of `<split>/<modality>/<person>/<image>`."""
+def _person_folders(scan: _Scan, root: str, split: str) -> list[Row]:
+    """Return rows of `<split>/<modality>/<person>/<image>`, visible ones first."""
     rows: list[Row] = []
-    empty = []
-    for modality in MODALITIES:
-        modality_folder = os.path.join(root, split, modality)
-        for person in _folders(modality_folder) if os.path.isdir(modality_folder) else ():
+    split_folder = os.path.join(root, split)
+    present = scan.folders(split_folder, re.compile('|'.join(MODALITIES)), ' or '.join(MODALITIES))
+    for modality in sorted(present, key=MODALITIES.index):
+        modality_folder = os.path.join(split_folder, modality)
+        for person in scan.folders(modality_folder):
             folder = os.path.join(modality_folder, person)
-            images = _images(folder)
-            for image in images:
-                prefix = _CAMERA_PREFIX.match(image)
-                camera = int(prefix[1]) if prefix else UNKNOWN_CAMERA
-                rows.append((os.path.join(folder, image), person, camera, modality, split))
-            if not images:
-                empty.append(folder)
-    _warn_counted(empty, 'folders have no image')
+            for image in scan.images(folder):
+                path, prefix = os.path.join(folder, image), _CAMERA_PREFIX.match(image)
+                camera = _camera_number(prefix[1], path) if prefix else UNKNOWN_CAMERA
+                rows.append((path, person, camera, modality, split))
     return rows
 
 
@@ -486,15 +601,16 @@ def _identities_of(records: Records, modality: str) -> set[str]:
     return set(records.identity[records.modality == modality].tolist())
 
 
-def _check(dataset: Dataset) -> None:
-    """Warn about oddities of a dataset, and raise if it has no image."""
+def _check(dataset: Dataset, findings: Findings) -> None:
+    """Add oddities of a dataset's tables, and raise if it has no image."""
     train, test = dataset.train, dataset.test
     where = dataset.root or dataset.name
     if not len(train) and not len(test):
         expected = f'; expected:{LAYOUTS[dataset.name]}' if dataset.name in LAYOUTS else ''
         raise ValueError(f'{where} has no image{expected}')
     shared = set(train.identity.tolist()) & set(test.identity.tolist())
-    _warn_counted(sorted(shared), 'identities are in both the training and the test set, which inflates the result')
+    what = 'identities are in both the training and the test set, which inflates the result'
+    findings.add('train-test-identity', what, sorted(shared), is_serious=True)
     published = PUBLISHED_COUNTS.get(dataset.name)
     counts = tuple(
         int((table.modality == modality).sum()) for table in (train, test) for modality in (VISIBLE, INFRARED)
@@ -507,11 +623,6 @@ def _check(dataset: Dataset) -> None:
             if count != expected
         ]
         _logger.warning(f'{where}: image counts differ from the published {dataset.name}: {", ".join(differing)}')
-
-
-def _warn_counted(names: Sequence[str], what: str) -> None:
-    if names:
-        _logger.warning(f'{len(names)} {what}: {format_list(names)}')
 
 
 def synthetic_records(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..constants import MODALITIES, SPLITS
+from .findings import Finding
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ class Dataset:
         train: Records to train on.
         test: Every image that any protocol may need, once.
         options: The reader's resolved options (RegDB's trial, SynthVI's seed, ...), for reports.
+        findings: What the reader found odd or ignored, and warned about.
     """
 
     name: str
@@ -81,3 +83,4 @@ class Dataset:
     train: Records
     test: Records
     options: dict[str, object] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from ..constants import CACHES
 from ..files import STALE_AFTER, last_written
 from ..synthvi.render import renderer_digest
 from ..text import format_bytes, format_list
+from .check import add_copies, equal_rows, file_digest
+from .findings import Findings
 from .images import ADDRESS_PREFIX, ImageError, load_image
 from .records import Records
 from .workers import CHUNK, in_order, map_chunks
@@ -39,7 +41,7 @@ from .workers import CHUNK, in_order, map_chunks
 _logger = logging.getLogger(__name__)
 
 _PIXELS, _ABOUT = 'pixels.bin', 'about.json'  # the files of a store
-_STORE_VERSION = 2  # raise it when the same image would give other bytes
+_STORE_VERSION = 3  # raise it when the same image would give other bytes
 _DEVICE_SHARE, _RAM_SHARE = 1 / 4, 1 / 2  # the most of the free memory that `auto` takes
 
 
@@ -180,6 +182,19 @@ class _MappedFile:
 
 
 @dataclass(frozen=True)
+class _Contents:
+    """What became known while all images were decoded.
+
+    Attributes:
+        broken: Row -> why that image cannot be read.
+        copies: Rows of files that have equal bytes, see `equal_rows`.
+    """
+
+    broken: dict[int, str] = field(default_factory=dict)
+    copies: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class StorePlan:
     """What `image_store` would do.
 
@@ -254,23 +269,24 @@ def image_store(
     paths, num_bytes = records.path.tolist(), math.prod((len(records), 3, *size))
     folder = _store_folder(paths, size, cache, cache_dir)
     decode = partial(_decode, paths, size, skip_broken=skip_broken, workers=workers, progress=progress)
-    broken = _find(folder, paths, num_bytes)
+    contents = _find(folder, paths, num_bytes)
     with ExitStack() as stack:
-        if folder is not None and broken is None:
+        if folder is not None and contents is None:
             locked = stack.enter_context(_build_lock(folder))
-            broken = _find(folder, paths, num_bytes)  # another process may have built it while this one waited
-        plan = _plan(cache, num_bytes, folder, broken is not None, device)
-        if plan.folder is not None and broken is None:
-            broken = _build(folder, paths, size, decode, locked)
+            contents = _find(folder, paths, num_bytes)  # another process may have built it while this one waited
+        plan = _plan(cache, num_bytes, folder, contents is not None, device)
+        if plan.folder is not None and contents is None:
+            contents = _build(folder, paths, size, decode, locked)
     pixels = None if plan.folder is None else plan.folder / _PIXELS
     if plan.cache == 'ram':
         pixels = np.empty((len(paths), 3, *size), np.uint8)
-        broken = decode(lambda start, chunk: np.copyto(pixels[start : start + len(chunk)], chunk))
+        contents = decode(lambda start, chunk: np.copyto(pixels[start : start + len(chunk)], chunk))
     elif plan.cache == 'off' and skip_broken:
-        broken = decode(lambda start, chunk: None)  # only to know which images are broken
-    broken = broken or {}
-    _check_broken(broken, len(paths), skip_broken)
-    store = ImageStore(paths, size, pixels, broken, workers)
+        contents = decode(lambda start, chunk: None)  # only to know which images are broken
+    contents = contents or _Contents()
+    _check_broken(contents.broken, len(paths), skip_broken)
+    add_copies(Findings(), records, contents.copies)
+    store = ImageStore(paths, size, pixels, contents.broken, workers)
     if plan.cache == 'device':
         store.hold(device)
     _log_plan(plan, len(paths), size, device)
@@ -389,16 +405,14 @@ def _decode(
     skip_broken: bool,
     workers: int | None,
     progress: bool,
-) -> dict[int, str]:
-    """Decode all images, pass the first row and the images [B, 3, H, W] of every chunk to `write` in order.
-
-    Returns:
-        Row -> why that image cannot be read.
-    """
+) -> _Contents:
+    """Decode all images, pass the first row and the images [B, 3, H, W] of every chunk to `write` in order."""
     broken: dict[int, str] = {}
+    digests: list[bytes | None] = []
 
-    def use(start: int, result: tuple[np.ndarray, dict[int, str]]) -> None:
-        images, problems = result
+    def use(start: int, result: tuple[np.ndarray, dict[int, str], list[bytes | None]]) -> None:
+        images, problems, found = result
+        digests.extend(found)
         if problems and not skip_broken:
             raise ImageError(next(iter(problems.values())))
         broken.update({start + offset: problem for offset, problem in problems.items()})
@@ -407,19 +421,21 @@ def _decode(
     rendered = sum(path.startswith(ADDRESS_PREFIX) for path in paths)
     decode = partial(_decode_chunk, size=size)
     map_chunks(decode, paths, use, rendered=rendered, workers=workers, label='reading images', progress=progress)
-    return broken
+    return _Contents(broken, equal_rows(paths, digests))
 
 
-def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the images [B, 3, H, W], broken ones black, and offset -> why for the broken ones."""
+def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, dict[int, str], list[bytes | None]]:
+    """Return the images [B, 3, H, W], broken ones black, offset -> why for these, and the hashes of intact files."""
     images = np.zeros((len(paths), 3, *size), np.uint8)
     broken = {}
+    digests: list[bytes | None] = [None] * len(paths)
     for offset, path in enumerate(paths):
         try:
             images[offset] = load_image(path, size).transpose(2, 0, 1)
+            digests[offset] = None if path.startswith(ADDRESS_PREFIX) else file_digest(path)
         except ImageError as error:
             broken[offset] = error.args[0]
-    return images, broken
+    return images, broken, digests
 
 
 @contextmanager
@@ -448,9 +464,9 @@ def _build_lock(folder: Path) -> Iterator[bool]:
 
 
 def _build(
-    folder: Path, paths: list[str], size: tuple[int, int], decode: Callable[..., dict[int, str]], locked: bool
-) -> dict[int, str]:
-    """Decode into a temporary folder, rename it to the store's folder when it is complete; return the broken rows."""
+    folder: Path, paths: list[str], size: tuple[int, int], decode: Callable[..., _Contents], locked: bool
+) -> _Contents:
+    """Decode into a temporary folder, and rename it to the store's folder when it is complete."""
     num_bytes = math.prod((len(paths), 3, *size))
     temporary = folder.with_name(f'{folder.name}.{uuid.uuid4().hex}.tmp')
     try:
@@ -462,10 +478,10 @@ def _build(
         temporary.mkdir(parents=True)
         # Written with write() and mapped afterwards: on a full disk, writing to a mapping would kill the process.
         with open(temporary / _PIXELS, 'wb') as file:
-            broken = decode(lambda start, chunk: file.write(chunk))
+            contents = decode(lambda start, chunk: file.write(chunk))
             file.flush()
             os.fsync(file.fileno())
-        about = {'images': len(paths), 'size': size, 'first': paths[0], 'broken': broken}
+        about = {'images': len(paths), 'size': size, 'first': paths[0], **asdict(contents)}
         (temporary / _ABOUT).write_text(json.dumps(about, indent=1), encoding='utf-8')
         try:
             os.rename(temporary, folder)
@@ -478,7 +494,7 @@ def _build(
         raise _write_error(error, folder, num_bytes) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return broken
+    return contents
 
 
 def _write_error(error: OSError, folder: Path, num_bytes: int) -> OSError:
@@ -497,19 +513,19 @@ def _remove_leftovers(folder: Path, locked: bool) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _find(folder: Path | None, paths: list[str], num_bytes: int) -> dict[int, str] | None:
-    """Return the broken rows of a complete and valid store, or None if there is none."""
+def _find(folder: Path | None, paths: list[str], num_bytes: int) -> _Contents | None:
+    """Return what is known about a complete and valid store, or None if there is none."""
     if folder is None:
         return None
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding='utf-8'))
-        broken = {int(row): problem for row, problem in about['broken'].items()}
+        contents = _Contents({int(row): problem for row, problem in about['broken'].items()}, about['copies'])
         complete = (folder / _PIXELS).stat().st_size == num_bytes
     except (OSError, ValueError, KeyError):
         return None
     # A file can become readable without a new size or time, for example by its permissions.
-    still_broken = _decode_chunk([paths[row] for row in broken], (1, 1))[1]
-    return broken if complete and len(still_broken) == len(broken) else None
+    still_broken = _decode_chunk([paths[row] for row in contents.broken], (1, 1))[1]
+    return contents if complete and len(still_broken) == len(contents.broken) else None
 
 
 def _check_broken(broken: dict[int, str], count: int, skip_broken: bool) -> None:

@@ -1,17 +1,50 @@
 """Apply a function to many items in threads or processes, in order."""
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from multiprocessing import get_context
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
+from types import ModuleType
 
 from tqdm import tqdm
 
 CHUNK = 32  # items per task: enough to hide the overhead of a task, few enough for a smooth progress bar
 PROCESSES_FROM = 4000  # rendered images from which processes pay off: each has to import the library first
+
+
+_starting = threading.Lock()
+
+
+class _Process(SpawnProcess):
+    """A process that does not run the caller's script again.
+
+    A spawned process is told the path of `__main__` and runs that file before its task, so a script without an
+    `if __name__ == '__main__':` would start over in every worker. Nothing here needs a name from `__main__`, so an
+    empty module takes its place for the few milliseconds of the start.
+    """
+
+    @staticmethod
+    def _Popen(process: BaseProcess) -> object:
+        with _starting:
+            main = sys.modules['__main__']
+            sys.modules['__main__'] = ModuleType('__main__')
+            try:
+                return SpawnProcess._Popen(process)
+            finally:
+                sys.modules['__main__'] = main
+
+    def __reduce__(self) -> tuple:
+        return object.__new__, (SpawnProcess,), self.__dict__  # the worker needs nothing of this class
+
+
+class _Context(SpawnContext):
+    Process = _Process
 
 
 def default_workers() -> int:
@@ -30,7 +63,7 @@ def in_order(
     """Apply a function to every item in parallel and yield the results in order. Only a few are computed ahead.
 
     Args:
-        function: The function. It must be picklable if `processes` is set.
+        function: The function. It must be picklable if `processes` is set, and not from `__main__`.
         items: Its arguments.
         workers: Items at a time; None for `default_workers`, 0 or 1 for the calling thread.
         processes: Use processes instead of threads, for work that holds the GIL (rendering does, decoding does not).
@@ -42,7 +75,7 @@ def in_order(
     if workers <= 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, get_context('spawn')) if processes else ThreadPoolExecutor(workers)
+    pool = ProcessPoolExecutor(workers, _Context()) if processes else ThreadPoolExecutor(workers)
     pending = deque()
     try:
         for item in items:
@@ -53,8 +86,7 @@ def in_order(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            'a worker process died or could not start; in a script of your own, put this call under '
-            '`if __name__ == "__main__":`, or pass workers=0 (--workers 0)'
+            'a worker process died or could not start (out of memory?); pass workers=0 (--workers 0) to use none'
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

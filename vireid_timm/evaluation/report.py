@@ -24,6 +24,7 @@ COLUMN_OF = {'rank1': 'rank1', 'mAP': 'AP', 'mINP': 'INP'}
 QUERY_COLUMNS = ('path', 'identity', 'camera', 'modality', *COLUMN_OF.values())
 HEADER_OF = {'rank1': 'R1', 'rank5': 'R5', 'rank10': 'R10', 'rank20': 'R20', 'mAP': 'mAP', 'mINP': 'mINP'}
 ABSENT = '-'
+FEW_PEOPLE, FEW_QUERIES = 10, 30  # with fewer, a result says little about other people
 
 Trials = Sequence[tuple[np.ndarray, RankMetrics]]
 
@@ -372,4 +373,14 @@ def interval_text(interval: tuple[float, float], sign: str = '') -> str:
 
 def _notes(report: Report) -> list[str]:
     per_identity = [name for name, result in report.protocols.items() if result.per_identity_cmc]
-    return [f'R1 to R20 count distinct identities: {", ".join(per_identity)}'] if per_identity else []
+    notes = [f'R1 to R20 count distinct identities: {", ".join(per_identity)}'] if per_identity else []
+    small = [name for name, result in report.protocols.items() if _is_small(result)]
+    if small:
+        limits = f'fewer than {FEW_PEOPLE} people or {FEW_QUERIES} queries'
+        notes.append(f'{limits}, so these results mean little: {", ".join(small)}')
+    return notes
+
+
+def _is_small(result: ProtocolResult) -> bool:
+    valid = [identity for identity, ap in zip(result.queries['identity'], result.queries['AP']) if ap is not None]
+    return len(set(valid)) < FEW_PEOPLE or result.num_valid_queries < FEW_QUERIES
