@@ -52,10 +52,15 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
         ('id_branches: joint', "id_branches must be a list of str values, got 'joint'"),
         ('erasing_fill: [0, zero, 0]', "erasing_fill must be of type float, got 'zero'"),
         ('model_kwargs: static', "model_kwargs must be of type dict, got 'static'"),
+        ('model_kwargs: {1: 2}', r'model_kwargs must have names as keys, got \{1: 2\}'),
+        (f'seed: {2**63}', f'seed must be at most {2**63 - 1}, got {2**63}'),
+        (f'epochs: {"9" * 5000}', 'cannot read|epochs must be at most'),
+        (f'lr: {"9" * 400}', 'lr must be of type float'),
         ('dist_bn: none', 'dist_bn must be one of reduce, broadcast'),
         ('mutual: all', 'mutual must be one of none, global-to-fusion'),
         ('- a\n- b', 'setting: value'),
         ('a: [', 'cannot read'),
+        ('a: ' + '[' * 3000, 'cannot read'),
     ],
 )
 def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message: str) -> None:

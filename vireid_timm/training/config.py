@@ -21,6 +21,7 @@ from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
+_LARGEST = 2**63 - 1  # integer that torch and NumPy take
 _BOUNDS = {'minimum': ('at least', operator.ge), 'above': ('above', operator.gt), 'maximum': ('at most', operator.le)}
 
 
@@ -209,6 +210,10 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
         value = str(value)  # YAML reads 500 as a number
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f'{where} must be of type {kind.__name__}, got {value!r}')
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError(f'{where} must be at most {_LARGEST}, got {value}')
+    if kind is dict and not all(isinstance(key, str) for key in value):
+        raise ValueError(f'{where} must have names as keys, got {value!r}')
     for bound, (text, holds) in _BOUNDS.items():
         if bound in metadata and not holds(value, metadata[bound]):
             raise ValueError(f'{where} must be {text} {metadata[bound]}, got {value}')
@@ -222,7 +227,7 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
 def _as_float(value: int | str) -> float | int | str:
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return value
 
 
@@ -257,7 +262,7 @@ def load_yaml(name: str | Path) -> dict[str, Any]:
     path = find_config(name)
     try:
         values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f'cannot read the configuration {path}: {error}') from error
     if not isinstance(values, dict):
         raise ValueError(f'{path}: expected `setting: value` lines')

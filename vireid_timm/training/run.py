@@ -196,6 +196,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError(
             f'--input-size is channels, height and width; images have 3 channels, not {config.input_size[0]}'
         )
+    for name in {'num_classes', 'pretrained', 'device', 'dtype'} & set(config.model_kwargs):
+        raise ValueError(f'--model-kwargs {name}: training chooses it; leave it out')
     if config.sched == 'plateau':
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:
@@ -274,7 +276,9 @@ def _probe_model(config: TrainConfig) -> DualStreamResNet:
             model = timm.create_model(name, pretrained=False, device='meta', **args)
             if not isinstance(model, DualStreamResNet):
                 raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # wrong arguments make timm and torch raise any type
         raise ValueError(
             f'cannot create the model {config.model!r}: {error} (models of this library: {names})'
         ) from error
@@ -377,7 +381,7 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
             optimizer = create(fused=True) if fused else create()
         except (TypeError, RuntimeError):  # not fused: this optimiser, or this device
             optimizer = create()
-    except (TypeError, KeyError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+    except Exception as error:  # wrong arguments make timm and torch raise any type
         raise ValueError(
             f'cannot create the optimiser {config.opt!r}: {error}; --opt is one of timm.optim.list_optimizers(), and '
             '--opt-kwargs are its arguments except lr, momentum and weight_decay, which have flags'
