@@ -180,7 +180,35 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     augments = create_augments(config, model)
     run = Run(config, folder, data, size, task, augments, optimizer, None, config.epochs, device, dtype, scaler)
     run.scheduler, run.num_epochs = create_scheduler(config, optimizer, run.updates_per_epoch)
+    _warn_of_traps(run)
     return run
+
+
+def _warn_of_traps(run: Run) -> None:
+    """Log what is no error, but hardly what anyone wants."""
+    config, (_, height, width) = run.config, run.size
+    people = len(run.data.class_map)
+    if people == 1:
+        _logger.warning('There is one identity to train on: nothing can be learned without others')
+    elif run.data.sampler.identities_per_batch * rank_and_world_size()[1] == 1:
+        _logger.warning(
+            '--identities-per-batch 1: batches without different identities teach little, and the triplet loss nothing'
+        )
+    if run.scheduler is not None and config.warmup_epochs >= run.num_epochs:
+        _logger.warning(
+            f'The warm-up of {config.warmup_epochs} epochs does not end within the {run.num_epochs} epochs of the run; '
+            'give fewer --warmup-epochs'
+        )
+    if width > height:
+        _logger.warning(
+            f'--input-size: images of height {height} and width {width} show people lying down; the order is channels, '
+            'height, width'
+        )
+    if config.pad > 0.1 * min(height, width):
+        _logger.warning(
+            f'--pad {config.pad} moves images of {height}x{width} by more than a tenth of their size; '
+            f'--pad {round(0.07 * min(height, width))} suits them'
+        )
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -296,6 +324,12 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
         model.reset_classifier(num_classes)  # even as many identities are other ones
         _logger.info(
             f'Weights of {config.model} loaded, except for the classifiers: these are new, for {num_classes} identities'
+        )
+    if not config.pretrained and not config.resume:
+        own = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
+        _logger.info(
+            f'The weights start at random, which takes many images and epochs: --pretrained starts from {own}, '
+            '--config fine_tune from a small model that knows the task'
         )
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
