@@ -85,6 +85,17 @@ def test_a_missing_yaml_is_named(tmp_path: Path) -> None:
         load_yaml(tmp_path / 'nowhere.yaml')
 
 
+@pytest.mark.parametrize('setting', ['data_dir', 'output', 'resume', 'model'])
+@pytest.mark.parametrize('prefix', ['', 'local-dir:'])
+def test_a_tilde_is_the_home_folder(setting: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config = tmp_path / 'config.yaml'
+    for path, expanded in (('~/a~b', f'{tmp_path}/a~b'), ('~', str(tmp_path)), ('./~', './~'), ('a/~/b', 'a/~/b')):
+        config.write_text(f"{setting}: '{prefix}{path}'\n")
+        assert load_yaml('~/config.yaml') == {setting: f'{prefix}{expanded}'}
+        assert getattr(TrainConfig.from_mapping({setting: prefix + path}), setting) == f'{prefix}{expanded}'
+
+
 def test_recipes_are_found_by_name_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert recipe_names() == ['fine_tune', 'llcm', 'regdb', 'synthvi', 'sysu_mm01']

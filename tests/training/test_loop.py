@@ -412,6 +412,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'sched': 'plateau'}, 'would never decay'),
         ({'input_size': [1, 64, 32]}, 'images have 3 channels, not 1'),
         ({'sched': 'cosin'}, "'cosin'"),
+        ({'decay_milestones': [51, 21]}, '--decay-milestones have to rise, got 51 21'),
+        ({'decay_milestones': [3, 9, 7]}, '--decay-milestones have to rise, got 3 9 7'),
+        ({'model_kwargs': {'num_classes': 100}}, '--model-kwargs num_classes: training chooses it'),
     ],
 )
 def test_settings_that_cannot_work_are_errors_before_anything_is_written(
@@ -434,9 +437,16 @@ def test_a_run_is_resumed_only_as_what_it_is(tmp_path: Path, caplog: pytest.LogC
         ({'opt': 'adamw'}, r'another optimiser \(sgd, now adamw\)'),
         ({'val_share': 0.0}, r'another training identities \(6, now 8\)'),
         ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'another training images'),
+        ({'input_size': [3, 128, 64]}, r'another input size \(\[3, 64, 32\], now \[3, 128, 64\]\)'),
+        ({'model_kwargs': {**THIN, 'last_stride': 2}}, 'another model arguments'),
+        ({'experiment': 'other'}, f'continues the run in {tmp_path}/run, not in --experiment other: leave that out'),
+        ({'output': str(tmp_path / 'other')}, f'not in --output {tmp_path}/other: .*--model {tmp_path}/run'),
     ):
+        before = {path: path.read_bytes() for path in first.folder.iterdir() if path.is_file()}
         with pytest.raises(ValueError, match=message):
             train({'resume': str(first.folder), **settings})
+        assert {path: path.read_bytes() for path in before} == {**before, first.folder / 'train.log': mock.ANY}
+    assert train({'resume': str(first.folder), 'output': str(tmp_path), 'experiment': 'run'}).folder == first.folder
     with caplog.at_level(logging.INFO, 'vireid_timm'):
         again = train({'resume': 'auto', 'output': str(tmp_path), 'experiment': 'run'})
     assert 'All 1 epochs are done already' in caplog.text

@@ -226,6 +226,8 @@ def _check_settings(config: TrainConfig) -> None:
         )
     for name in {'num_classes', 'pretrained', 'device', 'dtype'} & set(config.model_kwargs):
         raise ValueError(f'--model-kwargs {name}: training chooses it; leave it out')
+    if config.decay_milestones != sorted(config.decay_milestones):
+        raise ValueError(f'--decay-milestones have to rise, got {" ".join(map(str, config.decay_milestones))}')
     if config.sched == 'plateau':
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:
