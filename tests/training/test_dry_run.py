@@ -1,6 +1,8 @@
 """`vireid train --dry-run` as its users run it: what it says is so, and it leaves nothing behind."""
 
+import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -192,6 +194,32 @@ def test_what_cannot_be_trained_is_an_error_here_too(
 ) -> None:
     assert main(['train', '--dry-run', *SMALL, '--data-dir', str(images), *words]) == 1
     assert message in capsys.readouterr().err and not list(here.iterdir())
+
+
+@pytest.mark.parametrize('dry', [('--dry-run',), ()])
+def test_a_folder_that_cannot_hold_the_run_is_an_error_before_anything_is_computed(
+    dry: tuple[str], images: Path, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / 'file').touch()
+    words = ['train', *dry, *SMALL, '--data-dir', str(images), '--experiment', 'run', '--output']
+
+    def said(output: str) -> str:
+        assert main([*words, output]) == 1
+        assert [path.name for path in here.iterdir()] == ['file']  # no decoded images either
+        return capsys.readouterr().err
+
+    assert f'cannot train in file/run: {here}/file is not a folder' in said('file')
+    weights = sum(tensor.nbytes for tensor in timm.create_model('vireid_dml_r10t', num_classes=0).state_dict().values())
+    need = 3 * 2 * weights  # with SGD's momentum
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=need - 1))
+    error = said('new/runs')
+    assert 'cannot train in new/runs/run: No space left on device' in error and 'choose another --output' in error
+    assert f'at least {2 * weights / 1e6:.1f} MB each, and there has to be room for 3' in error
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write anywhere
+    assert f'cannot train in new/runs/run: {here} is not writable' in said('new/runs')
 
 
 def test_a_recipe_is_a_dry_run_away_from_its_cost(images: Path, capsys: pytest.CaptureFixture) -> None:

@@ -23,12 +23,13 @@ from ..data.augment import Augment
 from ..data.readers import create_dataset, split_identities
 from ..data.records import Dataset, Records, class_map_of
 from ..data.sampler import IdentityModalitySampler
-from ..data.store import ImageStore, image_store
+from ..data.store import ImageStore, disk_problem, image_store
 from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
 from ..models.dual_stream import DualStreamResNet
-from ..run_folder import folder_of, has_checkpoint, holds_run
+from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
+from ..text import format_bytes
 from .config import TrainConfig
 from .progress import summary_writer_type
 from .task import ViReIDTask
@@ -168,7 +169,9 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     # Before the data are read: a wrong name or argument should not cost minutes.
     _check_settings(config)
     probe = _probe_model(config)
-    create_scheduler(config, create_optimizer(config, probe, fused=False), updates_per_epoch=10**6)
+    optimizer = create_optimizer(config, probe, fused=False)
+    create_scheduler(config, optimizer, updates_per_epoch=10**6)
+    _check_room(config, folder, probe, optimizer)
     size = tuple(config.input_size or probe.pretrained_cfg['input_size'])
     data = load_data(config, size, device)
     model = _create_model(config, len(data.class_map)).to(device)
@@ -236,6 +239,24 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError('--freeze-bn keeps the statistics of pretrained weights: give --pretrained, too')
     if config.tensorboard:
         summary_writer_type()
+
+
+def _check_room(config: TrainConfig, folder: Path, probe: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a run folder that cannot be written, or on a disk that is too full for the run's checkpoints.
+
+    A run keeps two of them, and writes a third before it drops the oldest. The sizes are lower bounds: the classifiers
+    are not in the probe, and optimisers may keep more than one value per weight.
+    """
+    weights = sum(tensor.nbytes for tensor in probe.state_dict().values())
+    has_state = bool(optimizer.defaults.get('momentum') or 'betas' in optimizer.defaults)
+    checkpoint = weights * (1 + has_state + config.model_ema)
+    new = 3 - sum((folder / name).exists() for name in (LAST, PREVIOUS))
+    problem = disk_problem(folder, new * checkpoint)
+    if problem is not None:
+        raise ValueError(
+            f'cannot train in {folder}: {problem.strerror}; checkpoints take at least {format_bytes(checkpoint)} each, '
+            f'and there has to be room for {new}; make room or choose another --output'
+        )
 
 
 def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.device) -> TrainData:
