@@ -35,7 +35,7 @@ from vireid_timm.data.store import ImageStore
 from vireid_timm.run_folder import load_checkpoint, open_run_folder
 from vireid_timm.training import loop
 from vireid_timm.training.checkpoint import save_checkpoint
-from vireid_timm.training.config import TrainConfig
+from vireid_timm.training.config import TrainConfig, load_yaml
 from vireid_timm.training.loop import TrainResult, train
 from vireid_timm.training.progress import Progress
 from vireid_timm.training.run import (
@@ -363,6 +363,31 @@ def test_a_nan_loss_names_its_step_saves_its_images_and_never_a_checkpoint(
     monkeypatch.undo()
     whole = _train(tmp_path, **{**settings, 'experiment': 'whole'})
     assert equal(load_checkpoint(whole.folder), load_checkpoint(resumed.folder))
+
+
+def test_names_that_are_not_utf8_are_saved_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an archive from another system: of the people, of the data's folder and of the run's."""
+    root, odd = tmp_path / 'data\udcd5', '\udcd5\udcc5'
+    try:
+        write_layout(root, 'folder', identities=4, test_identities=2, size=(64, 32), workers=0)
+    except (OSError, UnicodeError) as error:
+        pytest.skip(f'this file system has no such names: {error}')
+    for person in sorted(root.glob('train/*/*')):
+        person.rename(person.with_name(odd + person.name))
+    settings = dict(dataset='folder', data_dir=str(root), dataset_kwargs={}, model_kwargs=THIN, experiment=f'run{odd}')
+    result = _train(tmp_path, val_share=0.0, epochs=1, **settings)
+    names = {f'{odd}{number:05d}': number for number in range(4)}
+    assert json.loads((result.folder / 'class_map.json').read_text()) == names
+    assert load_checkpoint(result.folder)['class_map'] == names
+    assert load_yaml(result.folder / 'args.yaml')['data_dir'] == str(root)
+    monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=0, step=1))
+    with pytest.raises(FloatingPointError):
+        train({'resume': str(result.folder), 'epochs': 3})
+    (batch,) = result.folder.glob('nan-*/batch.json')
+    for record in json.loads(batch.read_text()):
+        assert record['identity'] in names and Path(record['path']).is_file()
+    log = (result.folder / 'train.log').read_text()
+    assert f'Everything goes to {tmp_path}/run\\udcd5\\udcc5' in log and 'Resuming' in log
 
 
 def test_the_images_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
