@@ -104,6 +104,7 @@ def test_held_out_people_and_accumulation_are_counted(images: Path, capsys: pyte
 
 def test_unset_settings_are_shown_with_what_they_come_to(images: Path, capsys: pytest.CaptureFixture) -> None:
     words = ['--data-dir', images, '--backbone-lr-scale', '0.3', '--lr', '0.02', '--warmup-epochs', '4']
+    words += ['--device', 'cpu']
 
     def resolved(*more: object) -> dict[str, str]:
         part = _dry_run(capsys, *words, *more).split('\n\n')[1]

@@ -93,8 +93,8 @@ def _described(error: Exception) -> str:
 def _output() -> Iterator[None]:
     """Escape what the terminal cannot encode, and flush while a closed pipe can still be dealt with."""
     is_file = isinstance(sys.stdout, io.TextIOWrapper)  # a notebook has another kind
-    errors = sys.stdout.errors
     if is_file:
+        errors = sys.stdout.errors
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         try:
