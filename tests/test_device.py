@@ -24,6 +24,12 @@ def test_an_unknown_device_is_an_error() -> None:
             choose('gpu')
 
 
+def test_a_device_that_cannot_compute_is_an_error() -> None:
+    for choose in (resolve_device, lambda name: process_group(name).__enter__()):
+        with pytest.raises(ValueError, match='torch cannot compute on meta here: '):
+            choose('meta')
+
+
 def test_a_named_device_need_not_be_there() -> None:
     assert named_device('cuda:7') == torch.device('cuda', 7)
     assert named_device(torch.device('cpu')) == torch.device('cpu')

@@ -27,10 +27,10 @@ def named_device(name: torch.device | str) -> torch.device:
 
 
 def resolve_device(name: str = 'cuda') -> torch.device:
-    """Return the device of that name; where there is no such accelerator, log that and return the CPU.
+    """Return the device of that name; where there is no GPU, log that and return the CPU.
 
     Raises:
-        ValueError: Not the name of a device.
+        ValueError: Not the name of a device, or a device that torch cannot compute on here.
     """
     device = named_device(name)
     is_missing = (device.type == 'cuda' and not torch.cuda.is_available()) or (
@@ -39,6 +39,14 @@ def resolve_device(name: str = 'cuda') -> torch.device:
     if is_missing:
         _logger.info(f'No {name} device here: using the CPU')
         return torch.device('cpu')
+    try:
+        if device.type == 'cuda':  # by its number: a tensor would reserve memory, which `seeded_torch` warns about
+            torch.cuda.get_device_properties(device)
+        else:
+            torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has its own
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'torch cannot compute on {name} here: {reason}') from error
     return device
 
 

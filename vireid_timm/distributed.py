@@ -10,7 +10,7 @@ import torch
 from timm.utils import init_distributed_device, is_distributed_env, world_info_from_env
 from torch import distributed
 
-from .device import resolve_device
+from .device import named_device, resolve_device
 
 _Result = TypeVar('_Result')
 
@@ -27,9 +27,9 @@ def process_group(name: str = 'cuda') -> Iterator[torch.device]:
         name: As for `resolve_device`; with several ranks the number of a GPU (`cuda:1`) is ignored.
 
     Raises:
-        ValueError: Not the name of a device, or more ranks than GPUs.
+        ValueError: Not the name of a device, a device that torch cannot compute on here, or more ranks than GPUs.
     """
-    device = resolve_device(name)
+    device = resolve_device(named_device(name).type if _is_rank() else name)
     if device.type == 'cuda' and _is_rank():
         local_rank = world_info_from_env()[0]
         if local_rank >= torch.cuda.device_count():

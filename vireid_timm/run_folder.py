@@ -85,7 +85,8 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    handler, package = _LogFile(path, encoding='utf-8'), logging.getLogger(__package__)
+    handler = _LogFile(path, encoding='utf-8', errors='backslashreplace')
+    package = logging.getLogger(__package__)
     handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
     level = package.level
     package.addHandler(handler)

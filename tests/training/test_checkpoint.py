@@ -1,5 +1,6 @@
 """Checkpoints: one of them is whole at any moment, damage is seen, and a run goes on only where it means the same."""
 
+import dataclasses
 import logging
 import os
 import resource
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from vireid_timm import files
 from vireid_timm.run_folder import (
+    CONFIG,
     DAMAGED,
     LAST,
     PREVIOUS,
@@ -255,3 +258,27 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path, given: dict[str, Any], 
     write_checkpoint(tmp_path / 'run', _state(1))
     with pytest.raises(ValueError, match=message):
         resolved_config({**given, 'resume': given['resume'].format(tmp=tmp_path)})
+
+
+def test_data_and_model_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'model').mkdir()
+    for given, absolute in (
+        ({'data_dir': 'images', 'model': 'model'}, (f'{tmp_path}/images', f'{tmp_path}/model')),
+        (
+            {'data_dir': '~/images', 'model': 'local-dir:model'},
+            (f'{tmp_path}/home/images', f'local-dir:{tmp_path}/model'),
+        ),
+        ({'data_dir': '/images', 'model': 'hf-hub:me/it'}, ('/images', 'hf-hub:me/it')),
+        ({'model': 'vireid_dml_r50.tv_in1k'}, ('', 'vireid_dml_r50.tv_in1k')),
+    ):
+        config = resolved_config(given)
+        assert (config.data_dir, config.model) == absolute
+        run = tmp_path / 'run'
+        run.mkdir(exist_ok=True)
+        (run / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(config)))
+        (run / LAST).touch()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir('/')
+            assert resolved_config({'resume': str(run)}) == dataclasses.replace(config, resume=str(run))

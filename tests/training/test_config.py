@@ -52,10 +52,15 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
         ('id_branches: joint', "id_branches must be a list of str values, got 'joint'"),
         ('erasing_fill: [0, zero, 0]', "erasing_fill must be of type float, got 'zero'"),
         ('model_kwargs: static', "model_kwargs must be of type dict, got 'static'"),
+        ('model_kwargs: {1: 2}', r'model_kwargs must have names as keys, got \{1: 2\}'),
+        (f'seed: {2**63}', f'seed must be at most {2**63 - 1}, got {2**63}'),
+        (f'epochs: {"9" * 5000}', 'cannot read|epochs must be at most'),
+        (f'lr: {"9" * 400}', 'lr must be of type float'),
         ('dist_bn: none', 'dist_bn must be one of reduce, broadcast'),
         ('mutual: all', 'mutual must be one of none, global-to-fusion'),
         ('- a\n- b', 'setting: value'),
         ('a: [', 'cannot read'),
+        ('a: ' + '[' * 3000, 'cannot read'),
     ],
 )
 def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message: str) -> None:
@@ -78,6 +83,17 @@ def test_numbers_can_be_text(tmp_path: Path) -> None:
 def test_a_missing_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='nowhere.yaml'):
         load_yaml(tmp_path / 'nowhere.yaml')
+
+
+@pytest.mark.parametrize('setting', ['data_dir', 'output', 'resume', 'model'])
+@pytest.mark.parametrize('prefix', ['', 'local-dir:'])
+def test_a_tilde_is_the_home_folder(setting: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config = tmp_path / 'config.yaml'
+    for path, expanded in (('~/a~b', f'{tmp_path}/a~b'), ('~', str(tmp_path)), ('./~', './~'), ('a/~/b', 'a/~/b')):
+        config.write_text(f"{setting}: '{prefix}{path}'\n")
+        assert load_yaml('~/config.yaml') == {setting: f'{prefix}{expanded}'}
+        assert getattr(TrainConfig.from_mapping({setting: prefix + path}), setting) == f'{prefix}{expanded}'
 
 
 def test_recipes_are_found_by_name_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

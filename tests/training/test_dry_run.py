@@ -1,6 +1,8 @@
 """`vireid train --dry-run` as its users run it: what it says is so, and it leaves nothing behind."""
 
+import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -102,6 +104,7 @@ def test_held_out_people_and_accumulation_are_counted(images: Path, capsys: pyte
 
 def test_unset_settings_are_shown_with_what_they_come_to(images: Path, capsys: pytest.CaptureFixture) -> None:
     words = ['--data-dir', images, '--backbone-lr-scale', '0.3', '--lr', '0.02', '--warmup-epochs', '4']
+    words += ['--device', 'cpu']
 
     def resolved(*more: object) -> dict[str, str]:
         part = _dry_run(capsys, *words, *more).split('\n\n')[1]
@@ -194,6 +197,32 @@ def test_what_cannot_be_trained_is_an_error_here_too(
     assert message in capsys.readouterr().err and not list(here.iterdir())
 
 
+@pytest.mark.parametrize('dry', [('--dry-run',), ()])
+def test_a_folder_that_cannot_hold_the_run_is_an_error_before_anything_is_computed(
+    dry: tuple[str], images: Path, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / 'file').touch()
+    words = ['train', *dry, *SMALL, '--data-dir', str(images), '--experiment', 'run', '--output']
+
+    def said(output: str) -> str:
+        assert main([*words, output]) == 1
+        assert [path.name for path in here.iterdir()] == ['file']  # no decoded images either
+        return capsys.readouterr().err
+
+    assert f'cannot train in file/run: {here}/file is not a folder' in said('file')
+    weights = sum(tensor.nbytes for tensor in timm.create_model('vireid_dml_r10t', num_classes=0).state_dict().values())
+    need = 3 * 2 * weights  # with SGD's momentum
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=need - 1))
+    error = said('new/runs')
+    assert 'cannot train in new/runs/run: No space left on device' in error and 'choose another --output' in error
+    assert f'at least {2 * weights / 1e6:.1f} MB each, and there has to be room for 3' in error
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write anywhere
+    assert f'cannot train in new/runs/run: {here} is not writable' in said('new/runs')
+
+
 def test_a_recipe_is_a_dry_run_away_from_its_cost(images: Path, capsys: pytest.CaptureFixture) -> None:
     """The one that needs no download, on people that it is meant for."""
     assert main(['train', '--dry-run', '--config', 'fine_tune', '--data-dir', str(images), '--no-amp']) == 0
@@ -201,3 +230,47 @@ def test_a_recipe_is_a_dry_run_away_from_its_cost(images: Path, capsys: pytest.C
     assert 'except for the classifiers: these are new, for 5 identities' in said.err
     assert re.search(r'freeze_bn +True\n', said.out) and 'nobody is held out' in said.out
     assert '5 identities x (4 visible + 4 infrared) = 40 images per batch\n' in said.out
+
+
+@pytest.mark.parametrize(
+    ('words', 'warning'),
+    [
+        ('--warmup-epochs 7', 'The warm-up of 7 epochs does not end within the 7 epochs of the run'),
+        ('--warmup-epochs 9 --sched cosine', 'The warm-up of 9 epochs does not end'),
+        ('--warmup-epochs 6', None),
+        ('--warmup-epochs 9 --sched none', None),  # which has no warm-up
+        ('--identities-per-batch 1', 'the triplet loss nothing'),
+        ('--identities-per-batch 2', None),
+        ('--input-size 3 32 64', 'height 32 and width 64 show people lying down'),
+        ('--input-size 3 64 64', None),
+        ('--pad 4', '--pad 4 moves images of 64x32 by more than a tenth of their size; --pad 2 suits them'),
+        ('--pad 3', None),
+        ('--pad 7 --input-size 3 128 64', '--pad 7 moves images of 128x64'),
+    ],
+)
+def test_settings_that_are_traps_are_warned_about(
+    words: str, warning: str | None, images: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(['train', '--dry-run', *SMALL, '--pad', '2', '--data-dir', str(images), *words.split()]) == 0
+    error = capsys.readouterr().err
+    traps = ('The warm-up', 'triplet loss nothing', 'lying down', '--pad', 'one identity')
+    assert [trap for trap in traps if trap in error] == ([trap for trap in traps if trap in warning] if warning else [])
+    assert (warning or '') in error
+
+
+def test_one_identity_is_warned_about(here: Path, capsys: pytest.CaptureFixture) -> None:
+    one = ['identities=1', 'test_identities=2', 'size=(64,32)']
+    words = ['--dataset', 'synthetic', '--val-share', '0', '--identities-per-batch', '1', '--dataset-kwargs', *one]
+    assert main(['train', '--dry-run', *SMALL, *words]) == 0
+    assert 'There is one identity to train on' in capsys.readouterr().err
+
+
+def test_what_the_weights_start_from_is_said(images: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ['train', '--dry-run', *SMALL, '--data-dir', str(images)]
+    assert main(words) == 0
+    random = 'The weights start at random'
+    error = capsys.readouterr().err
+    assert random in error and '--pretrained starts from vireid_dml_r10t.synthvi' in error
+    assert main([*words, '--pretrained']) == 0
+    error = capsys.readouterr().err
+    assert random not in error and 'Weights of vireid_dml_r10t loaded' in error

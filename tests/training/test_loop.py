@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from datetime import timedelta
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from killing import THIN, equal
+from killing import EXPERIMENT, THIN, equal, train_command
 from PIL import Image
 from processes import METHOD
 from torch import distributed
@@ -35,7 +37,7 @@ from vireid_timm.data.store import ImageStore
 from vireid_timm.run_folder import load_checkpoint, open_run_folder
 from vireid_timm.training import loop
 from vireid_timm.training.checkpoint import save_checkpoint
-from vireid_timm.training.config import TrainConfig
+from vireid_timm.training.config import TrainConfig, load_yaml
 from vireid_timm.training.loop import TrainResult, train
 from vireid_timm.training.progress import Progress
 from vireid_timm.training.run import (
@@ -66,6 +68,10 @@ SMALL = {
     'amp': False,
     'cache': 'ram',
 }
+
+
+# Without --deterministic a GPU's kernels differ from run to run, so tests that compare weights run on the CPU.
+EXACT = {'device': 'cpu'}
 
 
 def _train(output: Path, **settings: Any) -> TrainResult:
@@ -140,7 +146,7 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
     """Weights, averages, optimiser, scaler and the table of epochs; five batches per epoch, a checkpoint after each."""
     many = dict(identities=16, test_identities=2, images_per_modality=2, size=(64, 32))
     common = {**SMALL, 'dataset_kwargs': many, 'identities_per_batch': 3, 'output': str(tmp_path), **settings}
-    common.update(checkpoint_interval='1', deterministic=True, model_kwargs=THIN)
+    common.update(checkpoint_interval='1', deterministic=True, model_kwargs=THIN, **EXACT)
     whole = train({**common, 'experiment': 'whole'})
     folder = _killed_after(monkeypatch, saves, {**common, 'experiment': 'killed'})
     resumed = train({'resume': str(folder)})
@@ -153,7 +159,7 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
 
 def test_more_epochs_continue_a_finished_run(tmp_path: Path) -> None:
     # The step schedule does not depend on the number of epochs, so that two of three are those of a run of three.
-    settings = dict(sched='step', decay_epochs=1, val_share=0.0, model_kwargs=THIN)
+    settings = dict(sched='step', decay_epochs=1, val_share=0.0, model_kwargs=THIN, **EXACT)
     whole = _train(tmp_path, experiment='whole', epochs=3, **settings)
     part = _train(tmp_path, experiment='part', epochs=2, **settings)
     resumed = train({'resume': str(part.folder), 'epochs': 3})
@@ -169,7 +175,7 @@ def test_a_run_that_is_to_have_fewer_epochs_ends_as_one_that_was_begun_with_them
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: str, saves: int, val_share: float, epochs: int
 ) -> None:
     """After the first of three epochs, and within the second one, which is brought to its end."""
-    settings = {**SMALL, 'output': str(tmp_path), 'val_share': val_share, 'model_kwargs': THIN}
+    settings = {**SMALL, **EXACT, 'output': str(tmp_path), 'val_share': val_share, 'model_kwargs': THIN}
     settings['checkpoint_interval'] = interval
     folder = _killed_after(monkeypatch, saves, {**settings, 'experiment': 'killed', 'epochs': 3})
     assert not (folder / 'best').exists()
@@ -220,14 +226,22 @@ def _numpy_state() -> np.ndarray:
 def test_the_same_seed_gives_the_same_run_and_the_callers_random_state_is_not_touched(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state(), _numpy_state(), random.getstate()
-    first = _train(tmp_path, experiment='first', epochs=1)
+    first = _train(tmp_path, experiment='first', epochs=1, **EXACT)
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], _numpy_state()) and before[2] == random.getstate()
     torch.manual_seed(6)
-    second = _train(tmp_path, experiment='second', epochs=1)
-    third = _train(tmp_path, experiment='third', epochs=1, seed=7)
+    second = _train(tmp_path, experiment='second', epochs=1, **EXACT)
+    third = _train(tmp_path, experiment='third', epochs=1, seed=7, **EXACT)
     weights = [_weights(result.folder)['layer4.0.conv1.weight'] for result in (first, second, third)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_deterministic_run_on_a_gpu_is_the_same_again_and_when_it_is_resumed(tmp_path: Path) -> None:
+    for output, epochs in (('whole', '2'), ('part', '1'), ('part', '2')):  # each in a process of its own, for cuBLAS
+        command = train_command(tmp_path / output, '--device', 'cuda', '--epochs', epochs)
+        subprocess.run([sys.executable, '-m', 'vireid_timm', *command], timeout=300, check=True)
+    assert equal(*(load_checkpoint(tmp_path / output / EXPERIMENT) for output in ('whole', 'part')))
 
 
 def test_accumulation_clipping_mixed_precision_and_updates_schedule_run(tmp_path: Path) -> None:
@@ -250,6 +264,7 @@ def test_accumulation_clipping_mixed_precision_and_updates_schedule_run(tmp_path
 def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path: Path) -> None:
     """Two batches accumulated equal one step on the mean of their gradients, with statistics of its own each."""
     settings = dict(epochs=1, opt='momentum', momentum=0.0, weight_decay=0.0, lr=0.01, sched='none', val_share=0.0)
+    settings.update(EXACT)
     accumulated = _weights(_train(tmp_path, experiment='two', grad_accum_steps=2, **settings).folder)
     single = {**SMALL, **settings, 'output': str(tmp_path), 'experiment': 'none'}
     start = _initial_weights(single)
@@ -345,7 +360,7 @@ def test_a_nan_loss_names_its_step_saves_its_images_and_never_a_checkpoint(
 ) -> None:
     folder, settings = (
         tmp_path / 'run',
-        dict(experiment='run', val_share=0.0, epochs=3, checkpoint_interval='1', model_kwargs=THIN),
+        dict(experiment='run', val_share=0.0, epochs=3, checkpoint_interval='1', model_kwargs=THIN, **EXACT),
     )
     monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=1, step=1))
     with pytest.raises(FloatingPointError, match=r'epoch 1 at step 1;.*nan-epoch1-step1.*--lr'):
@@ -363,6 +378,31 @@ def test_a_nan_loss_names_its_step_saves_its_images_and_never_a_checkpoint(
     monkeypatch.undo()
     whole = _train(tmp_path, **{**settings, 'experiment': 'whole'})
     assert equal(load_checkpoint(whole.folder), load_checkpoint(resumed.folder))
+
+
+def test_names_that_are_not_utf8_are_saved_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an archive from another system: of the people, of the data's folder and of the run's."""
+    root, odd = tmp_path / 'data\udcd5', '\udcd5\udcc5'
+    try:
+        write_layout(root, 'folder', identities=4, test_identities=2, size=(64, 32), workers=0)
+    except (OSError, UnicodeError) as error:
+        pytest.skip(f'this file system has no such names: {error}')
+    for person in sorted(root.glob('train/*/*')):
+        person.rename(person.with_name(odd + person.name))
+    settings = dict(dataset='folder', data_dir=str(root), dataset_kwargs={}, model_kwargs=THIN, experiment=f'run{odd}')
+    result = _train(tmp_path, val_share=0.0, epochs=1, **settings)
+    names = {f'{odd}{number:05d}': number for number in range(4)}
+    assert json.loads((result.folder / 'class_map.json').read_text()) == names
+    assert load_checkpoint(result.folder)['class_map'] == names
+    assert load_yaml(result.folder / 'args.yaml')['data_dir'] == str(root)
+    monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=0, step=1))
+    with pytest.raises(FloatingPointError):
+        train({'resume': str(result.folder), 'epochs': 3})
+    (batch,) = result.folder.glob('nan-*/batch.json')
+    for record in json.loads(batch.read_text()):
+        assert record['identity'] in names and Path(record['path']).is_file()
+    log = (result.folder / 'train.log').read_text()
+    assert f'Everything goes to {tmp_path}/run\\udcd5\\udcc5' in log and 'Resuming' in log
 
 
 def test_the_images_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
@@ -412,6 +452,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'sched': 'plateau'}, 'would never decay'),
         ({'input_size': [1, 64, 32]}, 'images have 3 channels, not 1'),
         ({'sched': 'cosin'}, "'cosin'"),
+        ({'decay_milestones': [51, 21]}, '--decay-milestones have to rise, got 51 21'),
+        ({'decay_milestones': [3, 9, 7]}, '--decay-milestones have to rise, got 3 9 7'),
+        ({'model_kwargs': {'num_classes': 100}}, '--model-kwargs num_classes: training chooses it'),
     ],
 )
 def test_settings_that_cannot_work_are_errors_before_anything_is_written(
@@ -434,9 +477,16 @@ def test_a_run_is_resumed_only_as_what_it_is(tmp_path: Path, caplog: pytest.LogC
         ({'opt': 'adamw'}, r'another optimiser \(sgd, now adamw\)'),
         ({'val_share': 0.0}, r'another training identities \(6, now 8\)'),
         ({'dataset_kwargs': {**SMALL['dataset_kwargs'], 'seed': 5}}, 'another training images'),
+        ({'input_size': [3, 128, 64]}, r'another input size \(\[3, 64, 32\], now \[3, 128, 64\]\)'),
+        ({'model_kwargs': {**THIN, 'last_stride': 2}}, 'another model arguments'),
+        ({'experiment': 'other'}, f'continues the run in {tmp_path}/run, not in --experiment other: leave that out'),
+        ({'output': str(tmp_path / 'other')}, f'not in --output {tmp_path}/other: .*--model {tmp_path}/run'),
     ):
+        before = {path: path.read_bytes() for path in first.folder.iterdir() if path.is_file()}
         with pytest.raises(ValueError, match=message):
             train({'resume': str(first.folder), **settings})
+        assert {path: path.read_bytes() for path in before} == {**before, first.folder / 'train.log': mock.ANY}
+    assert train({'resume': str(first.folder), 'output': str(tmp_path), 'experiment': 'run'}).folder == first.folder
     with caplog.at_level(logging.INFO, 'vireid_timm'):
         again = train({'resume': 'auto', 'output': str(tmp_path), 'experiment': 'run'})
     assert 'All 1 epochs are done already' in caplog.text
@@ -495,7 +545,7 @@ def test_todays_settings_of_the_optimiser_hold_after_resuming(tmp_path: Path, sc
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(tmp_path: Path) -> None:
-    first = _train(tmp_path, experiment='run', model_kwargs=THIN)
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, **EXACT)
     expected = load_checkpoint(first.folder)
     (first.folder / 'last.pth').write_bytes(b'not a checkpoint')
     train({'resume': str(first.folder)})

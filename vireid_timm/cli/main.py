@@ -2,16 +2,27 @@
 
 import argparse
 import importlib
+import io
 import logging
+import os
+import select
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
-from ..device import keep_memory
-from ..distributed import is_lost_rank, is_rank_zero, is_reported_here
-from ..training.interrupt import Stopped
-from ..version import __version__
-from .parser import Parser
+from .startup import interrupt_ends_command
+
+with interrupt_ends_command():
+    import torch
+
+    from ..device import keep_memory
+    from ..distributed import is_lost_rank, is_rank_zero, is_reported_here
+    from ..training.interrupt import Stopped
+    from ..version import __version__
+    from .parser import Parser
 
 # Each is a module of this package, which is imported when its command is called.
 COMMANDS = {
@@ -31,31 +42,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `vireid`; None takes it from `sys.argv`.
 
     Returns:
-        Exit status: 0, 1 after an error that the user can fix, 130 after Ctrl-C, 143 after SIGTERM during training.
+        Exit status: 0, 1 after an error, 130 after Ctrl-C, 141 if the reader of the output is gone, 143 after SIGTERM
+        during training.
     """
     try:
-        args = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        keep_memory()
-        with _log_on_stderr():
-            args.run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if is_reported_here(error):
-            print(f'vireid: error: {error}', file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        if is_rank_zero():
-            print('vireid: error: another rank is gone; its own message says why', file=sys.stderr)
-        return 1
+        with _output():
+            args = _parse(list(sys.argv[1:] if arguments is None else arguments))
+            keep_memory()
+            with _log_on_stderr():
+                args.run(args)
+    except BrokenPipeError:  # as of `| head -1`, which has what it wants
+        return 141
     except Stopped as stopped:
         if is_reported_here(stopped):
             print(f'vireid: {stopped}', file=sys.stderr)
         return stopped.status
-    except KeyboardInterrupt:
-        print('vireid: stopped', file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Exception) as error:
+        if _is_interrupt(error):
+            print('vireid: stopped', file=sys.stderr)
+            return 130
+        if is_lost_rank(error):
+            if is_rank_zero():
+                print('vireid: error: another rank is gone; its own message says why', file=sys.stderr)
+        elif is_reported_here(error):
+            print(f'vireid: error: {_described(error)}', file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an error: a library interrupted half imported raises one of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _described(error: Exception) -> str:
+    """Return the message of a user's mistake; of anything else the type, and the file that holds the traceback."""
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return ' '.join(f'there is too little memory; compute fewer images at once. {error}'.split())
+    lines = ''.join(traceback.format_exception(error)).encode('utf-8', 'backslashreplace')
+    with tempfile.NamedTemporaryFile(prefix='vireid-', suffix='.txt', delete=False) as file:
+        file.write(lines)
+    what = ' '.join(f'{type(error).__name__}: {error}'.split())
+    return f'{what}. This is a fault of vireid_timm. Please report it, with the traceback in {file.name}'
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Escape what the terminal cannot encode, and flush while a closed pipe can still be dealt with."""
+    is_file = isinstance(sys.stdout, io.TextIOWrapper)  # a notebook has another kind
+    if is_file:
+        errors = sys.stdout.errors
+        sys.stdout.reconfigure(errors='backslashreplace')
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]:
+            raise ConnectionError(f'a connection broke: {error}') from error
+        raise
+    finally:
+        if is_file:
+            sys.stdout.reconfigure(errors=errors)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Return whether nobody reads a stream any more; what is still written to it is dropped then."""
+    try:
+        number, poll = stream.fileno(), select.poll()
+    except (AttributeError, OSError):  # Windows, or not a file
+        return False
+    poll.register(number, 0)  # for errors only
+    if poll.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # Python flushes once more at exit
+        return True
+    return False
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
@@ -38,6 +39,22 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+class KeyValues(ParseKwargs):
+    """timm's `KEY=VALUE ...`; anything else is an error that names the flag and the value."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: list[str], *option: Any) -> None:
+        """Store the values as a dict; Python literals are evaluated, and everything else is text."""
+        for value in values:
+            key, equals, _ = value.partition('=')
+            if not key.isidentifier() or not equals:
+                raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value!r}')
+            try:
+                super().__call__(parser, namespace, [value])
+            except (TypeError, MemoryError, RecursionError) as error:  # a literal that cannot be, such as {[]: 1}
+                raise argparse.ArgumentError(self, f'cannot read the value of {value!r}: {error}') from error
+        super().__call__(parser, namespace, values)
+
+
 def add_switch(group: Any, flag: str, text: str, **argument: Any) -> None:
     """Add `--flag` and `--no-flag`, with their help text exactly as given: old argparse adds a default to it."""
     group.add_argument(flag, action=argparse.BooleanOptionalAction, **argument).help = text
@@ -46,9 +63,10 @@ def add_switch(group: Any, flag: str, text: str, **argument: Any) -> None:
 def add_data_flags(group: Any) -> None:
     """Add where the data is, and the options of its reader."""
     text = 'root folder; the file itself for csv (default: none)'
-    group.add_argument('--data-dir', default='', metavar='PATH', help=text)
+    # The shell leaves the ~ of --data-dir=~/images alone.
+    group.add_argument('--data-dir', type=os.path.expanduser, default='', metavar='PATH', help=text)
     text = "reader's options, e.g. trial=3 for regdb (default: none)"
-    group.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=text)
+    group.add_argument('--dataset-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=text)
 
 
 def add_batch_size_flag(group: Any) -> None:

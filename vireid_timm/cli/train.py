@@ -4,10 +4,8 @@ import argparse
 import dataclasses
 from typing import Any, get_args, get_origin
 
-from timm.utils import ParseKwargs
-
 from ..training.config import SETTINGS, kind_of, load_yaml, recipe_names
-from .parser import Parser, add_switch
+from .parser import KeyValues, Parser, add_switch
 
 _METAVARS = {
     int: 'N',
@@ -70,7 +68,7 @@ def _add_setting(group: Any, setting: dataclasses.Field, shown: bool) -> None:
     if kind is bool:
         add_switch(group, flag, text, **argument)
     elif get_origin(kind) is dict:
-        group.add_argument(flag, help=text, nargs='*', action=ParseKwargs, metavar='KEY=VALUE', **argument)
+        group.add_argument(flag, help=text, nargs='*', action=KeyValues, metavar='KEY=VALUE', **argument)
     else:
         argument['type'] = get_args(kind)[0] if get_origin(kind) is list else kind
         argument.update({name: metadata[name] for name in ('nargs', 'choices') if name in metadata})

@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -89,12 +90,18 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
     if name not in READERS:
         raise ValueError(f'unknown dataset {name!r}{_hint(name, READERS)}; available: {", ".join(sorted(READERS))}')
     reader = READERS[name]
-    accepted = [option for option in inspect.signature(reader).parameters if option != 'root']
-    for option in options:
+    accepted = {option: entry for option, entry in inspect.signature(reader).parameters.items() if option != 'root'}
+    for option, value in options.items():
         if option not in accepted:
             raise ValueError(
                 f'dataset {name!r} has no option {option!r}{_hint(option, accepted)}; '
                 f'its options: {", ".join(accepted) or "none"}'
+            )
+        if not _is_of_kind(value, accepted[option].annotation):
+            kind = {int: 'a whole number', float: 'a number', str: 'a word'}.get(accepted[option].annotation)
+            raise ValueError(
+                f'dataset {name!r}: option {option!r} must be {kind or "two whole numbers, such as (128, 64)"}, '
+                f'got {value!r}'
             )
     root = os.fspath(root or '')
     if name == 'synthetic':
@@ -106,6 +113,14 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
     findings = Findings(dataset.findings)
     _check(dataset, findings)
     return replace(dataset, findings=findings)
+
+
+def _is_of_kind(value: object, kind: type) -> bool:
+    """Return whether an option's value is of the type that its reader declares."""
+    if kind == tuple[int, int]:
+        return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_of_kind(one, int) for one in value)
+    number = {int: Integral, float: Real}.get(kind)
+    return isinstance(value, number or kind) and not isinstance(value, bool)
 
 
 def split_identities(records: Records, share: float, seed: int) -> tuple[Records, Records]:

@@ -331,7 +331,7 @@ def _plan(cache: str, num_bytes: int, folder: Path | None, found: bool, device: 
         _check_memory(num_bytes, cache, device)
     if folder is None:
         return StorePlan('off' if cache == 'off' else 'ram', num_bytes, None, False)
-    problem = None if found else _disk_problem(folder.parent, num_bytes)
+    problem = None if found else disk_problem(folder.parent, num_bytes)
     if problem is not None:
         if cache != 'auto' or num_bytes > _RAM_SHARE * _memory_share():
             raise _write_error(problem, folder, num_bytes)
@@ -354,9 +354,11 @@ def _check_memory(num_bytes: int, cache: str, device: torch.device | None) -> No
         )
 
 
-def _disk_problem(cache_dir: Path, num_bytes: int) -> OSError | None:
-    """Return why the disk cannot hold a store of this size, or None if it can."""
-    existing = next(folder for folder in (cache_dir.absolute(), *cache_dir.absolute().parents) if folder.exists())
+def disk_problem(folder: Path, num_bytes: int) -> OSError | None:
+    """Return why a folder, which need not be there yet, cannot take that many bytes, or None if it can."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return OSError(errno.ENOTDIR, f'{existing} is not a folder')
     if not os.access(existing, os.W_OK):
         return OSError(errno.EACCES, f'{existing} is not writable')
     free = shutil.disk_usage(existing).free

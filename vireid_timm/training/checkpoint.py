@@ -1,13 +1,16 @@
 """Checkpoints of a run: which one to resume, what they hold, when they are due, and writing and reading them."""
 
+import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import is_model
 
 from ..distributed import all_ranks, from_rank_zero, is_rank_zero, rank_and_world_size
 from ..files import whole_file
@@ -46,8 +49,32 @@ def resolved_config(given: TrainConfig | Mapping[str, Any]) -> TrainConfig:
     output = given.get('output', TrainConfig.output)
     resumed = find_resumed(given.get('resume', ''), output, given.get('experiment', ''))
     if resumed is None:
-        return TrainConfig.from_mapping({**given, 'resume': ''})
-    return TrainConfig.from_mapping({**load_yaml(folder_of(resumed) / CONFIG), **given, 'resume': str(resumed)})
+        return _with_absolute_paths(TrainConfig.from_mapping({**given, 'resume': ''}))
+    _check_place(folder_of(resumed), output, given.get('experiment', ''))
+    settings = {**load_yaml(folder_of(resumed) / CONFIG), **given, 'resume': str(resumed)}
+    return _with_absolute_paths(TrainConfig.from_mapping(settings))
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return the settings with data and model where they are, so that the run can be resumed from any folder."""
+    model, path = config.model, config.model.removeprefix('local-dir:')
+    if path != model or (Path(path).exists() and not is_model(path.partition('.')[0])):
+        model = model.removesuffix(path) + os.path.abspath(path)
+    return replace(config, data_dir=config.data_dir and os.path.abspath(config.data_dir), model=model)
+
+
+def _check_place(folder: Path, output: str, experiment: str) -> None:
+    """Refuse another place than that of the run: it is resumed where it is, and its settings name that place."""
+    folder, name = folder.resolve(), Path(experiment).parts
+    for flag, value, fits in (
+        ('--output', output, output == TrainConfig.output or Path(output).resolve() in folder.parents),
+        ('--experiment', experiment, folder.parts[-len(name) :] == name),
+    ):
+        if value and not fits:
+            raise ValueError(
+                f'--resume continues the run in {folder}, not in {flag} {value}: leave that out, or start a new run '
+                f'from its weights with --model {folder} --pretrained'
+            )
 
 
 def find_resumed(resume: str, output: str, experiment: str) -> Path | None:
@@ -169,6 +196,8 @@ def _premises(run: Run) -> dict[str, Any]:
     sampler, config = run.data.sampler, run.config
     return {
         'model': config.model,
+        'model arguments': json.dumps(config.model_kwargs, sort_keys=True, default=str),
+        'input size': list(run.size),
         'seed': config.seed,
         'number of ranks': rank_and_world_size()[1],
         'identities per batch': sampler.identities_per_batch,
@@ -227,7 +256,7 @@ def _load(run: Run, checkpoint: dict[str, Any], first: dict[str, Any] | None) ->
 
 def _check_premises(run: Run, before: Mapping[str, Any]) -> None:
     for name, now in _premises(run).items():
-        if before.get(name) != now:
+        if before.get(name, now) != now:  # a checkpoint of an earlier version may lack one
             raise ValueError(
                 f'{run.folder} was started with another {name} ({before.get(name)}, now {now}), which its checkpoint '
                 'depends on: give the same one, or start a new run'

@@ -7,6 +7,7 @@ SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2
 import dataclasses
 import difflib
 import operator
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
+_LARGEST = 2**63 - 1  # integer that torch and NumPy take
 _BOUNDS = {'minimum': ('at least', operator.ge), 'above': ('above', operator.gt), 'maximum': ('at most', operator.le)}
 
 
@@ -33,7 +35,7 @@ def _setting(default: Any, group: str, text: str, **metadata: Any) -> Any:
         text: What the help says.
         **metadata: `everyday` (shown by `vireid train --help`, not only by `--help-all`), `unset` (what applies if the
             default is empty), `nargs` and `choices` as in argparse, `minimum`, `above`, `maximum`,
-            and `pattern` with `example`.
+            `pattern` with `example`, and `is_path` (a leading ~ is expanded).
     """
     metadata = {'group': group, 'help': text, **metadata}
     if isinstance(default, (list, dict)):
@@ -46,7 +48,7 @@ class TrainConfig:
     """Settings of `vireid_timm.train`; `vireid train --help-all` describes each."""
 
     dataset: str = _setting('folder', 'data', f'reader: {", ".join(DATASETS)}', everyday=True)
-    data_dir: str = _setting('', 'data', 'root folder; the file itself for csv', everyday=True)
+    data_dir: str = _setting('', 'data', 'root folder; the file itself for csv', everyday=True, is_path=True)
     dataset_kwargs: dict[str, Any] = _setting({}, 'data', "reader's options, e.g. trial=3 for regdb")
     val_share: float = _setting(
         0.1, 'data', 'share of identities held out to choose the best epoch; 0 keeps the last', everyday=True
@@ -59,7 +61,7 @@ class TrainConfig:
     images_per_modality: int = _setting(4, 'data', 'images per identity and modality in a batch (K)', minimum=1)
     workers: int | None = _setting(None, 'data', 'images decoded at once', unset='one per core, at most 8', minimum=0)
 
-    model: str = _setting('vireid_dml_r50', 'model', MODEL_HELP, everyday=True)
+    model: str = _setting('vireid_dml_r50', 'model', MODEL_HELP, everyday=True, is_path=True)
     pretrained: bool = _setting(False, 'model', "start from the model's weights", everyday=True)
     model_kwargs: dict[str, Any] = _setting({}, 'model', "model's arguments, e.g. spatial_weights=static")
     input_size: list[int] | None = _setting(
@@ -143,10 +145,14 @@ class TrainConfig:
         pattern=r'|[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?m',
         example='500, 10m, or nothing for none',
     )
-    output: str = _setting('output/train', 'run', 'folder of the run folders')
+    output: str = _setting('output/train', 'run', 'folder of the run folders', is_path=True)
     experiment: str = _setting('', 'run', 'name of the run folder', everyday=True, unset='time, model and dataset')
     resume: str = _setting(
-        '', 'run', 'run folder to resume, or its previous.pth; auto: that of --experiment, or a new run', everyday=True
+        '',
+        'run',
+        'run folder to resume, or its previous.pth; auto: that of --experiment, or a new run',
+        everyday=True,
+        is_path=True,
     )
     deterministic: bool = _setting(False, 'run', 'reproduce the weights exactly, where torch can; slower on a GPU')
 
@@ -209,6 +215,10 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
         value = str(value)  # YAML reads 500 as a number
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f'{where} must be of type {kind.__name__}, got {value!r}')
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError(f'{where} must be at most {_LARGEST}, got {value}')
+    if kind is dict and not all(isinstance(key, str) for key in value):
+        raise ValueError(f'{where} must have names as keys, got {value!r}')
     for bound, (text, holds) in _BOUNDS.items():
         if bound in metadata and not holds(value, metadata[bound]):
             raise ValueError(f'{where} must be {text} {metadata[bound]}, got {value}')
@@ -216,13 +226,18 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
         raise ValueError(f'{where} must be {metadata["example"]}, got {value!r}')
     if 'choices' in metadata and value not in metadata['choices']:
         raise ValueError(f'{where} must be one of {", ".join(metadata["choices"])}, got {value!r}')
-    return value
+    return _expanded(value) if metadata.get('is_path') else value
+
+
+def _expanded(path: str) -> str:
+    """Replace a leading ~, which no shell does in YAML, after `=`, or after `local-dir:`."""
+    return re.sub('^(local-dir:)?(~[^/]*)', lambda found: (found[1] or '') + os.path.expanduser(found[2]), path)
 
 
 def _as_float(value: int | str) -> float | int | str:
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return value
 
 
@@ -237,7 +252,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ValueError: Neither; the error lists the recipes.
     """
-    path, recipes = Path(name), recipe_names()
+    path, recipes = Path(os.path.expanduser(name)), recipe_names()
     if str(name) in recipes:
         return RECIPES / f'{name}.yaml'
     if not path.suffix and not path.exists():
@@ -257,7 +272,7 @@ def load_yaml(name: str | Path) -> dict[str, Any]:
     path = find_config(name)
     try:
         values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f'cannot read the configuration {path}: {error}') from error
     if not isinstance(values, dict):
         raise ValueError(f'{path}: expected `setting: value` lines')

@@ -24,12 +24,13 @@ from ..data.augment import Augment
 from ..data.readers import create_dataset, split_identities
 from ..data.records import Dataset, Records, class_map_of
 from ..data.sampler import IdentityModalitySampler
-from ..data.store import ImageStore, image_store
+from ..data.store import ImageStore, disk_problem, image_store
 from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
 from ..models.dual_stream import DualStreamResNet
-from ..run_folder import folder_of, has_checkpoint, holds_run
+from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
+from ..text import format_bytes
 from .config import TrainConfig
 from .progress import summary_writer_type
 from .task import ViReIDTask
@@ -172,7 +173,9 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     refuse_existing_run(config, folder)
     _check_settings(config)
     probe = _probe_model(config)
-    create_scheduler(config, create_optimizer(config, probe, fused=False), updates_per_epoch=10**6)
+    optimizer = create_optimizer(config, probe, fused=False)
+    create_scheduler(config, optimizer, updates_per_epoch=10**6)
+    _check_room(config, folder, probe, optimizer)
     size = tuple(config.input_size or probe.pretrained_cfg['input_size'])
     data = load_data(config, size, device)
     model = _create_model(config, len(data.class_map)).to(device)
@@ -184,6 +187,7 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     augments = create_augments(config, model)
     run = Run(config, folder, data, size, task, augments, optimizer, None, config.epochs, device, dtype, scaler)
     run.scheduler, run.num_epochs = create_scheduler(config, optimizer, run.updates_per_epoch)
+    _warn_of_traps(run)
     return run
 
 
@@ -198,12 +202,43 @@ def refuse_existing_run(config: TrainConfig, folder: Path) -> None:
     raise ValueError(f'{folder} holds a run already; {fix}')
 
 
+def _warn_of_traps(run: Run) -> None:
+    """Log what is no error, but hardly what anyone wants."""
+    config, (_, height, width) = run.config, run.size
+    people = len(run.data.class_map)
+    if people == 1:
+        _logger.warning('There is one identity to train on: nothing can be learned without others')
+    elif run.data.sampler.identities_per_batch * rank_and_world_size()[1] == 1:
+        _logger.warning(
+            '--identities-per-batch 1: batches without different identities teach little, and the triplet loss nothing'
+        )
+    if run.scheduler is not None and config.warmup_epochs >= run.num_epochs:
+        _logger.warning(
+            f'The warm-up of {config.warmup_epochs} epochs does not end within the {run.num_epochs} epochs of the run; '
+            'give fewer --warmup-epochs'
+        )
+    if width > height:
+        _logger.warning(
+            f'--input-size: images of height {height} and width {width} show people lying down; the order is channels, '
+            'height, width'
+        )
+    if config.pad > 0.1 * min(height, width):
+        _logger.warning(
+            f'--pad {config.pad} moves images of {height}x{width} by more than a tenth of their size; '
+            f'--pad {round(0.07 * min(height, width))} suits them'
+        )
+
+
 def _check_settings(config: TrainConfig) -> None:
     """Refuse settings that contradict each other."""
     if config.input_size and config.input_size[0] != 3:
         raise ValueError(
             f'--input-size is channels, height and width; images have 3 channels, not {config.input_size[0]}'
         )
+    for name in {'num_classes', 'pretrained', 'device', 'dtype'} & set(config.model_kwargs):
+        raise ValueError(f'--model-kwargs {name}: training chooses it; leave it out')
+    if config.decay_milestones != sorted(config.decay_milestones):
+        raise ValueError(f'--decay-milestones have to rise, got {" ".join(map(str, config.decay_milestones))}')
     if config.sched == 'plateau':
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:
@@ -212,6 +247,24 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError('--freeze-bn keeps the statistics of pretrained weights: give --pretrained, too')
     if config.tensorboard:
         summary_writer_type()
+
+
+def _check_room(config: TrainConfig, folder: Path, probe: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a run folder that cannot be written, or on a disk that is too full for the run's checkpoints.
+
+    A run keeps two of them, and writes a third before it drops the oldest. The sizes are lower bounds: the classifiers
+    are not in the probe, and optimisers may keep more than one value per weight.
+    """
+    weights = sum(tensor.nbytes for tensor in probe.state_dict().values())
+    has_state = bool(optimizer.defaults.get('momentum') or 'betas' in optimizer.defaults)
+    checkpoint = weights * (1 + has_state + config.model_ema)
+    new = 3 - sum((folder / name).exists() for name in (LAST, PREVIOUS))
+    problem = disk_problem(folder, new * checkpoint)
+    if problem is not None:
+        raise ValueError(
+            f'cannot train in {folder}: {problem.strerror}; checkpoints take at least {format_bytes(checkpoint)} each, '
+            f'and there has to be room for {new}; make room or choose another --output'
+        )
 
 
 def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.device) -> TrainData:
@@ -290,7 +343,9 @@ def _probe_model(config: TrainConfig) -> DualStreamResNet:
             model = timm.create_model(name, pretrained=False, device='meta', **args)
             if not isinstance(model, DualStreamResNet):
                 raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # wrong arguments make timm and torch raise any type
         raise ValueError(
             f'cannot create the model {config.model!r}: {error} (models of this library: {names})'
         ) from error
@@ -308,6 +363,12 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
         model.reset_classifier(num_classes)  # even as many identities are other ones
         _logger.info(
             f'Weights of {config.model} loaded, except for the classifiers: these are new, for {num_classes} identities'
+        )
+    if not config.pretrained and not config.resume:
+        own = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
+        _logger.info(
+            f'The weights start at random, which takes many images and epochs: --pretrained starts from {own}, '
+            '--config fine_tune from a small model that knows the task'
         )
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -393,7 +454,7 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
             optimizer = create(fused=True) if fused else create()
         except (TypeError, RuntimeError):  # not fused: this optimiser, or this device
             optimizer = create()
-    except (TypeError, KeyError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+    except Exception as error:  # wrong arguments make timm and torch raise any type
         raise ValueError(
             f'cannot create the optimiser {config.opt!r}: {error}; --opt is one of timm.optim.list_optimizers(), and '
             '--opt-kwargs are its arguments except lr, momentum and weight_decay, which have flags'
