@@ -114,6 +114,12 @@ def test_other_models_are_refused(dataset):
         evaluate(timm.create_model('resnet10t', num_classes=0), dataset)
 
 
+@pytest.mark.parametrize('wrapper', [lambda model: torch.compile(model, backend='eager'), torch.nn.DataParallel])
+def test_wrapped_models_give_the_report_of_the_model(model, dataset, wrapper):
+    options = dict(size=SIZE, protocol='infrared-to-visible')
+    assert evaluate(wrapper(model), dataset, **options) == evaluate(model, dataset, **options)
+
+
 def test_features_that_are_not_finite_name_the_image(dataset, saved):
     model = make_model()
     with torch.no_grad():

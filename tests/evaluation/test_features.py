@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from processes import start_two
+from timm.utils import ModelEmaV3
 
 from vireid_timm.constants import INFRARED, VISIBLE
 from vireid_timm.data.images import ImageError, load_image
@@ -28,6 +29,7 @@ from vireid_timm.evaluation.features import (
     embed,
     extract,
     open_store,
+    require_dual_stream,
     views,
     weights_fingerprint,
 )
@@ -274,6 +276,42 @@ def test_extraction_rejects(options, message):
 def test_extraction_has_one_form_of_each_value():
     assert Extraction(size=[64, 32], device='cpu') == Extraction(size=(64, 32), device=torch.device('cpu'))
     assert Extraction().cache == 'auto'
+
+
+class Distributed(torch.nn.Module):
+    """Holds its model as DistributedDataParallel does, without a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+WRAPPERS = {
+    'compiled': lambda model: torch.compile(model, backend='eager'),
+    'DataParallel': torch.nn.DataParallel,
+    'DistributedDataParallel': Distributed,
+    'compiled, then distributed': lambda model: Distributed(torch.compile(model, backend='eager')),
+    'distributed, then compiled': lambda model: torch.compile(Distributed(model), backend='eager'),
+    'EMA': ModelEmaV3,
+}
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_wrapped_models_are_unwrapped(records, wrapper):
+    model = make_model(2)
+    wrapped = WRAPPERS[wrapper](model)
+    assert weights_fingerprint(require_dual_stream(wrapped)) == weights_fingerprint(model)
+    expected, order = embed(model, records[:3], size=SIZE)
+    features, order_of_wrapped = embed(wrapped, records[:3], size=SIZE)
+    assert torch.equal(features, expected)
+    assert order_of_wrapped == order
+
+
+@pytest.mark.filterwarnings('ignore')  # what torch says of its scripts and traces
+def test_scripted_models_are_refused(records):
+    for scripted in (torch.jit.script(make_model()), torch.jit.trace(make_model(), torch.zeros(1, 3, *SIZE))):
+        with pytest.raises(ValueError, match='scripted or traced model has lost its configuration'):
+            embed(scripted, records[:1])
 
 
 def test_other_models_are_refused(records):

@@ -48,6 +48,11 @@ def assert_same_after_export(
         torch.testing.assert_close(F.normalize(torch.from_numpy(exported)), expected, rtol=0, atol=1e-5)
 
 
+def skip_what_torch_cannot_export(dynamo: bool) -> None:
+    if dynamo and torch.__version__ < '2.6':
+        pytest.skip('torch 2.5 stops with an error where a free number of images is flattened')
+
+
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'tracing'])
 @pytest.mark.parametrize('modality', ['visible', 'infrared'])
 @pytest.mark.parametrize('size', [(64, 32), (51, 37)])
@@ -66,12 +71,15 @@ def test_exported_networks_compute_the_same(size, modality, dynamo, tmp_path):
     ids=['static', 'plain', 'non-local'],
 )
 def test_other_exported_networks_compute_the_same(options, dynamo, tmp_path):
+    if 'non_local_blocks' in options:
+        skip_what_torch_cannot_export(dynamo)
     assert_same_after_export(small(**options), 'infrared', (51, 37), dynamo, tmp_path)
 
 
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'tracing'])
 @pytest.mark.parametrize('plain', [False, True], ids=['exact', 'plain'])
 def test_exported_features_before_bn_are_the_same(plain, dynamo, tmp_path):
+    skip_what_torch_cannot_export(dynamo)
     assert_same_after_export(BeforeBN(small(plain_fusion=plain)).eval(), 'infrared', (51, 37), dynamo, tmp_path)
 
 

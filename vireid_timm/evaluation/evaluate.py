@@ -59,7 +59,7 @@ def evaluate(
     ranks share the images and return the same report.
 
     Args:
-        model: A model of this package, with or without classifiers.
+        model: A model of this package, with or without classifiers, compiled, or wrapped for parallel training.
         dataset: A dataset from `create_dataset`.
         protocol: One or several names from `protocols_of(dataset)`; None for all of them.
         draw: How trials are sampled, see `protocol_trials`.
@@ -76,7 +76,7 @@ def evaluate(
     """
     # Check everything that needs no image before decoding the first one.
     extraction = Extraction(**options)
-    require_dual_stream(model)
+    model = require_dual_stream(model)
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
     if store is None:  # decode the whole table, so that every choice of protocols shares the cache

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import resolve_model_data_config
+from timm.utils import unwrap_model
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -96,7 +97,7 @@ def embed(
     share the work, and each gets all features.
 
     Args:
-        model: One of this package's models, with or without classifiers.
+        model: One of this package's models, with or without classifiers, compiled, or wrapped for parallel training.
         images: A record table, paths, or PIL images of mode RGB or L, which are only resized.
         modality: `visible` or `infrared` for paths and PIL images; None for records, which have their own.
         cache: Where decoded images are kept, see `image_store`.
@@ -111,7 +112,7 @@ def embed(
             that are not finite. The message names the image.
     """
     extraction = Extraction(cache=cache, **options)
-    require_dual_stream(model)
+    model = require_dual_stream(model)
     records, pil_images = _as_records(images, modality)
     if pil_images:
         size = image_size(model, extraction)
@@ -123,17 +124,24 @@ def embed(
     return table, rows.tolist() if pil_images else records.path[rows].tolist()
 
 
-def require_dual_stream(model: nn.Module) -> None:
-    """Check that a model takes visible and infrared images.
+def require_dual_stream(model: nn.Module) -> nn.Module:
+    """Return the model without what wraps it: `torch.compile`, `DataParallel`, `DistributedDataParallel` or timm's EMA.
 
     Raises:
         ValueError: If it is not one of this package's models.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            'a scripted or traced model has lost its configuration (image size, mean, std); give the model that it was '
+            'made from'
+        )
+    model = unwrap_model(model)
     if not hasattr(model, 'forward_branches'):
         raise ValueError(
             f'{type(model).__name__} is not a model of vireid_timm, which takes visible and infrared images; create '
             "one with timm.create_model('vireid_...')"
         )
+    return model
 
 
 def image_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
