@@ -308,9 +308,17 @@ def test_features_of_any_kind(dataset, convert):
     assert evaluate_features(read_only, dataset) == expected
 
 
-@pytest.mark.parametrize('features', [torch.zeros(3, 8), torch.zeros(24), torch.zeros(24, 8, dtype=torch.int64)])
-def test_features_that_do_not_fit(dataset, features):
-    with pytest.raises(ValueError, match=r'floating point \[24, D\]'):
+@pytest.mark.parametrize(
+    'features, message',
+    [
+        (torch.zeros(3, 8), r'features must be \[24, D\], .* got \[3, 8\]'),
+        (torch.zeros(24), r'features must be \[24, D\], .* got \[24\]'),
+        (torch.zeros(24, 8, dtype=torch.int64), 'features must have a floating-point dtype, got torch.int64'),
+        (np.zeros((24, 8), np.uint8), 'features must have a floating-point dtype, got uint8'),
+    ],
+)
+def test_features_that_do_not_fit(dataset, features, message):
+    with pytest.raises(ValueError, match=message):
         evaluate_features(features, dataset)
 
 

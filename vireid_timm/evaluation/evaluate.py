@@ -17,6 +17,7 @@ from ..data.store import ImageStore
 from ..version import package_versions
 from .features import (
     Extraction,
+    as_tensor,
     check_finite,
     extract,
     image_size,
@@ -131,17 +132,14 @@ def evaluate_features(
         ValueError: The features do not fit the dataset or are not finite, a protocol, draw or re-ranking is unknown, or
             the protocol cannot use the data.
     """
-    if isinstance(features, np.ndarray):
-        features = torch.from_numpy(np.require(features, requirements=['C', 'W']))  # it may be a read-only memory map
-    features = features.detach()
-    if features.ndim != 2 or len(features) != len(dataset.test) or not features.is_floating_point():
+    features = as_tensor(features, 'features')
+    if features.ndim != 2 or len(features) != len(dataset.test):
         raise ValueError(
-            f'features must be floating point [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
-            f'got {features.dtype} {list(features.shape)}'
+            f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
+            f'got {list(features.shape)}'
         )
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
-    features = features if features.dtype == torch.float64 else features.float()
     return _report(features, dataset, plans, draw, reranking, failures)
 
 
