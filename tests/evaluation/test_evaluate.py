@@ -114,6 +114,12 @@ def test_other_models_are_refused(dataset):
         evaluate(timm.create_model('resnet10t', num_classes=0), dataset)
 
 
+@pytest.mark.parametrize('wrapper', [lambda model: torch.compile(model, backend='eager'), torch.nn.DataParallel])
+def test_wrapped_models_give_the_report_of_the_model(model, dataset, wrapper):
+    options = dict(size=SIZE, protocol='infrared-to-visible')
+    assert evaluate(wrapper(model), dataset, **options) == evaluate(model, dataset, **options)
+
+
 def test_features_that_are_not_finite_name_the_image(dataset, saved):
     model = make_model()
     with torch.no_grad():
@@ -302,9 +308,17 @@ def test_features_of_any_kind(dataset, convert):
     assert evaluate_features(read_only, dataset) == expected
 
 
-@pytest.mark.parametrize('features', [torch.zeros(3, 8), torch.zeros(24), torch.zeros(24, 8, dtype=torch.int64)])
-def test_features_that_do_not_fit(dataset, features):
-    with pytest.raises(ValueError, match=r'floating point \[24, D\]'):
+@pytest.mark.parametrize(
+    'features, message',
+    [
+        (torch.zeros(3, 8), r'features must be \[24, D\], .* got \[3, 8\]'),
+        (torch.zeros(24), r'features must be \[24, D\], .* got \[24\]'),
+        (torch.zeros(24, 8, dtype=torch.int64), 'features must have a floating-point dtype, got torch.int64'),
+        (np.zeros((24, 8), np.uint8), 'features must have a floating-point dtype, got uint8'),
+    ],
+)
+def test_features_that_do_not_fit(dataset, features, message):
+    with pytest.raises(ValueError, match=message):
         evaluate_features(features, dataset)
 
 

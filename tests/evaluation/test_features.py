@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from processes import start_two
+from timm.utils import ModelEmaV3
 
 from vireid_timm.constants import INFRARED, VISIBLE
 from vireid_timm.data.images import ImageError, load_image
@@ -28,6 +29,7 @@ from vireid_timm.evaluation.features import (
     embed,
     extract,
     open_store,
+    require_dual_stream,
     views,
     weights_fingerprint,
 )
@@ -124,6 +126,42 @@ def test_embed_paths_and_pil_images(model, visible_paths):
     grey = opened[0].convert('L')
     in_one, in_three = (embed(model, [image], INFRARED)[0] for image in (grey, grey.convert('RGB')))
     torch.testing.assert_close(in_one, in_three)
+
+
+def test_embed_arrays_and_tensors(model, visible_paths):
+    opened = [Image.open(path) for path in visible_paths]
+    expected = embed(model, opened, VISIBLE)[0]
+    arrays = [np.asarray(image) for image in opened]
+    tensors = [torch.tensor(array).permute(2, 0, 1) for array in arrays]
+    forms = {
+        'arrays': arrays,
+        'one array': np.stack(arrays),
+        'OpenCV': [np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1] for array in arrays],
+        'float arrays': [array / 255 for array in arrays],
+        'tensors': tensors,
+        'one tensor': torch.stack(tensors),
+        'float tensors': [tensor / 255 for tensor in tensors],
+        'bfloat16': [(tensor / 255).bfloat16() for tensor in tensors],
+        'mixed': [arrays[0], *tensors[1:4], opened[4]],
+    }
+    for name, given in forms.items():
+        features, order = embed(model, given, VISIBLE)
+        assert order == [0, 1, 2, 3, 4]
+        torch.testing.assert_close(features, expected, rtol=0, atol=0.03 if name == 'bfloat16' else 1e-6, msg=name)
+
+
+def test_embed_grey_arrays_and_tensors(model, visible_paths):
+    grey = Image.open(visible_paths[0]).convert('L')
+    expected = embed(model, [grey], INFRARED)[0]
+    array = np.asarray(grey)
+    for given in (array, array[:, :, None], array / 255, torch.tensor(array), torch.tensor(array)[None]):
+        torch.testing.assert_close(embed(model, [given], INFRARED)[0], expected)
+
+
+def test_embed_takes_an_array_of_paths(model, visible_paths):
+    features, order = embed(model, np.array(visible_paths), VISIBLE)
+    assert order == visible_paths
+    assert_close(features, embed(model, visible_paths, VISIBLE)[0])
 
 
 def test_embed_takes_the_size_of_the_model(model, records):
@@ -242,7 +280,24 @@ def test_views_are_moved_pixels(size):
         (['a.png'], None, {}, 'modality must be one of visible, infrared'),
         (['a.png'], 'x-ray', {}, "got 'x-ray'"),
         ('a.png', VISIBLE, {}, 'takes a list'),
-        (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed'),
+        (['a.png', Image.new('RGB', (4, 8))], VISIBLE, {}, 'cannot be mixed, got 1 paths of 2'),
+        (['a.png', np.zeros((8, 4), np.uint8)], VISIBLE, {}, 'cannot be mixed'),
+        (np.zeros((8, 4, 3), np.uint8), VISIBLE, {}, r'takes a list of images, got a single one of shape \[8, 4, 3\]'),
+        (torch.zeros(3, 8, 4), VISIBLE, {}, r'takes a list of images, got a single one of shape \[3, 8, 4\]'),
+        ([np.zeros((8, 4, 3), np.uint8), np.zeros((0, 4, 3), np.uint8)], VISIBLE, {}, r'image 1 is empty \(0x4x3\)'),
+        ([np.zeros((8, 0), np.float32)], VISIBLE, {}, r'image 0 is empty \(8x0\)'),
+        ([torch.zeros(3, 0, 4)], VISIBLE, {}, r'image 0 is empty \(3x0x4\)'),
+        ([Image.new('RGB', (4, 8)).crop((2, 0, 2, 8))], VISIBLE, {}, r'image 0 is empty \(8x0\)'),
+        ([np.zeros((8, 4, 4), np.uint8)], VISIBLE, {}, r'image 0 has shape \[8, 4, 4\]; arrays must be \[H, W, 3\]'),
+        ([np.zeros((3, 8, 4), np.uint8)], VISIBLE, {}, r'image 0 has shape \[3, 8, 4\]; arrays must be \[H, W, 3\]'),
+        ([torch.zeros(8, 4, 3)], VISIBLE, {}, r'image 0 has shape \[8, 4, 3\]; .* tensors \[3, H, W\]'),
+        ([torch.zeros(2, 3, 8, 4)], VISIBLE, {}, r'image 0 has shape \[2, 3, 8, 4\]'),
+        ([np.full((8, 4), 300, np.uint16)], INFRARED, {}, 'image 0 has type uint16; pass uint8, .*path'),
+        ([torch.zeros(3, 8, 4, dtype=torch.int64)], VISIBLE, {}, 'image 0 has type int64; pass uint8'),
+        ([np.full((8, 4, 3), 255.0)], VISIBLE, {}, 'image 0 has values from 255 to 255; .* from 0 to 1'),
+        ([torch.full((3, 8, 4), -2.0)], VISIBLE, {}, 'image 0 has values from -2 to -2; .*not normalised'),
+        ([np.full((8, 4), math.nan)], VISIBLE, {}, 'image 0 has values from nan'),
+        ([None], VISIBLE, {}, 'image 0 is a NoneType; pass a path'),
         ([Image.new('I;16', (4, 8))], INFRARED, {}, 'image 0 has mode I;16'),
         (EMPTY, VISIBLE, {}, 'records have their own modality'),
         (EMPTY, None, {'cache': 'tape'}, "unknown cache 'tape'"),
@@ -274,6 +329,42 @@ def test_extraction_rejects(options, message):
 def test_extraction_has_one_form_of_each_value():
     assert Extraction(size=[64, 32], device='cpu') == Extraction(size=(64, 32), device=torch.device('cpu'))
     assert Extraction().cache == 'auto'
+
+
+class Distributed(torch.nn.Module):
+    """Holds its model as DistributedDataParallel does, without a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+WRAPPERS = {
+    'compiled': lambda model: torch.compile(model, backend='eager'),
+    'DataParallel': torch.nn.DataParallel,
+    'DistributedDataParallel': Distributed,
+    'compiled, then distributed': lambda model: Distributed(torch.compile(model, backend='eager')),
+    'distributed, then compiled': lambda model: torch.compile(Distributed(model), backend='eager'),
+    'EMA': ModelEmaV3,
+}
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_wrapped_models_are_unwrapped(records, wrapper):
+    model = make_model(2)
+    wrapped = WRAPPERS[wrapper](model)
+    assert weights_fingerprint(require_dual_stream(wrapped)) == weights_fingerprint(model)
+    expected, order = embed(model, records[:3], size=SIZE)
+    features, order_of_wrapped = embed(wrapped, records[:3], size=SIZE)
+    assert torch.equal(features, expected)
+    assert order_of_wrapped == order
+
+
+@pytest.mark.filterwarnings('ignore')  # what torch says of its scripts and traces
+def test_scripted_models_are_refused(records):
+    for scripted in (torch.jit.script(make_model()), torch.jit.trace(make_model(), torch.zeros(1, 3, *SIZE))):
+        with pytest.raises(ValueError, match='scripted or traced model has lost its configuration'):
+            embed(scripted, records[:1])
 
 
 def test_other_models_are_refused(records):

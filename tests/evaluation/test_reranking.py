@@ -174,6 +174,21 @@ def test_narrow_types_are_computed_in_float32(dtype):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+def test_arrays_one_query_and_mixed_precision():
+    query, gallery, _, _ = clusters(20, 30, noise=0.1)
+    expected = ReRanking(query, gallery).similarity(slice(None))
+    arrays = ReRanking(query.numpy(), gallery.numpy()).similarity(slice(None))
+    assert torch.equal(arrays, expected)
+    single = ReRanking(query[0], gallery)
+    assert (single.num_queries, single.gallery_size) == (1, 30)
+    assert torch.equal(single.similarity(slice(None)), ReRanking(query[:1], gallery).similarity(slice(None)))
+    for other, result in ((torch.float64, torch.float64), (torch.float16, torch.float32)):
+        for given in ((query.float(), gallery.to(other)), (query.numpy().astype('f4'), gallery.to(other).numpy())):
+            mixed = ReRanking(*given).similarity(slice(None))
+            assert mixed.dtype == result
+            torch.testing.assert_close(mixed.double(), expected.double(), rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize('kind', ['none', 'across', 'mixed'])
 def test_chunks_and_slices_change_nothing(monkeypatch, kind):
     query, gallery, _, _ = clusters(33, 29, gap=0.3)
@@ -264,7 +279,9 @@ def test_memory_stays_below_all_pairs(monkeypatch):
     'changes, message',
     [
         ({'query': torch.zeros(2, 3)}, r'\[2, 3\] and \[5, 4\]'),
-        ({'query': torch.zeros(4)}, 'at least one image each'),
+        ({'query': torch.zeros(4)}, 'query 0 have length 0'),
+        ({'query': torch.zeros(1, 2, 4)}, 'at least one image each'),
+        ({'gallery': np.ones((5, 4), np.uint8)}, 'gallery features must have a floating-point dtype, got uint8'),
         ({'query': torch.zeros(0, 4)}, 'at least one image each'),
         ({'gallery': torch.zeros(0, 4)}, 'at least one image each'),
         ({'query': torch.ones(2, 4, dtype=torch.int64)}, 'query features must have a floating-point dtype'),

@@ -133,6 +133,15 @@ def test_imagenet_weights_serve_features_too():
     assert torch.equal(model.model.layer4[0].conv1.weight, weights['layer4.0.conv1.weight'])
 
 
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_prefixes_of_wrapped_models_are_ignored(prefix):
+    model = on_meta('vireid_dml_r10t', num_classes=3)
+    for weights in (model.state_dict(), imagenet_weights('vireid_dml_r10t.c3_in1k')):
+        wrapped = {prefix + key: value for key, value in weights.items()}
+        expected, mapped = checkpoint_filter_fn(weights, model), checkpoint_filter_fn(wrapped, model)
+        assert mapped.keys() == expected.keys() == model.state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ('removed', 'added', 'message'),
     [

@@ -125,7 +125,7 @@ def _draw(model: 'nn.Module', dataset: 'Dataset', path: Path) -> None:
     visible = test[test.modality == VISIBLE]
     people = infrared.identities()[:ROWS]
     queries = infrared[[infrared.identity.tolist().index(person) for person in people]]
-    order = nearest(embed(model, queries)[0], embed(model, visible)[0], 10).numpy()
+    order = nearest(embed(model, queries)[0], embed(model, visible)[0], 10).rows.numpy()
     image = rank_list_image(
         queries.path.tolist(),
         [visible.path[row].tolist() for row in order],

@@ -17,6 +17,7 @@ from ..data.store import ImageStore
 from ..version import package_versions
 from .features import (
     Extraction,
+    as_tensor,
     check_finite,
     extract,
     image_size,
@@ -59,7 +60,7 @@ def evaluate(
     ranks share the images and return the same report.
 
     Args:
-        model: A model of this package, with or without classifiers.
+        model: A model of this package, with or without classifiers, compiled, or wrapped for parallel training.
         dataset: A dataset from `create_dataset`.
         protocol: One or several names from `protocols_of(dataset)`; None for all of them.
         draw: How trials are sampled, see `protocol_trials`.
@@ -76,7 +77,7 @@ def evaluate(
     """
     # Check everything that needs no image before decoding the first one.
     extraction = Extraction(**options)
-    require_dual_stream(model)
+    model = require_dual_stream(model)
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
     if store is None:  # decode the whole table, so that every choice of protocols shares the cache
@@ -131,17 +132,14 @@ def evaluate_features(
         ValueError: The features do not fit the dataset or are not finite, a protocol, draw or re-ranking is unknown, or
             the protocol cannot use the data.
     """
-    if isinstance(features, np.ndarray):
-        features = torch.from_numpy(np.require(features, requirements=['C', 'W']))  # it may be a read-only memory map
-    features = features.detach()
-    if features.ndim != 2 or len(features) != len(dataset.test) or not features.is_floating_point():
+    features = as_tensor(features, 'features')
+    if features.ndim != 2 or len(features) != len(dataset.test):
         raise ValueError(
-            f'features must be floating point [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
-            f'got {features.dtype} {list(features.shape)}'
+            f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
+            f'got {list(features.shape)}'
         )
     _check_ranking(reranking, failures)
     plans = _plans(dataset, protocol, draw)
-    features = features if features.dtype == torch.float64 else features.float()
     return _report(features, dataset, plans, draw, reranking, failures)
 
 

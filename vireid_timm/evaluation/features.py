@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import resolve_model_data_config
+from timm.utils import unwrap_model
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -21,11 +22,12 @@ from ..data.store import ImageStore, image_store
 from ..data.workers import in_order
 from ..device import named_device
 from ..distributed import all_ranks, is_rank_zero, rank_and_world_size
+from ..layers.power_mean import full_precision
 
 CROP_BORDER = (10 / 288, 10 / 144)  # training's default padding, as a share of height and width
 AMP_DTYPES = (None, torch.bfloat16, torch.float16)
 
-Images = Records | Sequence[str | Path | Image.Image]
+Images = Records | Sequence[str | Path | Image.Image | np.ndarray | torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,22 +98,24 @@ def embed(
     share the work, and each gets all features.
 
     Args:
-        model: One of this package's models, with or without classifiers.
-        images: A record table, paths, or PIL images of mode RGB or L, which are only resized.
-        modality: `visible` or `infrared` for paths and PIL images; None for records, which have their own.
+        model: One of this package's models, with or without classifiers, compiled, or wrapped for parallel training.
+        images: A record table, paths, or images in memory, which are only resized: PIL images of mode RGB or L, arrays
+            [H, W, 3] (in the order RGB; OpenCV has BGR: pass `crop[:, :, ::-1]`) or [H, W], tensors [3, H, W] or
+            [1, H, W]. Arrays and tensors are uint8, or float from 0 to 1 (rounded to 8 bits).
+        modality: `visible` or `infrared` for paths and images in memory; None for records, which have their own.
         cache: Where decoded images are kept, see `image_store`.
         **options: The other fields of `Extraction`: `features`, `flip_test`, `crops`, `size`, `batch_size`, ...
 
     Returns:
-        L2-normalised features on the CPU, [N, D] float32, and the path of every row (for PIL images its index in
-        `images`). Rows are in the order of `images`, without the skipped ones.
+        L2-normalised features on the CPU, [N, D] float32, and the path of every row (for images in memory its index
+        in `images`). Rows are in the order of `images`, without the skipped ones.
 
     Raises:
-        ValueError: On a missing or unknown modality, an option out of range, an image that cannot be read, or features
-            that are not finite. The message names the image.
+        ValueError: On a missing or unknown modality, an option out of range, an image that cannot be read or is empty,
+            or features that are not finite. The message names the image.
     """
     extraction = Extraction(cache=cache, **options)
-    require_dual_stream(model)
+    model = require_dual_stream(model)
     records, pil_images = _as_records(images, modality)
     if pil_images:
         size = image_size(model, extraction)
@@ -123,17 +127,24 @@ def embed(
     return table, rows.tolist() if pil_images else records.path[rows].tolist()
 
 
-def require_dual_stream(model: nn.Module) -> None:
-    """Check that a model takes visible and infrared images.
+def require_dual_stream(model: nn.Module) -> nn.Module:
+    """Return the model without what wraps it: `torch.compile`, `DataParallel`, `DistributedDataParallel` or timm's EMA.
 
     Raises:
         ValueError: If it is not one of this package's models.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            'a scripted or traced model has lost its configuration (image size, mean, std); give the model that it was '
+            'made from'
+        )
+    model = unwrap_model(model)
     if not hasattr(model, 'forward_branches'):
         raise ValueError(
             f'{type(model).__name__} is not a model of vireid_timm, which takes visible and infrared images; create '
             "one with timm.create_model('vireid_...')"
         )
+    return model
 
 
 def image_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
@@ -241,6 +252,20 @@ def check_finite(features: torch.Tensor, paths: Sequence[str]) -> None:
     )
 
 
+def as_tensor(features: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:
+    """Return features as a tensor, float32 or better, without their graph; an array shares its memory if it can.
+
+    Raises:
+        ValueError: They are not floating point.
+    """
+    if not isinstance(features, torch.Tensor):
+        features = np.require(features, requirements=['C', 'W'])  # it may be a read-only memory map
+        features = torch.from_numpy(features) if features.dtype.kind == 'f' else features
+    if not isinstance(features, torch.Tensor) or not features.is_floating_point():
+        raise ValueError(f'{name} must have a floating-point dtype, got {features.dtype}')
+    return full_precision(features.detach())
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """Return 12 digits of the SHA-256 of the state dict's names, shapes, types and values, on any device."""
     digest = hashlib.sha256()
@@ -251,7 +276,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _as_records(images: Images, modality: str | None) -> tuple[Records, list[Image.Image]]:
-    """Return the images as a table, and the images themselves if they are PIL images."""
+    """Return the images as a table, and the images themselves if they are in memory."""
     if isinstance(images, Records):
         if modality is not None:
             raise ValueError(
@@ -261,24 +286,70 @@ def _as_records(images: Images, modality: str | None) -> tuple[Records, list[Ima
         return images, []
     if isinstance(images, (str, Path, Image.Image)):
         raise ValueError(f'embed takes a list of images, got a single one: {images!r}')
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3):
+        raise ValueError(f'embed takes a list of images, got a single one of shape {list(images.shape)}')
     if modality not in MODALITIES:
         raise ValueError(f'modality must be one of {", ".join(MODALITIES)} unless records are given, got {modality!r}')
     images = list(images)
-    pil_images = [image for image in images if isinstance(image, Image.Image)]
-    if pil_images and len(pil_images) < len(images):
-        raise ValueError(f'paths and PIL images cannot be mixed, got {len(pil_images)} PIL images of {len(images)}')
-    names = [f'image {i}' for i in range(len(pil_images))] or [str(path) for path in images]
+    paths = [str(image) for image in images if isinstance(image, (str, Path))]
+    if paths and len(paths) < len(images):
+        raise ValueError(f'paths and images in memory cannot be mixed, got {len(paths)} paths of {len(images)}')
+    pil_images = [] if paths else [_as_pil(image, i) for i, image in enumerate(images)]
+    names = paths or [f'image {i}' for i in range(len(images))]
     return Records.from_rows([(name, '', 0, modality, 'test') for name in names]), pil_images
+
+
+def _as_pil(image: Image.Image | np.ndarray | torch.Tensor, number: int) -> Image.Image:
+    """Return an image in memory as a PIL image of mode RGB or L."""
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = Image.fromarray(_as_array(image, number))
+    elif not isinstance(image, Image.Image):
+        raise ValueError(f'image {number} is a {type(image).__name__}; pass a path, a PIL image, an array or a tensor')
+    if image.mode not in ('RGB', 'L'):
+        raise ValueError(
+            f'image {number} has mode {image.mode}; PIL images must be RGB or L (8 bits): convert it, or pass its '
+            'path, which handles every format'
+        )
+    if 0 in image.size:
+        raise ValueError(_empty(number, image.size[::-1]))
+    return image
+
+
+def _as_array(image: np.ndarray | torch.Tensor, number: int) -> np.ndarray:
+    """Return an array or a tensor as [H, W, 3] or [H, W] uint8."""
+    shape = list(image.shape)
+    if 0 in shape:
+        raise ValueError(_empty(number, shape))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy lacks bfloat16
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
+        raise ValueError(
+            f'image {number} has shape {shape}; arrays must be [H, W, 3] or [H, W], tensors [3, H, W] or [1, H, W]'
+        )
+    if image.dtype.kind == 'f':
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f'image {number} has values from {image.min():.4g} to {image.max():.4g}; in floating point they must '
+                'be from 0 to 1 and not normalised, otherwise uint8'
+            )
+        image = (255 * image).round().astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f'image {number} has type {image.dtype}; pass uint8, floating point from 0 to 1, or the path of its file'
+        )
+    return np.ascontiguousarray(image)
+
+
+def _empty(number: int, shape: Sequence[int]) -> str:
+    return f'image {number} is empty ({"x".join(map(str, shape))}); leave it out, or check the box that it was cut by'
 
 
 def _resized(images: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
     """Return PIL images as an array [N, 3, H, W] uint8, resized as `image_store` does."""
-    for i, image in enumerate(images):
-        if image.mode not in ('RGB', 'L'):
-            raise ValueError(
-                f'image {i} has mode {image.mode}; PIL images must be RGB or L (8 bits): convert it, or pass its path, '
-                'which handles every format'
-            )
     squashed = [image.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
     return np.stack([np.asarray(image).transpose(2, 0, 1) for image in squashed])
 

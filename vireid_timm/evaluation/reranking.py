@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..constants import MODALITIES
+from .features import as_tensor
 
 CHUNK_CELLS = 2**22  # cells of an image-by-image table held at a time
 UNIT = 2**30  # weights are whole multiples of 1 / UNIT, so that sums do not depend on their order, even on a GPU
@@ -49,8 +50,8 @@ class ReRanking:
 
     def __init__(
         self,
-        query: torch.Tensor,
-        gallery: torch.Tensor,
+        query: torch.Tensor | np.ndarray,
+        gallery: torch.Tensor | np.ndarray,
         *,
         query_modality: Sequence[str] | np.ndarray | None = None,
         gallery_modality: Sequence[str] | np.ndarray | None = None,
@@ -61,13 +62,13 @@ class ReRanking:
     ) -> None:
         """Find and encode the neighbours of every image.
 
-        Computes on the device of the features, in float64 if they are float64, otherwise in float32. Keeps the
+        Computes on the device of the gallery, in float64 if any features are float64, otherwise in float32. Keeps the
         features, neighbour lists and encodings (tens to hundreds of numbers per image), and a bounded number of image
         pairs at a time.
 
         Args:
-            query: L2-normalised features, [Q, D].
-            gallery: L2-normalised features on the same device, [G, D].
+            query: L2-normalised features, [Q, D], or [D] for a single query.
+            gallery: L2-normalised features, [G, D].
             query_modality: `visible` or `infrared` for each query, [Q]. Pass both modalities or neither.
             gallery_modality: The same for the gallery, [G].
             query_in_gallery: Gallery row of each query's own image, -1 if it is not there, [Q]; None if no image is
@@ -84,6 +85,9 @@ class ReRanking:
             raise ValueError(f'k1 and k2 must be at least 1, got {k1} and {k2}')
         if not 0 <= original_weight <= 1:
             raise ValueError(f'original_weight must be between 0 and 1, got {original_weight}')
+        gallery = as_tensor(gallery, 'gallery features')
+        query = as_tensor(query, 'query features').to(gallery.device)
+        query = query[None] if query.ndim == 1 else query
         _check_features(query, gallery)
         self.num_queries, self.gallery_size = len(query), len(gallery)
         # The images are the gallery, then the queries that are not in it.
@@ -91,9 +95,8 @@ class ReRanking:
         added = image_of_query < 0
         image_of_query[added] = self.gallery_size + np.arange(added.sum())
         self._image_of_query = torch.from_numpy(image_of_query).to(query.device)
-        features = torch.cat([gallery, query[torch.from_numpy(added).to(query.device)]]).detach()
         # Normalise again, so that rounding in a narrower dtype does not add a distance from an image to itself.
-        self._features = F.normalize(features if features.dtype == torch.float64 else features.float())
+        self._features = F.normalize(torch.cat([gallery, query[torch.from_numpy(added).to(query.device)]]))
         modality = _modality_codes(query_modality, gallery_modality, self.num_queries, self.gallery_size)
         modality = np.concatenate([modality[self.num_queries :], modality[: self.num_queries][added]])
         modality = torch.from_numpy(modality).to(query.device)
@@ -274,9 +277,7 @@ def _check_features(query: torch.Tensor, gallery: torch.Tensor) -> None:
             f'got {list(query.shape)} and {list(gallery.shape)}'
         )
     for name, features in (('query', query), ('gallery', gallery)):
-        if not features.is_floating_point():
-            raise ValueError(f'{name} features must have a floating-point dtype, got {features.dtype}')
-        length = features.detach().float().norm(dim=1)
+        length = features.float().norm(dim=1)
         wrong = ~((length - 1).abs() < 0.01)  # NaN is wrong too
         if wrong.any():
             row = int(wrong.int().argmax())

@@ -74,7 +74,10 @@ def _cell_sum(x: torch.Tensor, step: int) -> torch.Tensor:
     """Sum each cell of step x step positions; border cells may be partial. [.., H, W] -> [.., h, w]."""
     if step == 1:
         return x
-    return F.avg_pool2d(x, step, ceil_mode=True, divisor_override=1)
+    # ONNX cannot express `divisor_override`, and exporters drop it. A step is a power of two, so scaling is exact.
+    if x.shape[2] % step != 0 or x.shape[3] % step != 0:
+        x = F.pad(x, [0, step - 1, 0, step - 1])  # the pooling ignores what does not fill a cell
+    return F.avg_pool2d(x, step) * float(step * step)
 
 
 @register_notrace_module

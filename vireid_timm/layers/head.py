@@ -51,5 +51,8 @@ class BranchHead(nn.Module):
             self.fc = nn.Identity().train(self.training)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.neck(x.to(self.neck.weight.dtype))
+        x = x.to(self.neck.weight.dtype)
+        if torch.jit.is_tracing():  # torch's older ONNX exporter has to know the width if there is no bias
+            x = x.view(x.shape[0], self.num_features)
+        x = self.neck(x)
         return x if pre_logits else self.fc(self.drop(x))

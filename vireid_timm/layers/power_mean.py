@@ -20,7 +20,8 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 def root(mean_power: torch.Tensor, power: float, eps: float = POWER_EPS) -> torch.Tensor:
     """Return the power mean, given the mean of the powers."""
-    return (mean_power + eps).pow(1.0 / power)
+    # This is `mean_power + eps`. The ONNX optimiser takes the sum with a number below 1e-8 for a no-op and removes it.
+    return (eps - mean_power.neg()).pow(1.0 / power)
 
 
 def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -34,7 +35,7 @@ def _exact_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _blocks(maps: torch.Tensor) -> list[slice]:
     """Split rows [B, ...] into blocks of about `_BLOCK` values on a CPU; elsewhere return a single block."""
     if maps.device.type != 'cpu' or torch.compiler.is_compiling():
-        return [slice(0, len(maps))]
+        return [slice(0, maps.shape[0])]  # `len` would fix the number of rows of an exported program
     rows = max(1, _BLOCK * len(maps) // max(1, maps.numel()))
     return [slice(start, min(start + rows, len(maps))) for start in range(0, max(1, len(maps)), rows)]
 
@@ -98,6 +99,9 @@ def power_sum(features: torch.Tensor, weights: Optional[torch.Tensor], power: fl
     Returns:
         [B, C].
     """
+    if torch.jit.is_tracing():  # it loses the autograd function, as does the ONNX exporter built on it
+        powers = full_precision(features).clamp(min=0.0).pow(power)
+        return (powers if weights is None else powers * weights).sum(dim=(2, 3))
     return _PowerSum.apply(features, weights, power)
 
 

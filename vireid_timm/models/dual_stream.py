@@ -25,6 +25,7 @@ from timm.layers import get_device_dtype
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
+    clean_state_dict,
     generate_default_cfgs,
     is_model,
     model_entrypoint,
@@ -379,12 +380,15 @@ class DualStreamResNet(nn.Module):
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Map a timm or torchvision ImageNet ResNet onto the dual-stream network; our own weights pass unchanged.
 
+    As in timm, prefixes of `torch.compile` and of parallel training (`_orig_mod.`, `module.`) are ignored.
+
     The stem is copied to both modalities, the trunk is shared, and the ImageNet classifier is dropped. The fusion
     branch, the non-local blocks and the heads keep their random values.
 
     Raises:
         RuntimeError: The source has a tensor that the network lacks, or lacks a tensor of the stem or trunk.
     """
+    state_dict = clean_state_dict(state_dict)
     if any(key.startswith('stem.') for key in state_dict):
         _check_own_weights(state_dict, model)
         return state_dict
