@@ -472,7 +472,7 @@ def _hint(word: str, known: Iterable[str]) -> str:
 class _Scan:
     """Lists folders and images. At the end of its `with` block it reports what it ignored, also after an error.
 
-    Hidden files and folders are ignored without a word.
+    Hidden files and folders are ignored silently.
     """
 
     def __init__(self) -> None:
