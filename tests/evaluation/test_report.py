@@ -230,51 +230,6 @@ def test_the_error_of_a_damaged_report_is_shown(tmp_path, result, change, messag
         Report.load(tmp_path / 'report.json')
 
 
-def test_csv(tmp_path, result):
-    plain = dataclasses.replace(result, draw=None)
-    report = make_report({'all-single': result, 'infrared-to-visible': plain}, flip_test=True, crops=5)
-    report.save_csv(tmp_path / 'new' / 'results.csv')
-    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['results.csv']
-    assert b'\r' not in (tmp_path / 'new' / 'results.csv').read_bytes()
-    with open(tmp_path / 'new' / 'results.csv', encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert [(row['protocol'], row['draw']) for row in rows] == [('all-single', 'seeded'), ('infrared-to-visible', '')]
-    row = rows[0]
-    assert next(iter(row)) == 'model', 'as in the results files of timm'
-    for name in METRICS:
-        assert float(row[name]) == round(100 * result.mean[name], 4)
-        assert float(row[f'{name}_std']) == round(100 * result.std[name], 4)
-    for name, (low, high) in result.intervals.items():
-        assert (float(row[f'{name}_low']), float(row[f'{name}_high'])) == (round(100 * low, 4), round(100 * high, 4))
-    expected = dict(
-        model='vireid_dml_r50',
-        dataset='sysu_mm01',
-        direction='infrared to visible',
-        features='after-bn',
-        flip_test='True',
-        crops='5',
-        reranking='none',
-        trials='3',
-        num_queries='20',
-        num_valid_queries=str(result.num_valid_queries),
-        gallery_size='7',
-        per_identity_cmc='True',
-        img_height='288',
-        img_width='144',
-        precision='float32',
-        weights='0123456789ab',
-        skipped_images='0',
-        options='trial=1, size=[128, 64]',
-        trials_fingerprint='trials',
-        versions='torch 2.5.0, numpy 1.24.0',
-    )
-    assert {name: row[name] for name in expected} == expected
-    Report('regdb', {}, {'visible-to-infrared': result}).save_csv(tmp_path / 'features.csv')
-    with open(tmp_path / 'features.csv', encoding='utf-8', newline='') as file:
-        (row,) = csv.DictReader(file)
-    assert (row['model'], row['img_height'], row['versions']) == ('', '', '')
-
-
 def test_rows_are_appended_to_a_table_of_results(tmp_path, result):
     path = tmp_path / 'results.csv'
     path.touch()  # as mktemp leaves it
@@ -331,3 +286,48 @@ def test_few_people_or_queries_are_named(result, people, queries, small):
     columns['AP'] = [0.5] * queries + [None] * 5
     counted = dataclasses.replace(result, queries=columns, num_valid_queries=queries)
     assert ('mean little: all-single' in str(make_report({'all-single': counted}))) == small
+
+
+def test_csv(tmp_path, result):
+    plain = dataclasses.replace(result, draw=None)
+    report = make_report({'all-single': result, 'infrared-to-visible': plain}, flip_test=True, crops=5)
+    report.save_csv(tmp_path / 'new' / 'results.csv')
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['results.csv']
+    assert b'\r' not in (tmp_path / 'new' / 'results.csv').read_bytes()
+    with open(tmp_path / 'new' / 'results.csv', encoding='utf-8', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['protocol'], row['draw']) for row in rows] == [('all-single', 'seeded'), ('infrared-to-visible', '')]
+    row = rows[0]
+    assert next(iter(row)) == 'model', 'as in the results files of timm'
+    for name in METRICS:
+        assert float(row[name]) == round(100 * result.mean[name], 4)
+        assert float(row[f'{name}_std']) == round(100 * result.std[name], 4)
+    for name, (low, high) in result.intervals.items():
+        assert (float(row[f'{name}_low']), float(row[f'{name}_high'])) == (round(100 * low, 4), round(100 * high, 4))
+    expected = dict(
+        model='vireid_dml_r50',
+        dataset='sysu_mm01',
+        direction='infrared to visible',
+        features='after-bn',
+        flip_test='True',
+        crops='5',
+        reranking='none',
+        trials='3',
+        num_queries='20',
+        num_valid_queries=str(result.num_valid_queries),
+        gallery_size='7',
+        per_identity_cmc='True',
+        img_height='288',
+        img_width='144',
+        precision='float32',
+        weights='0123456789ab',
+        skipped_images='0',
+        options='trial=1, size=[128, 64]',
+        trials_fingerprint='trials',
+        versions='torch 2.5.0, numpy 1.24.0',
+    )
+    assert {name: row[name] for name in expected} == expected
+    Report('regdb', {}, {'visible-to-infrared': result}).save_csv(tmp_path / 'features.csv')
+    with open(tmp_path / 'features.csv', encoding='utf-8', newline='') as file:
+        (row,) = csv.DictReader(file)
+    assert (row['model'], row['img_height'], row['versions']) == ('', '', '')

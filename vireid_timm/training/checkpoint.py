@@ -155,6 +155,7 @@ def save_checkpoint(run: Run, replace: bool = False) -> None:
     """
     if not is_rank_zero():
         return
+    check_weights(run)
     state = {
         'arch': run.config.model,
         'epoch': run.state.epoch,
@@ -165,12 +166,16 @@ def save_checkpoint(run: Run, replace: bool = False) -> None:
         **(run.task.get_checkpoint_state(ema=True) if run.task.has_ema() else {}),
         **({run.scaler.state_dict_key: run.scaler.state_dict()} if run.scaler is not None else {}),
     }
-    if not torch.stack([value.isfinite().all() for value in state['state_dict'].values()]).all():
-        raise FloatingPointError(  # the loss was finite, its gradient was not
+    write_checkpoint(run.folder, state, replace)
+
+
+def check_weights(run: Run) -> None:
+    """Raise FloatingPointError if a weight is NaN or infinite: the loss can be finite and its gradient not."""
+    if not torch.stack([value.isfinite().all() for value in run.model.state_dict().values()]).all():
+        raise FloatingPointError(
             f'the weights became NaN or infinite in epoch {run.state.epoch} before step {run.state.step}; the last '
             f'checkpoint is from before. {AGAINST_NAN}'
         )
-    write_checkpoint(run.folder, state, replace)
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], replace: bool = False) -> None:

@@ -43,6 +43,7 @@ from ..run_folder import BEST, CLASS_MAP, CONFIG, MODEL_CONFIG, SUMMARY, has_che
 from .checkpoint import (
     AGAINST_NAN,
     CheckpointInterval,
+    check_weights,
     resolved_config,
     resume,
     save_checkpoint,
@@ -394,6 +395,8 @@ def _scores(report: Report) -> dict[str, float]:
 def _end_epoch(run: Run, report: Report | None, progress: Progress) -> None:
     """Count the epoch as done, keep its model if it is the best so far, and write the table and a checkpoint."""
     state, is_last = run.state, run.state.epoch + 1 == run.num_epochs
+    if is_rank_zero():
+        check_weights(run)  # before `best` is written
     # Rank 0's: on other hardware a last bit may differ, and all ranks have to decide the same.
     scores = {} if report is None else from_rank_zero(_scores(report))
     if scores:
