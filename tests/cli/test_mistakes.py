@@ -124,6 +124,15 @@ def test_what_nobody_foresaw_is_one_line_that_names_a_traceback(
     assert 'Traceback (most recent call last)' in report.read_text() and 'in fail' in report.read_text()
 
 
+def test_where_no_file_can_be_written_the_traceback_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_command, 'run', lambda args: 1 / 0)
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'nowhere'))
+    status, error = _said(capsys, EVAL)
+    assert status == 1 and 'Traceback' in error and error.endswith('with the traceback above\n')
+
+
 @pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('tried to allocate\n2 GiB')])
 def test_too_little_memory_is_no_fault_of_the_library(
     error: Exception, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
