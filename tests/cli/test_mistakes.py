@@ -65,6 +65,10 @@ def test_options_are_read_as_timm_reads_them() -> None:
         ('--opt-kwargs nonsense=1', "cannot create the optimiser 'sgd'"),
         ('--opt adamw --opt-kwargs betas=0.9', "cannot create the optimiser 'adamw'"),
         ('--opt adamw --opt-kwargs eps=abc', "cannot create the optimiser 'adamw'"),
+        ('--opt momentum --opt-kwargs dampening=abc', "cannot create the optimiser 'momentum'"),
+        ('--opt adamw --opt-kwargs betas=(0.9,)', "cannot create the optimiser 'adamw'"),
+        ('--model-kwargs pretrained_cfg_overlay=abc', "cannot create the model 'vireid_dml_r10t'"),
+        ('--model-kwargs img_size=abc', "cannot create the model 'vireid_dml_r10t'"),
         ('--opt-kwargs lr=1', "cannot create the optimiser 'sgd'"),
         ('--dataset-kwargs size=64', "option 'size' must be two whole numbers, such as (128, 64), got 64"),
         ('--dataset-kwargs size=(64,32.5)', "option 'size' must be two whole numbers"),
@@ -118,6 +122,15 @@ def test_what_nobody_foresaw_is_one_line_that_names_a_traceback(
     assert error.startswith(f'vireid: error: {kind.__name__}: it broke') and 'Please report it' in error
     assert str(report) in error and 'in two lines' in error
     assert 'Traceback (most recent call last)' in report.read_text() and 'in fail' in report.read_text()
+
+
+def test_where_no_file_can_be_written_the_traceback_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_command, 'run', lambda args: 1 / 0)
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'nowhere'))
+    status, error = _said(capsys, EVAL)
+    assert status == 1 and 'Traceback' in error and error.endswith('with the traceback above\n')
 
 
 @pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('tried to allocate\n2 GiB')])

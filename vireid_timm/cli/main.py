@@ -83,11 +83,15 @@ def _described(error: Exception) -> str:
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ' '.join(f'there is too little memory; compute fewer images at once. {error}'.split())
-    lines = ''.join(traceback.format_exception(error)).encode('utf-8', 'backslashreplace')
-    with tempfile.NamedTemporaryFile(prefix='vireid-', suffix='.txt', delete=False) as file:
-        file.write(lines)
+    try:
+        with tempfile.NamedTemporaryFile(prefix='vireid-', suffix='.txt', delete=False) as file:
+            file.write(''.join(traceback.format_exception(error)).encode('utf-8', 'backslashreplace'))
+        where = f'in {file.name}'
+    except OSError:  # a full disk, for example
+        traceback.print_exception(error)
+        where = 'above'
     what = ' '.join(f'{type(error).__name__}: {error}'.split())
-    return f'{what}. This is a fault of vireid_timm. Please report it, with the traceback in {file.name}'
+    return f'{what}. This is a fault of vireid_timm. Please report it, with the traceback {where}'
 
 
 @contextmanager

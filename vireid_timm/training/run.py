@@ -338,17 +338,14 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
 def _probe_model(config: TrainConfig) -> DualStreamResNet:
     """Create the model on the meta device: without weights and without memory."""
     name, names = resolve_model_name(config.model), ', '.join(timm.list_models('vireid_*'))
-    try:
-        for args in ({}, model_args(config)):
+    for args in ({}, model_args(config)):
+        try:
             model = timm.create_model(name, pretrained=False, device='meta', **args)
-            if not isinstance(model, DualStreamResNet):
-                raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
-    except ValueError:
-        raise
-    except Exception as error:  # wrong arguments make timm and torch raise any type
-        raise ValueError(
-            f'cannot create the model {config.model!r}: {error} (models of this library: {names})'
-        ) from error
+        except Exception as error:  # wrong arguments make timm and torch raise any type
+            hint = '; check --model-kwargs' if args else f' (models of this library: {names})'
+            raise ValueError(f'cannot create the model {config.model!r}: {error}{hint}') from error
+        if not isinstance(model, DualStreamResNet):
+            raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
     return model
 
 
@@ -445,8 +442,12 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
     scale = config.backbone_lr_scale if config.backbone_lr_scale is not None else 0.1 if config.pretrained else 1.0
 
     def create(**options: Any) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, scale)
-        return create_optimizer_v2(groups, **optimizer_kwargs(config), **options, **config.opt_kwargs)
+        options = {**optimizer_kwargs(config), **options}
+        optimizer = create_optimizer_v2(parameter_groups(model, scale), **options, **config.opt_kwargs)
+        if config.opt_kwargs and not getattr(optimizer, 'is_second_order', False):
+            device = next(model.parameters()).device
+            _try_steps(lambda groups: create_optimizer_v2(groups, **options, **config.opt_kwargs), device)
+        return optimizer
 
     fused = fused and not {'fused', 'foreach'} & set(config.opt_kwargs)
     try:
@@ -462,6 +463,16 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
     if getattr(optimizer, 'is_second_order', False):
         raise ValueError(f'--opt {config.opt} needs second derivatives, which are not computed here; choose another')
     return optimizer
+
+
+def _try_steps(create: Callable[[list], torch.optim.Optimizer], device: torch.device) -> None:
+    """Run an optimiser on one small weight: it meets some arguments of the wrong type only in its second step."""
+    with torch.random.fork_rng(devices=[]):  # some optimisers draw numbers
+        weight = nn.Parameter(torch.zeros(2, 2, device='cpu' if device.type == 'meta' else device))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = create([{'params': [weight]}])
+        for _ in range(2):
+            optimizer.step()
 
 
 def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:
