@@ -366,8 +366,9 @@ def test_wrapped_models_are_unwrapped(records, wrapper):
     model = make_model(2)
     wrapped = WRAPPERS[wrapper](model)
     assert weights_fingerprint(require_dual_stream(wrapped)) == weights_fingerprint(model)
-    expected, order = embed(model, records[:3], size=SIZE)
-    features, order_of_wrapped = embed(wrapped, records[:3], size=SIZE)
+    # DataParallel moves a model to the GPU if there is one.
+    expected, order = embed(model, records[:3], size=SIZE, device='cpu')
+    features, order_of_wrapped = embed(wrapped, records[:3], size=SIZE, device='cpu')
     assert torch.equal(features, expected)
     assert order_of_wrapped == order
 

@@ -417,12 +417,14 @@ def test_the_image_size_reaches_the_configuration(name, given, size):
     assert resolve_model_data_config(on_meta(name))['input_size'] != config['input_size']  # the default stays
 
 
-def test_the_image_size_sets_the_grid_of_static_maps_and_the_channels():
-    model = on_meta('vireid_dml_r50', img_size=(256, 128), in_chans=1, last_stride=2, spatial_weights='static')
+def test_the_image_size_sets_the_grid_of_static_maps():
+    model = on_meta('vireid_dml_r50', img_size=(256, 128), last_stride=2, spatial_weights='static')
     assert model.fusion.weights.maps.shape[2:] == (64, 32)
-    assert model.pretrained_cfg['input_size'] == (1, 256, 128)
+    assert model.pretrained_cfg['input_size'] == (3, 256, 128)
     assert model.pretrained_cfg['pool_size'] == (8, 4)
     assert on_meta('vireid_dml_r10t', spatial_weights='static').fusion.weights.maps.shape[2:] == (32, 16)
+    features = on_meta('vireid_dml_r10t', img_size=64, features_only=True)
+    assert resolve_model_data_config(features)['input_size'] == (3, 64, 64)
     overlaid = on_meta('vireid_dml_r10t', img_size=64, pretrained_cfg_overlay=dict(input_size=(3, 32, 16)))
     assert overlaid.pretrained_cfg['input_size'] == (3, 32, 16)
 

@@ -469,26 +469,25 @@ def _create_dual_stream(
     **kwargs: Any,
 ) -> DualStreamResNet:
     _check_timm_arguments(kwargs)
-    if img_size is None:
-        img_size = get_pretrained_cfg(variant).input_size[1:]
-    else:
-        img_size = _height_and_width(img_size)
-        cell = 16 * kwargs.get('last_stride', 1)
-        sizes = {
-            'input_size': (kwargs.get('in_chans', 3), *img_size),
-            'pool_size': tuple(-(-side // cell) for side in img_size),
-        }
-        pretrained_cfg_overlay = {**sizes, **(pretrained_cfg_overlay or {})}
-    return build_model_with_cfg(
+    size = get_pretrained_cfg(variant).input_size[1:] if img_size is None else _height_and_width(img_size)
+    model = build_model_with_cfg(
         DualStreamResNet,
         variant,
         pretrained,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls=DualStreamFeatures),
-        img_size=img_size,
+        img_size=size,
         **kwargs,
     )
+    # A saved model's own `img_size` comes back with its configuration, which may hold another input size.
+    saved = (kwargs.get('pretrained_model_args') or {}).get('img_size')
+    if img_size is not None and (saved is None or _height_and_width(saved) != size):
+        cfg, cell = model.pretrained_cfg, 16 * kwargs.get('last_stride', 1)
+        # The channels stay: as everywhere in timm, they are those of the weights.
+        sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // cell) for side in size)}
+        cfg.update({**sizes, **(pretrained_cfg_overlay or {})})
+    return model
 
 
 def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any) -> dict[str, Any]:
