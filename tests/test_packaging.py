@@ -1,12 +1,17 @@
 """setup.cfg agrees with the other files."""
 
 import re
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
+import timm
 import yaml
 
 import vireid_timm
+from vireid_timm.version import LOWEST_TIMM, check_timm
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'vireid_timm'
@@ -37,6 +42,27 @@ def test_lowest_versions_are_the_floors():
             assert floor, f'{name}{specifier}: floors only, no caps'
             padded = floor.group(1) + '.0' * (2 - floor.group(1).count('.'))
             assert lowest[name] in (floor.group(1), padded), f'{name}: floor {specifier}, lowest {lowest[name]}'
+
+
+@pytest.mark.parametrize('version', ['0.9.16', '1.0.29', '1.0.30.dev0'])
+def test_an_older_timm_is_an_error(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, '__version__', version)
+    with pytest.raises(ImportError, match=re.escape(f'needs timm {LOWEST_TIMM} or newer, but timm {version} is')):
+        check_timm()
+
+
+@pytest.mark.parametrize('version', [LOWEST_TIMM, f'{LOWEST_TIMM}.dev0', '1.0.100', '1.1.0rc1', '2.0'])
+def test_a_newer_timm_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, '__version__', version)
+    check_timm()
+
+
+def test_the_lowest_timm_is_the_floor_and_checked_at_import() -> None:
+    assert _requirements()['timm'] == f'>={LOWEST_TIMM}'
+    program = "import timm; timm.__version__ = '1.0.29'; import vireid_timm"
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('ImportError: vireid_timm needs timm')
 
 
 def test_everything_in_the_package_is_packed():

@@ -7,9 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .cli.startup import interrupt_ends_command
-from .version import __version__
+from .version import __version__, check_timm
 
 with interrupt_ends_command():
+    check_timm()
     from .models.dual_stream import BranchOutput
 
 if TYPE_CHECKING:  # for editors and type checkers

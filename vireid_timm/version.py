@@ -1,9 +1,29 @@
 """The version, and the versions of everything that can change a number."""
 
+import re
 from functools import cache
 from pathlib import Path
 
 __version__ = '0.1.0'
+LOWEST_TIMM = '1.0.31'
+
+
+def check_timm() -> None:
+    """Check timm's version, because an older timm would fail much later, inside a training.
+
+    Raises:
+        ImportError: It is too old.
+    """
+    import timm
+
+    installed, lowest = (
+        [int(part) for part in re.findall(r'\d+', version)[:3]] for version in (timm.__version__, LOWEST_TIMM)
+    )
+    if installed < lowest:
+        raise ImportError(
+            f'vireid_timm needs timm {LOWEST_TIMM} or newer, but timm {timm.__version__} is installed; upgrade it: '
+            f'pip install "timm>={LOWEST_TIMM}"'
+        )
 
 
 def package_versions() -> dict[str, str]:

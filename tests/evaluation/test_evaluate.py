@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.utils import ModelEmaV3
 
 from vireid_timm.constants import INFRARED, VISIBLE
 from vireid_timm.data.images import ImageError, load_image
@@ -114,7 +115,7 @@ def test_other_models_are_refused(dataset):
         evaluate(timm.create_model('resnet10t', num_classes=0), dataset)
 
 
-@pytest.mark.parametrize('wrapper', [lambda model: torch.compile(model, backend='eager'), torch.nn.DataParallel])
+@pytest.mark.parametrize('wrapper', [lambda model: torch.compile(model, backend='eager'), ModelEmaV3])
 def test_wrapped_models_give_the_report_of_the_model(model, dataset, wrapper):
     options = dict(size=SIZE, protocol='infrared-to-visible')
     assert evaluate(wrapper(model), dataset, **options) == evaluate(model, dataset, **options)

@@ -317,6 +317,10 @@ def test_embed_rejects(model, images, modality, options, message):
         ({'batch_size': 0}, 'at least 1, got 0'),
         ({'workers': -1}, 'workers must be at least 0, got -1'),
         ({'size': (128,)}, r'height and width in pixels, got \(128,\)'),
+        ({'size': (1, 3, 128, 64)}, r'height and width in pixels, got \(1, 3, 128, 64\)'),
+        ({'size': (32, 64, 3)}, '3 channels, height and width, in this order, got 32 64 3'),
+        ({'size': (1, 64, 32)}, '3 channels, height and width, in this order, got 1 64 32'),
+        ({'size': [3, 64, 0]}, 'height and width in pixels'),
         ({'size': (128, 0)}, r'height and width in pixels, got \(128, 0\)'),
         ({'device': 'gpu'}, "unknown device 'gpu'"),
     ],
@@ -328,7 +332,15 @@ def test_extraction_rejects(options, message):
 
 def test_extraction_has_one_form_of_each_value():
     assert Extraction(size=[64, 32], device='cpu') == Extraction(size=(64, 32), device=torch.device('cpu'))
+    assert Extraction(size=(3, 64, 32)) == Extraction(size=(64, 32))
     assert Extraction().cache == 'auto'
+
+
+def test_models_of_other_channels_are_refused_before_an_image_is_read(records):
+    model = timm.create_model('vireid_dml_r10t', in_chans=1)
+    for images in (Records.from_rows([('missing.png', '', 0, VISIBLE, 'test')]), records):
+        with pytest.raises(ValueError, match=r'takes images of 1 channels \(in_chans\), .* read with 3'):
+            embed(model, images)
 
 
 class Distributed(torch.nn.Module):
@@ -354,8 +366,9 @@ def test_wrapped_models_are_unwrapped(records, wrapper):
     model = make_model(2)
     wrapped = WRAPPERS[wrapper](model)
     assert weights_fingerprint(require_dual_stream(wrapped)) == weights_fingerprint(model)
-    expected, order = embed(model, records[:3], size=SIZE)
-    features, order_of_wrapped = embed(wrapped, records[:3], size=SIZE)
+    # DataParallel moves a model to the GPU if there is one.
+    expected, order = embed(model, records[:3], size=SIZE, device='cpu')
+    features, order_of_wrapped = embed(wrapped, records[:3], size=SIZE, device='cpu')
     assert torch.equal(features, expected)
     assert order_of_wrapped == order
 

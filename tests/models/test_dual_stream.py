@@ -407,6 +407,54 @@ def test_wrong_arguments_are_named(arguments, message):
         on_meta('vireid_dml_r10t', **arguments)
 
 
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('given, size', [(256, (256, 256)), ((256, 128), (256, 128)), ([90, 50], (90, 50))])
+def test_the_image_size_reaches_the_configuration(name, given, size):
+    model = on_meta(name, img_size=given)
+    config = resolve_model_data_config(model)
+    assert config['input_size'] == (3, *size)
+    assert tuple(model.forward_features(meta_images(model)).shape[2:]) == model.pretrained_cfg['pool_size']
+    assert resolve_model_data_config(on_meta(name))['input_size'] != config['input_size']  # the default stays
+
+
+def test_the_image_size_sets_the_grid_of_static_maps():
+    model = on_meta('vireid_dml_r50', img_size=(256, 128), last_stride=2, spatial_weights='static')
+    assert model.fusion.weights.maps.shape[2:] == (64, 32)
+    assert model.pretrained_cfg['input_size'] == (3, 256, 128)
+    assert model.pretrained_cfg['pool_size'] == (8, 4)
+    assert on_meta('vireid_dml_r10t', spatial_weights='static').fusion.weights.maps.shape[2:] == (32, 16)
+    features = on_meta('vireid_dml_r10t', img_size=64, features_only=True)
+    assert resolve_model_data_config(features)['input_size'] == (3, 64, 64)
+    overlaid = on_meta('vireid_dml_r10t', img_size=64, pretrained_cfg_overlay=dict(input_size=(3, 32, 16)))
+    assert overlaid.pretrained_cfg['input_size'] == (3, 32, 16)
+
+
+@pytest.mark.parametrize('size', [(256, 128, 3), (0, 64), (128.5, 64), -1, '256'])
+def test_wrong_image_sizes_are_named(size):
+    for create in (lambda: on_meta('vireid_dml_r10t', img_size=size), lambda: small(img_size=size)):
+        with pytest.raises(ValueError, match='img_size must be height and width in pixels, or one number'):
+            create()
+
+
+@pytest.mark.parametrize('name', ['vireid_dml_r10t', 'vireid_base_r50'])
+@pytest.mark.parametrize('argument', ['drop_path_rate', 'act_layer', 'norm_layer', 'aa_layer', 'stem_type', 'avg_down'])
+def test_arguments_of_timms_resnet_are_sent_to_it(name, argument):
+    with pytest.raises(ValueError, match=rf'do not take {argument} directly.* resnet_args=dict\({argument}=\.\.\.\)'):
+        on_meta(name, **{argument: 0.1})
+
+
+def test_the_output_stride_is_the_last_stride():
+    for arguments in (dict(output_stride=16), dict(resnet_args=dict(output_stride=16)), dict(output_stride=32)):
+        with pytest.raises(ValueError, match='do not take output_stride, .* last_stride is 1 or 2'):
+            on_meta('vireid_dml_r50', **arguments)
+
+
+def test_arguments_of_timms_resnet_reach_it():
+    model = timm.create_model('vireid_dml_r18', resnet_args=dict(drop_path_rate=0.5, act_layer='silu'))
+    assert model.layer4[1].drop_path.drop_prob == 0.5
+    assert isinstance(model.stem.infrared.act1, nn.SiLU)
+
+
 # Numbers
 
 
@@ -584,6 +632,19 @@ def test_features_only_gives_the_layers(name):
     ]
     assert [tuple(level.shape) for level in maps] == expected
     assert len(on_meta(name, features_only=True, out_indices=(0, 2))(meta_images(model))) == 2
+
+
+def test_features_only_takes_both_modalities():
+    model = small(num_classes=0)
+    wrapper = timm.create_model(
+        'vireid_dml_r10t', features_only=True, out_indices=(0, 3), resnet_args=THIN, fuse_width=8
+    ).eval()
+    wrapper.model.load_state_dict(model.state_dict(), strict=False)  # a wrapper has no heads
+    x = images(2), images(3, seed=1)
+    with torch.inference_mode():
+        for given in (dict(visible=x[0]), dict(infrared=x[1]), dict(visible=x[0], infrared=x[1])):
+            expected = model.forward_intermediates(**given, indices=[0, 3], intermediates_only=True)
+            assert all(torch.equal(a, b) for a, b in zip(wrapper(**given), expected, strict=True))
 
 
 def test_features_only_trains_with_checkpointing():

@@ -199,3 +199,11 @@ def test_saved_folders_give_the_same_outputs(name, arguments, tmp_path, caplog):
         assert torch.equal(loaded.forward_head(loaded.forward_features(*x), pre_logits=True), features)
     # The warning is for ImageNet weights only.
     assert not [record for record in caplog.records if START in record.getMessage()]
+
+
+def test_saved_folders_keep_their_image_size_unless_another_is_given(tmp_path):
+    model = timm.create_model('vireid_dml_r10t', img_size=(64, 32), resnet_args=THIN)
+    vireid_timm.save_model_folder(model, tmp_path / 'model', input_size=(3, 96, 48))
+    for given, expected in (({}, (96, 48)), (dict(img_size=(80, 40)), (80, 40)), (dict(img_size=64), (64, 64))):
+        loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True, **given)
+        assert tuple(loaded.pretrained_cfg['input_size']) == (3, *expected)

@@ -118,7 +118,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         features=args.features,
         flip_test=args.flip_test,
         crops=args.crops,
-        size=tuple(args.input_size[1:]) if args.input_size else None,
+        size=args.input_size,
         batch_size=args.batch_size,
         amp_dtype=autocast_dtype(device, args.amp, args.amp_dtype),
         cache=args.cache,

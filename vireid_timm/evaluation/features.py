@@ -38,7 +38,8 @@ class Extraction:
         features: `after-bn` (after the BN-neck, as the model returns them) or `before-bn`.
         flip_test: Average over each image and its mirror image.
         crops: 1, or 5 to average over the image and its shifts into the four corners, see `views`.
-        size: Height and width that images are resized to; None for the model's own.
+        size: Height and width that images are resized to, or (3, height, width) as timm has it; None for the model's
+            own.
         batch_size: Images per forward pass.
         device: Device to compute on; None for the model's own.
         amp_dtype: Autocast type, bfloat16 or float16; None for full precision.
@@ -52,7 +53,7 @@ class Extraction:
     features: str = 'after-bn'
     flip_test: bool = False
     crops: int = 1
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     batch_size: int = 128
     device: torch.device | str | None = None
     amp_dtype: torch.dtype | None = None
@@ -77,9 +78,14 @@ class Extraction:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f'workers must be at least 0, got {self.workers}')
         if self.size is not None:
-            if len(self.size) != 2 or min(self.size) < 1:
+            channels, size = self.size[:-2], self.size[-2:]
+            if len(channels) == 1 and channels[0] != 3:
+                raise ValueError(
+                    f'the size must be 3 channels, height and width, in this order, got {" ".join(map(str, self.size))}'
+                )
+            if len(channels) > 1 or len(size) != 2 or min(size) < 1:
                 raise ValueError(f'size must be height and width in pixels, got {self.size}')
-            object.__setattr__(self, 'size', (int(self.size[0]), int(self.size[1])))
+            object.__setattr__(self, 'size', (int(size[0]), int(size[1])))
         if self.device is not None:
             object.__setattr__(self, 'device', named_device(self.device))
 
@@ -148,7 +154,16 @@ def require_dual_stream(model: nn.Module) -> nn.Module:
 
 
 def image_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
-    """Return the height and width that images are resized to: the extraction's, or else the model's own."""
+    """Return the height and width that images are resized to: the extraction's, or else the model's own.
+
+    Raises:
+        ValueError: The model does not take the three channels that images are read with.
+    """
+    if model.in_chans != 3:
+        raise ValueError(
+            f'the model takes images of {model.in_chans} channels (in_chans), but all images, infrared ones too, are '
+            'read with 3; create it with in_chans=3'
+        )
     return extraction.size or tuple(resolve_model_data_config(model)['input_size'][-2:])
 
 

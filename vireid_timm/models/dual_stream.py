@@ -12,6 +12,7 @@ AGW (arXiv:2001.04193), the common baseline of the field, is the global branch w
 """
 
 import copy
+import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -27,11 +28,12 @@ from timm.models import (
     checkpoint_seq,
     clean_state_dict,
     generate_default_cfgs,
+    get_pretrained_cfg,
     is_model,
     model_entrypoint,
     register_model,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers.fusion import SPATIAL_WEIGHTS, FusionBranch
@@ -111,6 +113,26 @@ def _check_non_local(blocks: Sequence[int], width: Union[int, str], layers: Sequ
         raise ValueError(f"non_local_width must be a positive number of channels or 'half', got {width!r}")
 
 
+def _height_and_width(img_size: Union[int, Sequence[int]]) -> tuple[int, int]:
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
+        raise ValueError(f'img_size must be height and width in pixels, or one number for both, got {img_size!r}')
+    return size
+
+
+def _check_timm_arguments(names: Iterable[str]) -> None:
+    """Refuse the arguments of timm's ResNet that these networks do not take. Python refuses unknown ones."""
+    own, resnet = (inspect.signature(cls).parameters for cls in (DualStreamResNet, ResNet))
+    refused = [name for name in names if name in resnet and name not in own]
+    if 'output_stride' in refused:
+        raise ValueError('these networks do not take output_stride, which dilates: last_stride is 1 or 2 instead')
+    if refused:
+        raise ValueError(
+            f"these networks do not take {', '.join(refused)} directly: timm's ResNet does, so pass "
+            f'resnet_args=dict({", ".join(f"{name}=..." for name in refused)})'
+        )
+
+
 class DualStreamResNet(nn.Module):
     """Dual-stream ResNet with a global, a fusion and a joint branch, or with the global branch only (the baseline).
 
@@ -131,8 +153,9 @@ class DualStreamResNet(nn.Module):
             the paper's networks, (0, 2, 3, 0) in AGW (arXiv:2001.04193).
         non_local_width: Inner channels of the non-local blocks, or `half` for half of the map's channels. AGW meant
             half, but its code, and therefore every set of weights trained with it, has 1.
-        img_size: Default image height and width, which set the grid of the `static` weight maps.
-        resnet_args: Further arguments for timm's `ResNet` (stem type, ...).
+        img_size: Default image height and width, or one number for both. Sets the grid of the `static` weight maps,
+            and through `timm.create_model` the input size in the model's configuration.
+        resnet_args: Further arguments for timm's `ResNet` (stem type, ...), but not `output_stride`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -154,7 +177,7 @@ class DualStreamResNet(nn.Module):
         plain_fusion: bool = False,
         non_local_blocks: Sequence[int] = (0, 0, 0, 0),
         non_local_width: Union[int, str] = 1,
-        img_size: tuple[int, int] = (288, 144),
+        img_size: Union[int, tuple[int, int]] = (288, 144),
         resnet_args: Optional[dict[str, Any]] = None,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
@@ -162,6 +185,9 @@ class DualStreamResNet(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         fuse_layers = tuple(fuse_layers)
+        height, width = _height_and_width(img_size)
+        if 'output_stride' in (resnet_args or {}):
+            _check_timm_arguments(['output_stride'])
         _check_arguments(fuse_layers, spatial_weights, last_stride, num_classes, global_pool)
         _check_non_local(non_local_blocks, non_local_width, layers)
         self.num_classes = num_classes
@@ -196,7 +222,7 @@ class DualStreamResNet(nn.Module):
                 channels=fuse_width,
                 power=self.global_pool.power,
                 spatial_weights=spatial_weights,
-                grid=(-(-img_size[0] // 4), -(-img_size[1] // 4)),
+                grid=(-(-height // 4), -(-width // 4)),
                 plain=plain_fusion,
                 **dd,
             )
@@ -423,15 +449,45 @@ def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) ->
         raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
 
 
-def _create_dual_stream(variant: str, pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
-    return build_model_with_cfg(
+class DualStreamFeatures(FeatureGetterNet):
+    """timm's `features_only` wrapper, for one or both modalities."""
+
+    def forward(
+        self,
+        visible: Optional[torch.Tensor] = None,
+        infrared: Optional[torch.Tensor] = None,
+    ) -> list[torch.Tensor]:
+        options = dict(indices=self.out_indices, norm=self.norm, output_fmt=self.output_fmt)
+        return self.model.forward_intermediates(visible, infrared, intermediates_only=True, **options)
+
+
+def _create_dual_stream(
+    variant: str,
+    pretrained: bool = False,
+    img_size: Optional[Union[int, Sequence[int]]] = None,
+    pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
+    **kwargs: Any,
+) -> DualStreamResNet:
+    _check_timm_arguments(kwargs)
+    size = get_pretrained_cfg(variant).input_size[1:] if img_size is None else _height_and_width(img_size)
+    model = build_model_with_cfg(
         DualStreamResNet,
         variant,
         pretrained,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls=DualStreamFeatures),
+        img_size=size,
         **kwargs,
     )
+    # A saved model's own `img_size` comes back with its configuration, which may hold another input size.
+    saved = (kwargs.get('pretrained_model_args') or {}).get('img_size')
+    if img_size is not None and (saved is None or _height_and_width(saved) != size):
+        cfg, cell = model.pretrained_cfg, 16 * kwargs.get('last_stride', 1)
+        # The channels stay: as everywhere in timm, they are those of the weights.
+        sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // cell) for side in size)}
+        cfg.update({**sizes, **(pretrained_cfg_overlay or {})})
+    return model
 
 
 def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -504,7 +560,6 @@ _check_names(default_cfgs)
 _R10T = dict(
     block=BasicBlock,
     layers=(1, 1, 1, 1),
-    img_size=(128, 64),
     resnet_args=dict(stem_width=32, stem_type='deep_tiered', avg_down=True),
 )
 
