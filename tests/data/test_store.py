@@ -554,7 +554,8 @@ def test_store_larger_than_the_disk_is_rejected_at_once(tmp_path, files):
 def test_cache_dir_that_cannot_be_created(tmp_path, files):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='VIREID_CACHE'):
-        image_store(records_of(files), SIZE, cache_dir=tmp_path / 'file')
+        image_store(records_of(files), SIZE, cache='disk', cache_dir=tmp_path / 'file')
+    image_store(records_of(files), SIZE, cache_dir=tmp_path / 'file')  # `auto` keeps the images in memory
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path, files):
