@@ -159,7 +159,7 @@ def test_regdb(regdb, trial, train):
 def test_regdb_errors(regdb):
     root, files = regdb
     with pytest.raises(ValueError, match="option 'trial' must be a whole number, got '1'"):
-        create_dataset('regdb', tmp_path, trial='1')
+        create_dataset('regdb', root, trial='1')
     for trial in (0, 11):
         with pytest.raises(ValueError, match=f'RegDB has trials 1 to 10, got {trial!r}'):
             create_dataset('regdb', root, trial=trial)

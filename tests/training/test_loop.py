@@ -393,7 +393,6 @@ def test_names_that_are_not_utf8_are_saved_and_found_again(tmp_path: Path, monke
     result = _train(tmp_path, val_share=0.0, epochs=1, **settings)
     names = {f'{odd}{number:05d}': number for number in range(4)}
     assert json.loads((result.folder / 'class_map.json').read_text()) == names
-    assert load_checkpoint(result.folder)['class_map'] == names
     assert load_yaml(result.folder / 'args.yaml')['data_dir'] == str(root)
     monkeypatch.setattr(vireid_timm.ViReIDTask, 'forward', _nan_at(epoch=0, step=1))
     with pytest.raises(FloatingPointError):
