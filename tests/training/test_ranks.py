@@ -152,7 +152,8 @@ def _steps(task: ViReIDTask, rank: int, steps: int = 3, **precision: Any) -> Non
 
 def _work(rank: int, folder: str, scenarios: dict[str, Callable[[int, Path], Any]]) -> None:
     warnings.simplefilter('error')
-    warnings.filterwarnings('ignore', '.* deprecated - use', DeprecationWarning, 'matplotlib')  # as in setup.cfg
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # as in setup.cfg
+        warnings.simplefilter('default', category)
     torch.set_num_threads(1)
     meeting = f'file://{folder}/meeting'
     distributed.init_process_group('gloo', init_method=meeting, rank=rank, world_size=PROCESSES)
