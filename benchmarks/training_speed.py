@@ -138,7 +138,7 @@ def image_chain(run: Run) -> Callable[[Image.Image], torch.Tensor]:
     return transforms.Compose(
         [
             transforms.Pad(10),
-            transforms.RandomCrop(run.size[1:]),
+            transforms.RandomCrop(run.input_size[1:]),
             transforms.RandomHorizontalFlip(),
             transforms.RandomGrayscale(1 / 7),
             transforms.ToTensor(),
@@ -204,7 +204,7 @@ def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
 
     def step(batch: Batch) -> None:
         images = torch.cat(batch.inputs)
-        with torch.autocast(run.device.type, dtype=run.dtype or torch.bfloat16, enabled=run.dtype is not None):
+        with torch.autocast(run.device.type, dtype=run.amp_dtype or torch.bfloat16, enabled=run.amp_dtype is not None):
             loss = F.cross_entropy(forward(images), batch.labels)
         loss.backward()
         optimizer.step()
@@ -221,7 +221,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         works = {'bare': lambda: bare(batch), 'ours': lambda: train_step(run, [batch])}
         run.task.train()
         times = alternate(works, args.device, args.repeats)
-        precision = str(run.dtype or torch.float32).removeprefix('torch.')
+        precision = str(run.amp_dtype or torch.float32).removeprefix('torch.')
     return {
         'precision': precision,
         'bare_step_s': statistics.median(times['bare']),

@@ -44,7 +44,7 @@ def test_the_log_says_why_a_run_ended(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(OSError), open_run_folder(tmp_path):
         raise OSError('the disk is gone')
     assert (tmp_path / LOG).read_text().endswith(' OSError: the disk is gone\n')
-    assert not capsys.readouterr().err, 'whoever catches it prints it'
+    assert not capsys.readouterr().err, 'the caller prints it'
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

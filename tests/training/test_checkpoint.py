@@ -1,4 +1,4 @@
-"""Checkpoints: one of them is whole at any moment, damage is seen, and a run goes on only where it means the same."""
+"""Checkpoints: one is whole at any moment, damage is detected, and a run resumes only with the same premises."""
 
 import dataclasses
 import logging

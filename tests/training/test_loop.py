@@ -373,7 +373,7 @@ def test_a_nan_loss_names_its_step_saves_its_images_and_never_a_checkpoint(
         with Image.open(folder / 'nan-epoch1-step1' / record['file']) as image:
             assert image.size == (32, 64)
 
-    monkeypatch.undo()  # and it goes on from before
+    monkeypatch.undo()  # and it resumes from the checkpoint before
     resumed = train({'resume': str(folder)})
     monkeypatch.undo()
     whole = _train(tmp_path, **{**settings, 'experiment': 'whole'})

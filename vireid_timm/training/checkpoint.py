@@ -202,7 +202,7 @@ def _premises(run: Run) -> dict[str, Any]:
     return {
         'model': config.model,
         'model arguments': json.dumps(config.model_kwargs, sort_keys=True, default=str),
-        'input size': list(run.size),
+        'input size': list(run.input_size),
         'seed': config.seed,
         'number of ranks': rank_and_world_size()[1],
         'identities per batch': sampler.identities_per_batch,

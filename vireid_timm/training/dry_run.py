@@ -49,7 +49,7 @@ def dry_run(settings: Mapping[str, Any]) -> str:
             run = create_run(dataclasses.replace(config, cache='off'), folder, device)
             if config.resume:
                 resume(run)
-            plan = plan_store(run.data.dataset.train, run.size[1:], cache=config.cache, device=run.device)
+            plan = plan_store(run.data.dataset.train, run.input_size[1:], cache=config.cache, device=run.device)
             measured = _measure(run)
             sections = (
                 _settings(config),
@@ -112,8 +112,8 @@ def _resolved(run: Run, plan: StorePlan) -> list[str]:
     if run.scheduler is not None and config.warmup_epochs:
         rows.append(('warm-up', f'{config.warmup_epochs} epochs from {_rates(run, run.scheduler.warmup_lr_init)}'))
     rows += [
-        ('input size', run.size),
-        ('device', f'{run.device}, computing in {_precision(run)}'),
+        ('input size', run.input_size),
+        ('device', f'{run.device}, computing in {run.precision}'),
         ('cache', plan.cache),
         ('workers', default_workers() if config.workers is None else config.workers),
     ]
@@ -135,10 +135,6 @@ def _rates(run: Run, lr: float) -> str:
     scales = [1.0 if run.scheduler is None else group['lr_scale'] for group in run.optimizer.param_groups]
     pretrained, new = (f'{scale * lr:g}' for scale in scales)
     return new if pretrained == new else f'{new}, of what was pretrained {pretrained}'
-
-
-def _precision(run: Run) -> str:
-    return str(run.dtype or torch.float32).removeprefix('torch.')
 
 
 def _data(run: Run) -> list[str]:
@@ -211,10 +207,9 @@ def _cost(run: Run, measured: _Measured) -> list[str]:
     memory = [] if measured.peak is None else [f'{format_bytes(measured.peak)} at the peak of a step']
     if run.device.type == 'cuda':
         memory.append(f'{format_bytes(torch.cuda.get_device_properties(run.device).total_memory)} available')
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
     return [
-        f'Cost on {run.device}, computing in {_precision(run)}',
-        f'  {parameters / 1e6:.2f} M parameters; memory: {", ".join(memory) or "unknown"}',
+        f'Cost on {run.device}, computing in {run.precision}',
+        f'  {run.num_parameters / 1e6:.2f} M parameters; memory: {", ".join(memory) or "unknown"}',
         f'  {1000 * measured.step:,.1f} ms per optimiser step, {speed:,.1f} images/s',
         f'  {tqdm.format_interval(updates * measured.step)} for {updates:,} steps, without decoding and validation',
         '',

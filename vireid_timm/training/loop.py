@@ -144,10 +144,8 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
     interval = CheckpointInterval(config.checkpoint_interval)
     with closing(create_progress(run)) as progress, stop.deferred():
         while state.epoch < run.num_epochs:
-            done = state.epoch + 1
-            is_validated = run.data.validation is not None and (
-                done % config.val_interval == 0 or done == run.num_epochs
-            )
+            is_due = run.is_last_epoch or (state.epoch + 1) % config.val_interval == 0
+            is_validated = run.data.validation is not None and is_due
             if state.row is None:  # else it was resumed after its batches
                 start_epoch(run, progress)
                 for group in batch_groups(run):
@@ -203,18 +201,18 @@ def _write_settings(run: Run) -> None:
         settings = {**asdict(run.config), 'resume': ''}
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
     save_json(run.folder / CLASS_MAP, run.data.class_map)
-    save_model_config(run.eval_model, run.folder / MODEL_CONFIG, model_args=model_args(run.config), input_size=run.size)
+    save_model_config(
+        run.eval_model, run.folder / MODEL_CONFIG, model_args=model_args(run.config), input_size=run.input_size
+    )
 
 
 def _log_start(run: Run) -> None:
     config, data = run.config, run.data
     held_out = len(data.validation.test.identities()) if data.validation is not None else 0
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    precision = str(run.dtype or torch.float32).removeprefix('torch.')
     world_size = rank_and_world_size()[1]
     _logger.info(
-        f'{config.model}, {parameters / 1e6:.2f} M parameters, images {run.size[1]}x{run.size[2]}, '
-        f'on {run.device} in {precision}{f", {world_size} ranks" if world_size > 1 else ""}'
+        f'{config.model}, {run.num_parameters / 1e6:.2f} M parameters, images {run.input_size[1]}x{run.input_size[2]}, '
+        f'on {run.device} in {run.precision}{f", {world_size} ranks" if world_size > 1 else ""}'
     )
     _logger.info(
         f'{len(data.records):,} images of {len(data.class_map):,} identities to train on, {held_out} identities held '
@@ -338,7 +336,7 @@ def _seed(run: Run, batch: Batch) -> None:
 
 
 def _autocast(run: Run) -> torch.autocast:
-    return torch.autocast(run.device.type, dtype=run.dtype or torch.bfloat16, enabled=run.dtype is not None)
+    return torch.autocast(run.device.type, dtype=run.amp_dtype or torch.bfloat16, enabled=run.amp_dtype is not None)
 
 
 def _backward_and_step(run: Run, loss: torch.Tensor, update: bool) -> None:
@@ -378,8 +376,8 @@ def _validate(run: Run) -> Report:
         run.eval_model,
         data.validation,
         device=run.device,
-        size=run.size[1:],
-        amp_dtype=run.dtype,
+        size=run.input_size[1:],
+        amp_dtype=run.amp_dtype,
         store=data.validation_store,
     )
 
@@ -394,7 +392,7 @@ def _scores(report: Report) -> dict[str, float]:
 
 def _end_epoch(run: Run, report: Report | None, progress: Progress) -> None:
     """Count the epoch as done, keep its model if it is the best so far, and write the table and a checkpoint."""
-    state, is_last = run.state, run.state.epoch + 1 == run.num_epochs
+    state, is_last = run.state, run.is_last_epoch
     if is_rank_zero():
         check_weights(run)  # before `best` is written
     # Rank 0's: on other hardware a last bit may differ, and all ranks have to decide the same.
@@ -428,7 +426,7 @@ def _save_best(run: Run, scores: Mapping[str, float], report: Report | None) -> 
         facts=json.loads(json.dumps(facts, default=str)),  # data roots may be paths
         model_args=model_args(run.config),
         table='' if report is None else f'On held-out training identities (validation):\n\n{report}',
-        input_size=run.size,
+        input_size=run.input_size,
     )
 
 

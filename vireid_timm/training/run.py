@@ -104,14 +104,14 @@ class Run:
     config: TrainConfig
     folder: Path
     data: TrainData
-    size: tuple[int, int, int]
+    input_size: tuple[int, int, int]
     task: ViReIDTask
     augments: dict[str, Augment]
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler | None
     num_epochs: int
     device: torch.device
-    dtype: torch.dtype | None
+    amp_dtype: torch.dtype | None
     scaler: NativeScaler | None
     state: TrainState = field(default_factory=TrainState)
 
@@ -121,13 +121,24 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Optimiser steps per epoch; the last one may have fewer batches."""
-        return -(-self.batches_per_epoch // self.config.grad_accum_steps)
+        return _num_updates(self.batches_per_epoch, self.config)
 
     @property
     def num_updates(self) -> int:
         """Number of optimiser steps that are done."""
-        return self.state.epoch * self.updates_per_epoch + -(-self.state.step // self.config.grad_accum_steps)
+        return self.state.epoch * self.updates_per_epoch + _num_updates(self.state.step, self.config)
+
+    @property
+    def is_last_epoch(self) -> bool:
+        return self.state.epoch + 1 == self.num_epochs
+
+    @property
+    def precision(self) -> str:
+        return str(self.amp_dtype or torch.float32).removeprefix('torch.')
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def model(self) -> nn.Module:
@@ -180,15 +191,33 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
     data = load_data(config, size, device)
     model = _create_model(config, len(data.class_map)).to(device)
     task = _create_task(config, model, device)
-    dtype = autocast_dtype(device, config.amp, config.amp_dtype)
-    scaler = NativeScaler(device.type) if dtype == torch.float16 else None
+    amp_dtype = autocast_dtype(device, config.amp, config.amp_dtype)
+    scaler = NativeScaler(device.type) if amp_dtype == torch.float16 else None
     # Not fused with a scaler: where it skips a step, fused SGD has already changed the momentum.
     optimizer = create_optimizer(config, model, fused=scaler is None)
-    augments = create_augments(config, model)
-    run = Run(config, folder, data, size, task, augments, optimizer, None, config.epochs, device, dtype, scaler)
-    run.scheduler, run.num_epochs = create_scheduler(config, optimizer, run.updates_per_epoch)
+    updates_per_epoch = _num_updates(data.sampler.batches_per_epoch, config)
+    scheduler, num_epochs = create_scheduler(config, optimizer, updates_per_epoch)
+    run = Run(
+        config=config,
+        folder=folder,
+        data=data,
+        input_size=size,
+        task=task,
+        augments=create_augments(config, model),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        device=device,
+        amp_dtype=amp_dtype,
+        scaler=scaler,
+    )
     _warn_of_traps(run)
     return run
+
+
+def _num_updates(num_batches: int, config: TrainConfig) -> int:
+    """Return the optimiser steps for that many batches of an epoch; the last one may have fewer batches."""
+    return -(-num_batches // config.grad_accum_steps)
 
 
 def refuse_existing_run(config: TrainConfig, folder: Path) -> None:
@@ -204,7 +233,7 @@ def refuse_existing_run(config: TrainConfig, folder: Path) -> None:
 
 def _warn_of_traps(run: Run) -> None:
     """Log what is no error, but hardly what anyone wants."""
-    config, (_, height, width) = run.config, run.size
+    config, (_, height, width) = run.config, run.input_size
     people = len(run.data.class_map)
     if people == 1:
         _logger.warning('There is one identity to train on: nothing can be learned without others')
