@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..constants import CACHES, CROPS, FEATURES, MODALITIES
 from ..data.augment import normalize
+from ..data.images import ImageError, load_image
 from ..data.records import Records
 from ..data.store import ImageStore, image_store
 from ..data.workers import in_order
@@ -131,6 +133,60 @@ def embed(
     rows = store.intact()
     table = extract(model, records[rows], store, rows, extraction).cpu()
     return table, rows.tolist() if pil_images else records.path[rows].tolist()
+
+
+def embed_batches(
+    model: nn.Module, paths: Sequence[str], modality: str, extraction: Extraction
+) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
+    """Yield the features of image files batch by batch, for more images than fit into memory. Each is decoded once.
+
+    Args:
+        model: One of this package's models. It is left unchanged.
+        paths: The files, [N].
+        modality: Modality of all of them.
+        extraction: How features are extracted. If several ranks run, each computes what it is given.
+
+    Yields:
+        Rows of the images in `paths`, [B]; their L2-normalised features on the CPU, [B, D] float32; and row -> why an
+        image of the same batch cannot be read, if broken images are skipped.
+
+    Raises:
+        ImageError: If an image is broken, unless broken images are skipped.
+        ValueError: On features that are not finite.
+    """
+    size = image_size(model, extraction)
+    device = extraction.device or next(model.parameters()).device
+    starts = range(0, len(paths), extraction.batch_size)
+    batches = [list(range(start, min(start + extraction.batch_size, len(paths)))) for start in starts]
+    read = partial(_read_batch, paths, size=size, extraction=extraction)
+    with closing(in_order(read, batches, workers=2)) as loaded:  # two threads read ahead
+        for rows, images, broken in loaded:
+            features = torch.empty(0, model.num_features)
+            if rows:
+                with _inference(model, device):
+                    features = _batch_features(model, modality, images, device, extraction).cpu()
+                check_finite(features, [paths[row] for row in rows])
+            yield rows, features, broken
+
+
+def _read_batch(
+    paths: Sequence[str], rows: list[int], size: tuple[int, int], extraction: Extraction
+) -> tuple[list[int], torch.Tensor, dict[int, str]]:
+    """Decode some files; return the rows of the intact ones, their images [B, 3, H, W] uint8, and the broken rows."""
+
+    def load(row: int) -> np.ndarray | ImageError:
+        try:
+            return load_image(paths[row], size)
+        except ImageError as error:
+            if extraction.skip_broken:
+                return error
+            raise
+
+    images = list(in_order(load, rows, workers=extraction.workers))
+    broken = {row: image.args[0] for row, image in zip(rows, images, strict=True) if isinstance(image, ImageError)}
+    intact = [image for image in images if not isinstance(image, ImageError)]
+    pixels = np.stack(intact).transpose(0, 3, 1, 2) if intact else np.empty((0, 3, *size), np.uint8)
+    return [row for row in rows if row not in broken], torch.from_numpy(np.ascontiguousarray(pixels)), broken
 
 
 def require_dual_stream(model: nn.Module) -> nn.Module:
