@@ -29,6 +29,8 @@ COMMANDS = {
     'data': 'check images before you use them',
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
+    'index': 'index a gallery of images',
+    'search': 'search an index',
     'hub': 'save, push, check and convert models',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',

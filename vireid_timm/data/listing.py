@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .findings import Findings
+from .images import image_suffixes
 from .readers import CAMERA_PREFIX, NO_VALUE, Scan, camera_number, check_lines, csv_camera, csv_path, csv_rows
 
 COLUMNS = ('path', 'camera', 'time', 'identity')
@@ -58,6 +59,8 @@ def list_images(source: str | os.PathLike, *, folders_are_identities: bool = Fal
         images = list(_in_folder(source, folders_are_identities))
     elif not os.path.isfile(source):
         raise FileNotFoundError(f'there is no folder or CSV file {source}')
+    elif source.lower().endswith(image_suffixes()):
+        raise ValueError(f'{source} is an image; expected a folder of images or a CSV file')
     elif folders_are_identities:
         raise ValueError(f'{source} is a file: identities come from its column `identity`, not from folders')
     else:

@@ -472,6 +472,7 @@ def _number_cameras(file_name: str, lines: list[_Line]) -> list[_Line]:
 
 
 def camera_number(digits: str, where: str) -> int:
+    """Return the number of a camera; `where` names the file if it has too many digits."""
     if len(digits) > _CAMERA_DIGITS:
         raise ValueError(f'{where}: the camera number {digits} has more than {_CAMERA_DIGITS} digits; rename it')
     return int(digits)

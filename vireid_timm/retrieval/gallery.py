@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ..constants import MODALITIES
 from ..data.findings import Findings
 from ..data.listing import ListedImage, listed_image, normalized_time
 from ..device import resolve_device
+from ..evaluation.calibration import Calibration
 from ..evaluation.features import (
     Extraction,
     as_tensor,
@@ -91,11 +92,11 @@ class Gallery:
     ```
     """
 
-    def __init__(self, index: Index, model: nn.Module | None, device: str, batch_size: int) -> None:
+    def __init__(self, index: Index, device: str, batch_size: int) -> None:
         """Use `open` or `create`."""
         self.index = index
-        self._model = model
-        self._device = device
+        self._model: nn.Module | None = None
+        self._device = resolve_device(device)
         self._batch_size = batch_size
         self._computing = threading.RLock()
 
@@ -120,7 +121,7 @@ class Gallery:
             FileNotFoundError: There is no index.
             ValueError: It is damaged, or the model has other weights than the one that made it.
         """
-        gallery = cls(Index(folder), None, device, batch_size)
+        gallery = cls(Index(folder), device, batch_size)
         if model is not None:
             gallery._model = gallery._checked(model)
         return gallery
@@ -149,11 +150,14 @@ class Gallery:
             batch_size: Images per forward pass.
 
         Raises:
-            ValueError: The folder holds an index or other files, or an argument is wrong.
+            FileExistsError: The folder holds an index.
+            ValueError: It holds other files, or an argument is wrong.
         """
         network, source = loaded(model)
         index = Index.create(folder, describe(network, source, modality, size, features))
-        return cls(index, network, device, batch_size)
+        gallery = cls(index, device, batch_size)
+        gallery._model = network.to(gallery._device).eval()
+        return gallery
 
     def __len__(self) -> int:
         return len(self.index)
@@ -241,57 +245,40 @@ class Gallery:
         Raises:
             ValueError: On a wrong expression or argument, or an image that cannot be read.
         """
-        names, features = self.embed(queries, modality, skip_broken=skip_broken)
+        names, features, lengths = self._embed(queries, modality, skip_broken)
         options = dict(top=top, where=where, by_identity=by_identity, centre=centre)
-        answers = self.search_features(features, **options)
-        return [answer._replace(query=name) for name, answer in zip(names, answers, strict=True)]
-
-    def embed(
-        self, queries: Sequence[Query | Sequence[Query]], modality: str, *, skip_broken: bool = False
-    ) -> tuple[list[str], torch.Tensor]:
-        """Return the names and the features [Q, D] of queries, for `search_features`; arguments as for `search`."""
-        if modality not in MODALITIES:
-            raise ValueError(f'the modality of the queries must be one of {", ".join(MODALITIES)}, got {modality!r}')
-        if isinstance(queries, (str, Path, Image.Image)):
-            raise ValueError(f'expected a list of queries, got a single one: {queries!r}')
-        groups = [list(query) if isinstance(query, (list, tuple)) else [query] for query in queries]
-        empty = [str(number) for number, group in enumerate(groups) if not group]
-        if empty:
-            raise ValueError(f'query {empty[0]} is a tracklet without images')
-        images = [image for group in groups for image in group]
-        table, intact = self._query_features(images, modality, skip_broken)
-        names, features, first = [], [], 0
-        for number, group in enumerate(groups):
-            rows = [row for row in range(first, first + len(group)) if intact[row]]
-            first += len(group)
-            if rows:
-                names.append(str(group[0]) if isinstance(group[0], (str, Path)) else f'query {number}')
-                features.append(table[rows[0]] if len(rows) == 1 else F.normalize(table[rows].mean(dim=0), dim=0))
-        return names, torch.stack(features) if features else table[:0]
+        answers = self.search_features(features, modality, **options)
+        # Averaged features are more similar to everything than those that the calibration was fitted to.
+        return [
+            answer._replace(query=name) if length == 1 else _without_probabilities(answer)._replace(query=name)
+            for answer, name, length in zip(answers, names, lengths, strict=True)
+        ]
 
     def search_features(
         self,
         features: torch.Tensor | np.ndarray,
+        modality: str,
         *,
         top: int = 10,
         where: str | None = None,
         by_identity: bool = False,
         centre: bool = False,
     ) -> list[Answer]:
-        """Search by L2-normalised features of queries [Q, D]; other arguments as for `search`."""
+        """Search by L2-normalised features of queries [Q, D], as `embed` returns them; other arguments as `search`."""
+        _check_modality(modality)
         if top < 1:
             raise ValueError(f'the number of results must be at least 1, got {top}')
-        queries = self._checked_features(features).to(resolve_device(self._device))
+        queries = self._checked_features(features).to(self._device)
         if centre and len(queries) < FEWEST_TO_CENTRE:
             raise ValueError(
                 f'centring takes the mean of the queries, and {len(queries)} are too few: give at least '
                 f'{FEWEST_TO_CENTRE}, or leave it out'
             )
         found = None
-        while found is None:  # None if the gallery has changed meanwhile
+        while found is None:  # the gallery has changed meanwhile
             view = self.index.view(where)
             found = self._find(queries, view, top, by_identity, centre)
-        return self._answers(found, len(view.rows), calibrated=not centre)
+        return self._answers(found, len(view.rows), self._calibration(modality, centre))
 
     @property
     def modality(self) -> str:
@@ -325,9 +312,7 @@ class Gallery:
             best = _best_of_identities(candidates)
             remaining = view.rows
             while len(best) < top and len(candidates) == count:
-                seen = self.index.rows_like(view, [image for image, _ in candidates])
-                if seen is None:
-                    return None
+                seen = self.index.rows_like([image for image, _ in candidates])
                 remaining = np.setdiff1d(remaining, seen, assume_unique=True)
                 found = exact_search(query[None], gallery, count, torch.from_numpy(remaining), mean)
                 images = self.index.images(view, found.rows.cpu().numpy())
@@ -338,17 +323,55 @@ class Gallery:
             results.append(best[:top])
         return results
 
-    def _answers(
-        self, found: list[list[tuple[tuple, float]]], gallery_size: int, calibrated: bool
-    ) -> list[Answer]:
-        return [
-            Answer(f'query {number}', None, [Match(*image, similarity, None) for image, similarity in results])
-            for number, results in enumerate(found)
-        ]
+    def _calibration(self, modality: str, centre: bool) -> Calibration | None:
+        """Return the calibration if it holds for such queries."""
+        about = self.index.about
+        if about.calibration is None or modality == about.modality:
+            return None
+        calibration = Calibration.from_dict(about.calibration)
+        settings = {name: getattr(about, name) for name in ('weights', 'features')}
+        settings |= {'size': list(about.size), 'flip_test': False, 'crops': 1, 'centre': centre}
+        differing = calibration.mismatch(settings)
+        if differing:
+            _logger.warning(f'Probabilities are left out: the calibration was fitted with another {differing}')
+        return None if differing else calibration
 
-    def _query_features(
-        self, images: list[Query], modality: str, skip_broken: bool
-    ) -> tuple[torch.Tensor, list[bool]]:
+    def _answers(
+        self, found: list[list[tuple[tuple, float]]], gallery_size: int, calibration: Calibration | None
+    ) -> list[Answer]:
+        answers = []
+        for number, results in enumerate(found):
+            similarity = torch.tensor([value for _, value in results])
+            probabilities, nobody = [None] * len(results), None
+            if calibration is not None and results:
+                probabilities = calibration.probability(similarity, gallery_size).tolist()
+                nobody = calibration.nobody(similarity[:1], gallery_size).item()
+            matches = [Match(*image, value, odds) for (image, value), odds in zip(results, probabilities, strict=True)]
+            answers.append(Answer(f'query {number}', nobody, matches))
+        return answers
+
+    def _embed(
+        self, queries: Sequence[Query | Sequence[Query]], modality: str, skip_broken: bool
+    ) -> tuple[list[str], torch.Tensor, list[int]]:
+        """Return the names of the queries, their features [Q, D], and of how many images each was averaged."""
+        _check_modality(modality)
+        if isinstance(queries, (str, Path, Image.Image)):
+            raise ValueError(f'expected a list of queries, got a single one: {queries!r}')
+        groups = [list(query) if isinstance(query, (list, tuple)) else [query] for query in queries]
+        if [] in groups:
+            raise ValueError(f'query {groups.index([])} is a tracklet without images')
+        table, intact = self._query_features([image for group in groups for image in group], modality, skip_broken)
+        names, features, lengths, first = [], [], [], 0
+        for number, group in enumerate(groups):
+            rows = [row for row in range(first, first + len(group)) if intact[row]]
+            first += len(group)
+            if rows:
+                names.append(str(group[0]) if isinstance(group[0], (str, Path)) else f'query {number}')
+                features.append(table[rows[0]] if len(rows) == 1 else F.normalize(table[rows].mean(dim=0), dim=0))
+                lengths.append(len(rows))
+        return names, torch.stack(features) if features else table[:0], lengths
+
+    def _query_features(self, images: list[Query], modality: str, skip_broken: bool) -> tuple[torch.Tensor, list[bool]]:
         """Return the features of images [N, D], and which of them could be read."""
         if not all(isinstance(image, (str, Path)) for image in images):
             about = self.index.about
@@ -367,11 +390,13 @@ class Gallery:
         Findings().add('broken-image', 'queries cannot be read and are left out', broken)
         return table, intact
 
-    def _batches(self, paths: list[str], modality: str, skip_broken: bool):
+    def _batches(
+        self, paths: list[str], modality: str, skip_broken: bool
+    ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
+        """Compute features as `embed_batches` does."""
         about = self.index.about
-        device = resolve_device(self._device)
         options = dict(size=about.size, features=about.features, batch_size=self._batch_size)
-        extraction = Extraction(device=device, cache='off', skip_broken=skip_broken, **options)
+        extraction = Extraction(device=self._device, cache='off', skip_broken=skip_broken, **options)
         with closing(embed_batches(self._network(), paths, modality, extraction)) as batches:
             while True:
                 with self._computing:  # threads take turns batch by batch
@@ -396,7 +421,7 @@ class Gallery:
         network, source = loaded(model)
         about = self.index.about
         check_same(self.index, describe(network, source, about.modality, about.size, about.features))
-        return network.to(resolve_device(self._device)).eval()
+        return network.to(self._device).eval()
 
     def _checked_features(self, features: torch.Tensor | np.ndarray, count: int | None = None) -> torch.Tensor:
         table = as_tensor(features, 'features').float()
@@ -406,6 +431,15 @@ class Gallery:
             raise ValueError(f'expected features [{wanted}, {width}], got {list(table.shape)}')
         check_finite(table, [f'features {row}' for row in range(len(table))])
         return table.cpu() if count is not None else table
+
+
+def _check_modality(modality: str) -> None:
+    if modality not in MODALITIES:
+        raise ValueError(f'the modality of the queries must be one of {", ".join(MODALITIES)}, got {modality!r}')
+
+
+def _without_probabilities(answer: Answer) -> Answer:
+    return Answer(answer.query, None, [match._replace(probability=None) for match in answer.results])
 
 
 def loaded(model: str | Path | nn.Module) -> tuple[nn.Module, str | None]:
@@ -420,9 +454,7 @@ def loaded(model: str | Path | nn.Module) -> tuple[nn.Module, str | None]:
     return network, name if is_registered or not os.path.exists(name) else os.path.abspath(name)
 
 
-def describe(
-    model: nn.Module, source: str | None, modality: str, size: tuple[int, int] | None, features: str
-) -> About:
+def describe(model: nn.Module, source: str | None, modality: str, size: tuple[int, int] | None, features: str) -> About:
     """Return what an index by this model says about itself.
 
     Args:

@@ -35,6 +35,7 @@ CREATE TABLE images (
     row INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, camera NUMERIC, time TEXT COLLATE moment, identity TEXT,
     size INTEGER NOT NULL, mtime INTEGER NOT NULL
 );
+CREATE INDEX identities ON images (identity);
 CREATE TABLE state (next_row INTEGER NOT NULL, generation INTEGER NOT NULL, pending INTEGER NOT NULL);
 INSERT INTO state VALUES (0, 0, 0);
 """
@@ -62,6 +63,7 @@ class About:
         dimensions: Length D of a feature vector.
         mean: Subtracted from the channels of every image, whose values are from 0 to 1.
         std: What the channels are divided by then.
+        folders_are_identities: Whether the name of an image's folder is its identity, see `list_images`.
         calibration: What turns similarities into probabilities, as the model has it; None if it has none.
         format: Version of the index format.
     """
@@ -75,6 +77,7 @@ class About:
     dimensions: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    folders_are_identities: bool = False
     calibration: dict[str, Any] | None = None
     format: int = FORMAT
 
@@ -154,14 +157,15 @@ class Index:
         """Make an empty index. The folder may exist, if nothing else is in it.
 
         Raises:
-            ValueError: The folder holds an index already, or other files, or another process is making an index there.
+            FileExistsError: The folder holds an index already.
+            ValueError: It holds other files, or another process is making an index there.
             OSError: It cannot be written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(_lock(folder), folder):
             if (folder / ABOUT).exists():
-                raise ValueError(f'{folder} already holds an index')
+                raise FileExistsError(f'{folder} already holds an index')
             own = {IMAGES, f'{IMAGES}-journal', LOCK, _FEATURES.format(0)}
             others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.name[0] != '.')
             if others:
@@ -198,6 +202,12 @@ class Index:
         with self._guard:
             self._begin()
             self._is_held = True
+
+    def describe(self, about: About) -> None:
+        """Note a new place or calibration of the same model; call `hold` first."""
+        if about != self.about:
+            about.save(self.folder)
+            self.about = about
 
     def append(self, images: Sequence[ListedImage], features: np.ndarray) -> None:
         """Add images with their features [N, D]; an image whose path is there replaces the old one."""
@@ -325,6 +335,17 @@ class Index:
                 statement = f'SELECT row, {", ".join(COLUMNS)} FROM images WHERE row IN ({", ".join("?" * len(part))})'
                 found |= {row: values for row, *values in self._query(statement, *part)}
         return found if len(found) == len(wanted) else None
+
+    def rows_like(self, images: Sequence[tuple]) -> np.ndarray:
+        """Return the rows of all images of the same identities, and of the given images [path, ..., identity]."""
+        rows: set[int] = set()
+        for column, place in (('path', 0), ('identity', 3)):
+            values = sorted({_bytes(image[place]) for image in images if image[place] is not None})
+            for start in range(0, len(values), _MANY):
+                part = values[start : start + _MANY]
+                marks = ', '.join(['CAST(? AS TEXT)'] * len(part))
+                rows.update(row for (row,) in self._query(f'SELECT row FROM images WHERE {column} IN ({marks})', *part))
+        return np.array(sorted(rows), np.int64)
 
     def unknown(self, column: str) -> int:
         """Return how many images have no camera, time or identity."""
