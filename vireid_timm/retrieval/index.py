@@ -11,6 +11,7 @@ import json
 import os
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -367,17 +368,17 @@ class Index:
 
     def _selected(self, where: str) -> np.ndarray:
         """Return the rows that an expression selects."""
-        used: list[tuple[str, str]] = []
+        used: Counter[str] = Counter()
 
         def allow(action: int, first: str | None, second: str | None, *_: object) -> int:
-            # One SELECT, ours, which reads `row` once: no other table, no union, no sub-query.
+            is_ours = action == sqlite3.SQLITE_SELECT or (action, first) == (sqlite3.SQLITE_READ, 'images')
             is_function = action == sqlite3.SQLITE_FUNCTION and (second or '').lower() in _FUNCTIONS
-            is_column = action == sqlite3.SQLITE_READ and first == 'images' and second in (*COLUMNS, 'row')
-            if not (is_function or is_column or action == sqlite3.SQLITE_SELECT):
-                return sqlite3.SQLITE_DENY
-            used.append((str(action), second or ''))
-            once = ((str(sqlite3.SQLITE_SELECT), ''), (str(sqlite3.SQLITE_READ), 'row'))
-            return sqlite3.SQLITE_DENY if any(used.count(one) > 1 for one in once) else sqlite3.SQLITE_OK
+            name = 'SELECT' if action == sqlite3.SQLITE_SELECT else second
+            used[name] += 1
+            # One SELECT, which reads `row` once, and both are ours: no union, no sub-query.
+            is_once = name not in ('SELECT', 'row') or used[name] == 1
+            is_column = action != sqlite3.SQLITE_READ or name in (*COLUMNS, 'row', '')  # '' where it reads none
+            return sqlite3.SQLITE_OK if (is_ours or is_function) and is_column and is_once else sqlite3.SQLITE_DENY
 
         self._wrong_times.clear()
         self._database.set_authorizer(allow)
