@@ -134,7 +134,7 @@ def test_the_difference_to_a_listing(index: Index) -> None:
     now[3] = now[3]._replace(time=None)
     now[4] = now[4]._replace(identity='7', time=None)
     todo, counts = index.difference(now)
-    assert todo == [now[0], now[3]]
+    assert todo == [now[3], now[0]]
     assert counts == {'new': 1, 'changed': 1, 'relabelled': 2, 'dropped': 1, 'unchanged': 1}
     index.commit()
     view = index.view()

@@ -267,7 +267,7 @@ class Index:
         """Drop what is not listed, correct cameras, times and identities, and return what has to be added.
 
         Returns:
-            Listed images that are new, or whose files have changed; and counts: `new`, `changed`, `relabelled`,
+            Listed images that are new, then those whose files have changed; and counts: `new`, `changed`, `relabelled`,
             `dropped`, `unchanged`.
 
         Raises:
@@ -304,7 +304,8 @@ class Index:
         )
         todo = self._query(
             'SELECT path, listed.camera, listed.time, listed.identity, listed.size, listed.mtime FROM listed'
-            f' LEFT JOIN images USING (path) WHERE images.row IS NULL OR NOT ({same}) ORDER BY listed.rowid'
+            f' LEFT JOIN images USING (path) WHERE images.row IS NULL OR NOT ({same})'
+            ' ORDER BY images.row IS NOT NULL, listed.rowid'
         )
         changed = kept - self._query(f'SELECT count(*) {present} {same}')[0][0]
         counts = {'new': total - kept, 'changed': changed, 'relabelled': relabelled}

@@ -34,11 +34,11 @@ class Update(NamedTuple):
 
     Attributes:
         new: Added.
-        changed: Computed again, because their files have changed.
+        changed: Replaced, because their files have changed.
         relabelled: Given another camera, time or identity.
         dropped: Dropped, because they are gone from the gallery.
         unchanged: Left as they were.
-        broken: Left out, because they cannot be read; some of the new and changed ones.
+        broken: Left out, because they cannot be read; they are among no others.
     """
 
     new: int
@@ -112,7 +112,9 @@ def update_index(
         todo, counts = from_rank_zero(_on_rank_zero(lambda: _start(index, wanted, listed)))
         broken = _embed(index, network, todo, extraction, wanted.modality, progress)
         _on_rank_zero(lambda: _finish(index))
-    Findings().add('broken-image', 'images cannot be read and are left out', broken)
+    Findings().add('broken-image', 'images cannot be read and are left out', list(broken.values()))
+    new = sum(row < counts['new'] for row in broken)  # the new ones come first
+    counts = counts | {'new': counts['new'] - new, 'changed': counts['changed'] - (len(broken) - new)}
     return Update(**counts, broken=len(broken))
 
 
@@ -166,19 +168,19 @@ def _embed(
     extraction: Extraction,
     modality: str,
     progress: bool,
-) -> list[str]:
-    """Add the features of images to the index, which only rank 0 has; return why some cannot be read."""
+) -> dict[int, str]:
+    """Add the features of images to the index, which only rank 0 has; return row -> why an image cannot be read."""
     number, count = rank_and_world_size()
     own = [row for row in range(len(todo)) if row // extraction.batch_size % count == number]
-    broken: list[str] = []
+    broken: dict[int, str] = {}
     done, saved = 0, time.monotonic()
     hidden = None if progress and is_rank_zero() else True  # None shows the bar on a terminal only
     batches = embed_batches(model, [todo[row].path for row in own], modality, extraction)
     with tqdm(total=len(todo), desc='features', unit='img', disable=hidden) as bar, closing(batches):
         while done < len(todo):
             for rows, features, problems in _everyone(all_ranks(lambda: _next(batches, own))):
-                _on_rank_zero(partial(_append, index, [todo[row] for row in rows], features))
-                broken += problems
+                _on_rank_zero(partial(_write, index, todo, rows, features, problems))
+                broken |= problems
                 done += len(rows) + len(problems)
                 bar.update(len(rows) + len(problems))
             if is_rank_zero() and time.monotonic() - saved > SAVE_EVERY:
@@ -190,10 +192,19 @@ def _embed(
 
 def _next(
     batches: Iterator[tuple[list[int], torch.Tensor, dict[int, str]]], own: list[int]
-) -> tuple[list[int], np.ndarray, list[str]]:
-    """Compute this rank's next batch: rows of all images to add, their features, and why others cannot be read."""
+) -> tuple[list[int], np.ndarray, dict[int, str]]:
+    """Compute this rank's next batch: rows of the images, their features, and row -> why another cannot be read."""
     rows, features, problems = next(batches, ([], torch.empty(0), {}))
-    return [own[row] for row in rows], features.half().numpy(), list(problems.values())
+    return [own[row] for row in rows], features.half().numpy(), {own[row]: text for row, text in problems.items()}
+
+
+def _write(
+    index: Index, todo: list[ListedImage], rows: list[int], features: np.ndarray, problems: dict[int, str]
+) -> None:
+    """Add a batch; an image that was there before and can no longer be read goes."""
+    if rows:
+        index.append([todo[row] for row in rows], features)
+    index.remove(todo[row].path for row in problems)
 
 
 def _everyone(part: _Result) -> list[_Result]:
@@ -202,11 +213,6 @@ def _everyone(part: _Result) -> list[_Result]:
     if len(parts) > 1:
         distributed.all_gather_object(parts, part)
     return parts
-
-
-def _append(index: Index, images: list[ListedImage], features: np.ndarray) -> None:
-    if images:
-        index.append(images, features)
 
 
 def _on_rank_zero(work: Callable[[], _Result]) -> _Result | None:
