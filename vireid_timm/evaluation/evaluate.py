@@ -32,7 +32,7 @@ from .metrics import Ranker, RankMetrics, check_similarity, chunks
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
 from .report import FEW_PEOPLE, Report, mean_decisions, relative_paths, summarise
 from .reranking import ReRanking
-from .verification import SHARES, PairFinder, PairList
+from .verification import SHARES, PairFinder
 
 _logger = logging.getLogger(__name__)
 
@@ -379,26 +379,17 @@ def _rank_group(
         ranked.append(ranker.rank(values, identities[query[rows]], ignore, galleries))
         near.append(finder.find(values, rows.start, floor))
     trials = [(np.searchsorted(query, rows), np.searchsorted(gallery, columns)) for _, (rows, columns) in group]
-    decisions = _decide(finder, near, trials)
+    decisions = finder.decide(near, trials)
     for share in SHARES[1:]:
         if None in decisions:  # a gallery of people who are less similar than those of the others
             floor = finder.floor(similarity, share)
             near = [finder.find(similarity(rows), rows.start, floor) for rows in chunks(len(query), len(gallery))]
-            decisions = _decide(finder, near, trials)
+            decisions = finder.decide(near, trials)
     found = []
     for (rows, _), parts, decided in zip(trials, zip(*ranked, strict=True), decisions, strict=True):
         values = (torch.cat(column).cpu().numpy()[rows] for column in zip(*parts, strict=True))
         found.append((RankMetrics.of_queries(*values), decided))
     return found
-
-
-def _decide(
-    finder: PairFinder,
-    near: Sequence[tuple[PairList, PairList]],
-    trials: Sequence[Rows],
-) -> list[dict[str, float | None] | None]:
-    matches, others = (PairList.joined(parts) for parts in zip(*near, strict=True))
-    return [finder.decide(matches, others, *trial) for trial in trials]
 
 
 def _groups(plans: Sequence[_Plan], reranking: str) -> list[list[tuple[_Plan, Rows]]]:

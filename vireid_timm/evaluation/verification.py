@@ -27,38 +27,46 @@ DECISIONS = (*FARS, *FPIRS)
 # Beyond this number of pairs only evenly spaced queries are used; their most similar pairs then take some 50 MB.
 MOST_PAIRS = 2**26
 FEW_PAIRS = 2**18  # of fewer pairs, all are kept
-SHARES = (0.03, 0.25, 1.0)  # of the pairs to keep; the next if the thresholds of some gallery need more
+SHARES = (0.02, 0.2, 1.0)  # of the pairs to keep; the next if the thresholds of some gallery need more
 SAMPLED_QUERIES = 32  # that the floor is estimated from
 
 
+# Index of the query, [M] int64, column of the gallery image, [M] int64, and similarity, [M].
+Listed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True, eq=False)
-class PairList:
-    """Some pairs of query and gallery image.
+class PairTable:
+    """Some pairs of query and gallery image, those of one gallery image after those of the other.
 
     Attributes:
         query: Index of each pair's query, [M] int64.
-        column: Column of its gallery image, [M] int64.
         similarity: [M].
+        offsets: Index of the first pair of each column, and at the end M, [N + 1] int64.
     """
 
     query: torch.Tensor
-    column: torch.Tensor
     similarity: torch.Tensor
-
-    def where(self, kept: torch.Tensor) -> 'PairList':
-        """Return the pairs that a mask keeps, [M] bool."""
-        kept = kept.nonzero()[:, 0]
-        return PairList(self.query[kept], self.column[kept], self.similarity[kept])
-
-    def highest(self, num_queries: int) -> torch.Tensor:
-        """Return each query's highest similarity, -inf without a pair, [Q]."""
-        none = self.similarity.new_full((num_queries,), -math.inf)
-        return none.scatter_reduce(0, self.query, self.similarity, 'amax')
+    offsets: torch.Tensor
 
     @classmethod
-    def joined(cls, parts: Sequence['PairList']) -> 'PairList':
-        """Join lists."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ('query', 'column', 'similarity')))
+    def of(cls, parts: Sequence[Listed], num_columns: int) -> 'PairTable':
+        """Make a table of lists."""
+        query, column, similarity = (torch.cat(values) for values in zip(*parts, strict=True))
+        column, order = column.sort()
+        offsets = torch.searchsorted(column, torch.arange(num_columns + 1, device=column.device))
+        return cls(query[order], similarity[order], offsets)
+
+    def among(self, columns: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return query and similarity of the pairs of some columns, [G] int64, and some queries, [Q] bool or None."""
+        start, count = self.offsets[columns], self.offsets[columns + 1] - self.offsets[columns]
+        pairs = torch.repeat_interleave(start - count.cumsum(0) + count, count)
+        pairs += torch.arange(len(pairs), device=pairs.device)
+        query, similarity = self.query[pairs], self.similarity[pairs]
+        if queries is None:
+            return query, similarity
+        kept = queries[query]
+        return query[kept], similarity[kept]
 
 
 class PairFinder:
@@ -83,8 +91,9 @@ class PairFinder:
                 key. None if nothing is ignored.
             device: Where the similarities are.
         """
-        self._ranker, self._query_identities, self._keys = ranker, query_identities, keys
+        self._ranker, self._query_identities, self._keys, self._device = ranker, query_identities, keys, device
         self._identities = [torch.from_numpy(codes).to(device) for codes in (query_identities, ranker.identities)]
+        self._codes = self._exclusion_codes()
         num_pairs = len(query_identities) * len(ranker.identities)
         self._few = num_pairs <= FEW_PAIRS
         self.step = max(1, -(-num_pairs // MOST_PAIRS))
@@ -102,83 +111,91 @@ class PairFinder:
         values = similarity(rows).flatten()
         return values.kthvalue(max(1, round((1 - share) * len(values)))).values.item()
 
-    def find(self, similarity: torch.Tensor, first: int, floor: float) -> tuple[PairList, PairList]:
+    def find(self, similarity: torch.Tensor, first: int, floor: float) -> tuple[Listed, Listed]:
         """List the matches, and the other pairs down to the floor, in a chunk of queries from the first on, [q, N]."""
         skipped = -first % self.step
         similarity, first = similarity[skipped :: self.step], first + skipped
         rows = slice(first, first + self.step * len(similarity), self.step)
-        own = self._ranker.whole.matches(self._query_identities[rows]).to(similarity.device)
+        own = self._ranker.whole.matches(self._query_identities[rows]).to(self._device)
         row, place = (own >= 0).nonzero(as_tuple=True)
-        matches = self._listed(similarity, first, row, own[row, place])
+        matches = self._listed(similarity, first, row, own[row, place], True)
         cells, width = (similarity >= floor).flatten().nonzero()[:, 0], similarity.shape[1]
-        near = self._listed(similarity, first, cells // width, cells % width)
-        return matches, near.where(self._identities[0][near.query] != self._identities[1][near.column])
+        return matches, self._listed(similarity, first, cells // width, cells % width, False)
 
-    def _listed(self, similarity: torch.Tensor, first: int, row: torch.Tensor, column: torch.Tensor) -> PairList:
-        pairs = PairList(first + self.step * row, column, similarity[row, column])
-        if self._keys is None:
-            return pairs
-        return pairs.where(self._keys[0][pairs.query] != self._keys[1][pairs.column])
+    def _listed(
+        self,
+        similarity: torch.Tensor,
+        first: int,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        is_match: bool,
+    ) -> Listed:
+        query = first + self.step * row
+        kept = (self._identities[0][query] == self._identities[1][column]) == is_match
+        if self._keys is not None:
+            kept &= self._keys[0][query] != self._keys[1][column]
+        row, column = row[kept], column[kept]
+        return query[kept], column, similarity[row, column]
 
     def decide(
         self,
-        matches: PairList,
-        others: PairList,
-        query: np.ndarray,
-        columns: np.ndarray,
-    ) -> dict[str, float | None] | None:
-        """Return the metrics of one trial as fractions.
+        found: Sequence[tuple[Listed, Listed]],
+        trials: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> list[dict[str, float | None] | None]:
+        """Return the metrics of trials as fractions.
 
         Args:
-            matches: All matches.
-            others: The other pairs down to the floor.
-            query: Indices of the trial's queries.
-            columns: Columns of its gallery.
+            found: What `find` returned for every chunk.
+            trials: Indices of each trial's queries, and the columns of its gallery.
 
         Returns:
-            The value of each of `DECISIONS`, None where there is no such pair or search; None altogether if a threshold
-            is below the floor.
+            For each trial the value of each of `DECISIONS`, None where there is no such pair or search; None altogether
+            if a threshold is below the floor.
         """
-        query = query[query % self.step == 0]
-        masks = [
-            torch.zeros(len(codes), dtype=torch.bool, device=codes.device).index_fill_(
-                0, torch.from_numpy(chosen).to(codes.device), True
-            )
-            for codes, chosen in zip(self._identities, (query, columns), strict=True)
-        ]
-        matches, others = (pairs.where(masks[0][pairs.query] & masks[1][pairs.column]) for pairs in (matches, others))
-        return _decisions(matches, others, self._count_others(query, columns), len(masks[0]))
+        num_queries, num_columns = map(len, self._identities)
+        tables = [PairTable.of(parts, num_columns) for parts in zip(*found, strict=True)]
+        results = []
+        for query, columns in trials:
+            query = query[query % self.step == 0]
+            chosen = None
+            if len(query) < -(-num_queries // self.step):
+                chosen = torch.zeros(num_queries, dtype=torch.bool, device=self._device)
+                chosen[torch.from_numpy(query).to(self._device)] = True
+            gallery = torch.from_numpy(columns).to(self._device)
+            matches, others = (table.among(gallery, chosen) for table in tables)
+            results.append(_decisions(matches, others, self._count_others(query, columns), num_queries))
+        return results
+
+    def _exclusion_codes(self) -> list[tuple[np.ndarray, int]]:
+        """Return codes of queries and then columns, and a sign: a query excludes as many images as have its code."""
+        identities = np.concatenate([self._query_identities, self._ranker.identities])
+        if self._keys is None:
+            return [(identities, 1)]
+        _, keys = np.unique(np.concatenate([side.cpu().numpy() for side in self._keys]), return_inverse=True)
+        _, both = np.unique(keys * (identities.max() + 1) + identities, return_inverse=True)
+        return [(identities, 1), (keys, 1), (both, -1)]  # what is excluded twice counts once
 
     def _count_others(self, query: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Count the gallery images of other people that each query does not ignore, [q] int64."""
-        codes = [(self._query_identities[query], self._ranker.identities[columns])]
-        if self._keys is not None:
-            keys = [side.cpu().numpy() for side in self._keys]
-            codes.append((keys[0][query], keys[1][columns]))
-        excluded = sum(_occurrences(*sides) for sides in codes)
-        if len(codes) > 1:  # what is both counts once
-            excluded = excluded - _occurrences(*(np.stack(sides, axis=1) for sides in zip(*codes)))
-        return len(columns) - excluded
-
-
-def _occurrences(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Count how often the code of each query, [Q] or [Q, C] integers, occurs in the gallery, [Q]."""
-    _, codes = np.unique(np.concatenate([query, gallery]), axis=0, return_inverse=True)
-    codes = codes.reshape(-1)
-    return np.bincount(codes[len(query) :], minlength=codes.max() + 1)[codes[: len(query)]]
+        count = np.full(len(query), len(columns))
+        for codes, sign in self._codes:
+            of_columns = codes[len(self._query_identities) :][columns]
+            count -= sign * np.bincount(of_columns, minlength=codes.max() + 1)[codes[query]]
+        return count
 
 
 def _decisions(
-    matches: PairList,
-    others: PairList,
+    matches: tuple[torch.Tensor, torch.Tensor],
+    others: tuple[torch.Tensor, torch.Tensor],
     num_others: np.ndarray,
     num_queries: int,
 ) -> dict[str, float | None] | None:
-    best, nearest = (pairs.highest(num_queries) for pairs in (matches, others))
+    """Return the metrics of one trial, given query and similarity of its pairs."""
+    best, nearest = (_highest(*pairs, num_queries) for pairs in (matches, others))
     mated = best > -math.inf
     best, rivals = best[mated], nearest[mated]
     values = {
-        **dict.fromkeys(FARS, (others.similarity, int(num_others.sum()))),
+        **dict.fromkeys(FARS, (others[1], int(num_others.sum()))),
         **dict.fromkeys(FPIRS, (nearest[nearest > -math.inf], int((num_others > 0).sum()))),
     }
     found: dict[str, float | None] = dict.fromkeys(DECISIONS)
@@ -190,10 +207,16 @@ def _decisions(
         if threshold is None:
             return None
         if name in FARS:
-            found[name] = (matches.similarity > threshold).double().mean().item()
+            found[name] = (matches[1] > threshold).double().mean().item()
         else:
             found[name] = 1 - ((best > threshold) & (best > rivals)).double().mean().item()
     return found
+
+
+def _highest(query: torch.Tensor, similarity: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """Return each query's highest similarity, -inf without a pair, [Q]."""
+    none = similarity.new_full((num_queries,), -math.inf)
+    return none.scatter_reduce(0, query, similarity, 'amax')
 
 
 def exceeded_by(values: torch.Tensor, rate: float, total: int) -> float | None:
