@@ -19,11 +19,14 @@ from typing import Any, get_origin, get_type_hints
 import numpy as np
 import torch
 
+from .verification import FPIRS, exceeded_by
+
 FEWEST_QUERIES = 30  # with fewer, a calibration says little about other people
 MOST_PAIRS = 500_000  # pairs of different people that a fit uses; of more it draws that many
 HIGHEST_PRIOR = 0.5  # even in a gallery of one image
-FPIRS = (0.01, 0.1)  # false positive identification rates of the thresholds
 NEWTON_STEPS = 100
+BINS = 15
+FIRST = 10  # answers that somebody looks at
 
 
 @dataclass(frozen=True)
@@ -58,39 +61,41 @@ class Calibration:
     settings: dict[str, Any]
     fitted_on: dict[str, Any]
 
-    def probability(self, similarity: torch.Tensor, gallery_size: int | None = None) -> torch.Tensor:
+    def probability(self, similarity: torch.Tensor, gallery_size: int | torch.Tensor | None = None) -> torch.Tensor:
         """Return the probability that two images of different modalities show the same person.
 
         Args:
             similarity: Inner product of their L2-normalised features, any shape.
             gallery_size: Images in the gallery: among more of them, a given one is less likely to show the person, so
-                the prior falls as 1 / gallery_size, as if a person had as many images there as in the fit. None for
-                the prior of the fit.
+                the prior falls as 1 / gallery_size, as if a person had as many images there as in the fit. A number, or
+                a tensor that fits the similarities. None for the prior of the fit.
 
         Returns:
             Probabilities in float64, of the same shape.
         """
-        prior = self.prior
+        log_odds = self.slope * similarity.double() + self.intercept
         if gallery_size is not None:
-            prior = min(HIGHEST_PRIOR, self.prior * self.gallery_size / max(1, gallery_size))
-        shift = _log_odds(prior) - _log_odds(self.prior)
-        return torch.sigmoid(self.slope * similarity.double() + (self.intercept + shift))
+            size = torch.as_tensor(gallery_size, device=similarity.device).double().clamp(min=1)
+            prior = (self.prior * self.gallery_size / size).clamp(max=HIGHEST_PRIOR)
+            log_odds = log_odds + torch.logit(prior) - math.log(self.prior / (1 - self.prior))
+        return torch.sigmoid(log_odds)
 
-    def nobody(self, top_similarity: torch.Tensor, gallery_size: int | None = None) -> torch.Tensor:
+    def nobody(self, top_similarity: torch.Tensor, gallery_size: int | torch.Tensor | None = None) -> torch.Tensor:
         """Return the probability that a query's person is not in the gallery, if before the search it was one half.
 
         Args:
             top_similarity: The query's highest similarity to any image of the gallery, [Q].
-            gallery_size: Images in the gallery; the more there are, the more similar is the nearest stranger. None for
-                the size of the fit.
+            gallery_size: Images in the gallery; the more there are, the more similar is the nearest stranger. A
+                number, or one for each query. None for the size of the fit.
 
         Returns:
             Probabilities in float64, [Q].
         """
         top = top_similarity.double()
-        size = self.gallery_size if gallery_size is None else max(1, gallery_size)
+        size = self.gallery_size if gallery_size is None else gallery_size
+        size = torch.as_tensor(size, device=top.device).double().clamp(min=1)
         usual = torch.special.ndtr((top - self.best_mean) / self.best_deviation)
-        ratio = torch.exp(self.ratio_slope * top + (self.ratio_intercept - math.log(size)))
+        ratio = torch.exp(self.ratio_slope * top + self.ratio_intercept) / size
         return 1 / (1 + usual + ratio)
 
     def mismatch(self, settings: dict[str, Any]) -> str:
@@ -184,17 +189,77 @@ def fit_calibration(
         best_deviation=max(float(best.std()), 1e-6),
         ratio_slope=ratio_slope,
         ratio_intercept=ratio_intercept - math.log(len(best) / num_others),
-        thresholds={str(fpir): exceeded_by(nearest, fpir) for fpir in FPIRS},
+        thresholds={str(fpir): exceeded_by(torch.from_numpy(nearest), fpir, len(nearest)) for fpir in FPIRS.values()},
         settings=settings,
         fitted_on={**fitted_on, **numbers},
     )
 
 
-def exceeded_by(values: np.ndarray, share: float) -> float:
-    """Return the lowest of some values [N] that at most this share of them exceeds."""
-    count = math.floor(share * len(values) + 1e-9)  # 0.29 * 100 is a little less than 29
-    place = len(values) - 1 - min(count, len(values) - 1)
-    return float(np.partition(values, place)[place])
+def reliability(parts: Iterable[Pairs], calibration: Calibration) -> dict[str, dict[str, Any]]:
+    """Compare predicted probabilities with what is true (Guo et al., arXiv:1706.04599).
+
+    Args:
+        parts: Pairs of known people, a part of the queries at a time.
+        calibration: What predicts.
+
+    Returns:
+        For `pairs` (all of them), `first` (the pairs of each query and its `FIRST` most similar images) and `nobody`
+        (each query that has a match, once with and once without its person's images), the `count`; the expected
+        calibration error `ece`, the mean over `BINS` equally wide bins of the difference between mean probability and
+        share of truths, weighted by count; the mean `log_loss` in nats and that of a constant, `constant_log_loss`; and
+        the `bins`: `count`, mean `probability` and `share` of truths, both None for an empty bin.
+    """
+    totals = {'pairs': 0, 'first': 0, 'nobody': 0}
+    for part in parts:
+        for name, predicted in _predictions(part, calibration).items():
+            totals[name] = totals[name] + _binned(*predicted)
+    return {name: _scores(total.cpu().numpy()) for name, total in totals.items()}
+
+
+def _predictions(part: Pairs, calibration: Calibration) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return probabilities and truths of the pairs, the first answers, and the searches for people who may be there."""
+    counted = torch.ones_like(part.match) if part.ignore is None else ~part.ignore
+    size = counted.sum(dim=1)
+    probability = calibration.probability(part.similarity, size[:, None])
+    similarity = part.similarity.double().masked_fill(~counted, -math.inf)
+    first = similarity.topk(min(FIRST, similarity.shape[1]), dim=1)
+    kept = first.values > -math.inf
+    match = part.match & counted
+    nearest = similarity.masked_fill(match, -math.inf).amax(dim=1)
+    both = match.any(dim=1) & (nearest > -math.inf)
+    top = torch.cat([similarity.amax(dim=1)[both], nearest[both]])
+    absent = torch.arange(len(top), device=top.device) >= len(top) // 2
+    return {
+        'pairs': (probability[counted], part.match[counted]),
+        'first': (probability.gather(1, first.indices)[kept], part.match.gather(1, first.indices)[kept]),
+        'nobody': (calibration.nobody(top, size[both].repeat(2)), absent),
+    }
+
+
+def _binned(probability: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Sum up count, probability, truths and log loss by bin, [4, BINS] float64."""
+    bins = (probability * BINS).long().clamp(max=BINS - 1)
+    certain = torch.where(truth, probability, 1 - probability).clamp(min=1e-12)
+    columns = torch.ones_like(probability), probability, truth.double(), -certain.log()
+    return torch.stack([torch.bincount(bins, weights=column, minlength=BINS) for column in columns])
+
+
+def _scores(total: np.ndarray) -> dict[str, Any]:
+    count, probability, truths, loss = total
+    number, share = count.sum(), truths.sum() / max(1, count.sum())
+    entropy = -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
+    filled = [None if not n else (float(p / n), float(t / n)) for n, p, t in zip(count, probability, truths)]
+    return {
+        'count': int(number),
+        'ece': float(np.abs(probability - truths).sum() / number) if number else None,
+        'log_loss': float(loss.sum() / number) if number else None,
+        'constant_log_loss': entropy,
+        'bins': {
+            'count': count.astype(int).tolist(),
+            'probability': [bin and bin[0] for bin in filled],
+            'share': [bin and bin[1] for bin in filled],
+        },
+    }
 
 
 def _summary(part: Pairs, keep: float, generator: np.random.Generator) -> Sequence[np.ndarray]:
@@ -247,10 +312,6 @@ def _logistic(positive: np.ndarray, negative: np.ndarray, weight: float) -> tupl
             break
     slope = line[0] / scale
     return float(slope), float(line[1] - slope * centre)
-
-
-def _log_odds(probability: float) -> float:
-    return math.log(probability / (1 - probability))
 
 
 def _is_number(value: Any) -> bool:
