@@ -24,6 +24,7 @@ from ..evaluation.calibration import Calibration
 from ..evaluation.features import (
     Extraction,
     as_tensor,
+    centred,
     check_finite,
     embed,
     embed_batches,
@@ -274,10 +275,14 @@ class Gallery:
                 f'centring takes the mean of the queries, and {len(queries)} are too few: give at least '
                 f'{FEWEST_TO_CENTRE}, or leave it out'
             )
+        mean = None
+        if centre:
+            queries = centred(queries, np.full(len(queries), modality))
+            mean = _mean(self.index.view()).to(queries.device)
         found = None
         while found is None:  # the gallery has changed meanwhile
             view = self.index.view(where)
-            found = self._find(queries, view, top, by_identity, centre)
+            found = self._find(queries, view, top, by_identity, mean)
         return self._answers(found, len(view.rows), self._calibration(modality, centre))
 
     @property
@@ -286,16 +291,10 @@ class Gallery:
         return self.index.about.modality
 
     def _find(
-        self, queries: torch.Tensor, view: View, top: int, by_identity: bool, centre: bool
+        self, queries: torch.Tensor, view: View, top: int, by_identity: bool, mean: torch.Tensor | None
     ) -> list[list[tuple[tuple, float]]] | None:
         """Return for each query (path, camera, time, identity) and similarity of what was found, best first."""
         gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
-        mean = None
-        if centre:
-            everything = torch.from_numpy(self.index.view().rows)
-            everything = everything[everything < len(gallery)]
-            mean = _mean(gallery, everything).to(queries.device)
-            queries = F.normalize(queries - queries.mean(dim=0))
         count = _PER_IDENTITY * top if by_identity else top
         found = exact_search(queries, gallery, count, rows, mean)
         images = self.index.images(view, found.rows.cpu().numpy())
@@ -469,7 +468,7 @@ def describe(model: nn.Module, source: str | None, modality: str, size: tuple[in
     config = resolve_model_data_config(model)
     return About(
         model=source,
-        weights=weights_fingerprint(model),
+        weights=weights_fingerprint(model, classifiers=False),
         architecture=model.pretrained_cfg.get('architecture', ''),
         modality=modality,
         size=image_size(model, Extraction(features=features, size=size)),
@@ -529,8 +528,9 @@ def _best_of_identities(candidates: list[tuple[tuple, float]]) -> list[tuple[tup
     return best
 
 
-def _mean(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return the mean of some rows of the gallery [G, D], read block by block."""
+def _mean(view: View) -> torch.Tensor:
+    """Return the mean of the images' features [D], read block by block."""
+    gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
     total = torch.zeros(gallery.shape[1], dtype=torch.float64)
     for part in rows.split(1 << 14):
         total += gallery[part].double().sum(dim=0)
