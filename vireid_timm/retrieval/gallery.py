@@ -34,7 +34,7 @@ from ..evaluation.features import (
 )
 from ..hub.folder import load_model
 from .index import About, Index, View
-from .search import exact_search
+from .search import exact_search, mean_features
 
 _logger = logging.getLogger(__name__)
 
@@ -278,7 +278,8 @@ class Gallery:
         mean = None
         if centre:
             queries = centred(queries, np.full(len(queries), modality))
-            mean = _mean(self.index.view()).to(queries.device)
+            view = self.index.view()
+            mean = mean_features(torch.from_numpy(view.features), torch.from_numpy(view.rows)).to(queries.device)
         found = None
         while found is None:  # the gallery has changed meanwhile
             view = self.index.view(where)
@@ -526,12 +527,3 @@ def _best_of_identities(candidates: list[tuple[tuple, float]]) -> list[tuple[tup
             best.append((image, similarity))
         seen.add(identity)
     return best
-
-
-def _mean(view: View) -> torch.Tensor:
-    """Return the mean of the images' features [D], read block by block."""
-    gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
-    total = torch.zeros(gallery.shape[1], dtype=torch.float64)
-    for part in rows.split(1 << 14):
-        total += gallery[part].double().sum(dim=0)
-    return (total / max(len(rows), 1)).float()

@@ -1,5 +1,6 @@
 """Search a gallery by features: exact, in blocks, so that a gallery may be larger than the memory."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -75,24 +76,31 @@ def exact_search(
     Returns:
         Rows and similarities [Q, K] on the device of the queries.
     """
-    total = len(gallery) if rows is None else len(rows)
     best = Found(queries.new_empty(len(queries), 0, dtype=torch.int64), queries.new_empty(len(queries), 0))
-    step = max(1, _BLOCK // max(gallery.shape[1], 1))
-    for start in range(0, total, step):
-        if rows is None:
-            block, first = gallery[start : start + step], start
-        else:
-            chosen = rows[start : start + step]
-            first = int(chosen[0])
-            is_range = int(chosen[-1]) - first + 1 == len(chosen)
-            block = gallery[first : first + len(chosen)] if is_range else gallery[chosen]
+    for numbers, block in _blocks(gallery, rows):
         block = block.to(queries.device, queries.dtype)
         if mean is not None:
             block = F.normalize(block - mean)
         found = _search_block(queries, block, count)
-        numbers = found.rows + first if rows is None or is_range else chosen.to(queries.device)[found.rows]
-        best = _merged(best, Found(numbers, found.similarity), count)
+        best = _merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
     return best
+
+
+def mean_features(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean [D] of some rows [R] of a gallery's features [G, D], which is read block by block."""
+    total = torch.zeros(gallery.shape[1], dtype=torch.float64)
+    for _, block in _blocks(gallery, rows):
+        total += block.float().sum(dim=0)
+    return (total / max(len(rows), 1)).float()
+
+
+def _blocks(gallery: torch.Tensor, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the rows [B] and the features [B, D] of a gallery part by part; rows as for `exact_search`."""
+    rows = torch.arange(len(gallery)) if rows is None else rows
+    for part in rows.split(max(1, _BLOCK // max(gallery.shape[1], 1))) if len(rows) else ():
+        first, last = int(part[0]), int(part[-1])
+        # A range needs no copy.
+        yield part, gallery[first : last + 1] if last - first + 1 == len(part) else gallery[part]
 
 
 def _search_block(queries: torch.Tensor, block: torch.Tensor, count: int) -> Found:
