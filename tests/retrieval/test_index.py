@@ -11,7 +11,7 @@ import pytest
 from galleries import WIDTH, about, features, listed, made_index, paths_in, stored
 
 from vireid_timm.retrieval import index as index_module
-from vireid_timm.retrieval.index import ABOUT, IMAGES, LOCK, About, Index
+from vireid_timm.retrieval.index import ABOUT, IMAGES, LOCK, About, Changed, Index
 
 TIMES = ['2026-11-01T21:59:59', '2026-11-01T22:00:00', '2026-11-01T22:00:00.500000', '2026-11-02T00:00:00', None]
 
@@ -27,8 +27,8 @@ def test_what_was_added_is_there_again(index: Index) -> None:
     again = Index(index.folder)
     assert len(again) == 5 and again.about == about() and again.pending == 0
     view = again.view()
-    assert again.images(view, view.rows)[3] == ['south/d.jpg', 'gate', '2026-11-02T00:00:00', 'anna']
-    assert again.images(view, view.rows)[4] == ['e.jpg', None, None, '7']
+    assert again.images(view, view.rows)[3] == ('south/d.jpg', 'gate', '2026-11-02T00:00:00', 'anna')
+    assert again.images(view, view.rows)[4] == ('e.jpg', None, None, '7')
     np.testing.assert_array_equal(view.features, features(5).numpy())
     assert set(os.listdir(index.folder)) == {ABOUT, IMAGES, LOCK, 'features-0.f16'}
 
@@ -72,7 +72,8 @@ def test_features_move_together_when_most_are_unused(index: Index) -> None:
         np.testing.assert_array_equal(row, expected[path])
     # Who was searching meanwhile can still read the old features, and finds out that their rows no longer count.
     np.testing.assert_array_equal(old.features, features(5).numpy())
-    assert other.images(old, old.rows) is None
+    with pytest.raises(Changed):
+        other.images(old, old.rows)
     assert paths_in(other) == ['south/d.jpg', 'e.jpg']
     index.append(listed(['f.jpg']), features(1, 1).numpy())
     index.commit()
@@ -108,7 +109,7 @@ def test_threads_may_add_while_others_read(index: Index) -> None:
         while adding[0].is_alive():
             view = index.view('camera IS NULL')
             images = index.images(view, view.rows)
-            if images is None or len(images) != len(view.rows) or view.rows.max() >= len(view.features):
+            if len(images) != len(view.rows) or view.rows.max() >= len(view.features):
                 problems.append(view)
 
     adding = [threading.Thread(target=add, args=(number,)) for number in range(3)]
@@ -138,8 +139,8 @@ def test_the_difference_to_a_listing(index: Index) -> None:
     assert counts == {'new': 1, 'changed': 1, 'relabelled': 2, 'dropped': 1, 'unchanged': 1}
     index.commit()
     view = index.view()
-    assert index.images(view, view.rows)[1] == ['north/b.jpg', 2, '2026-11-01T22:00:00', 'x']
-    assert index.images(view, view.rows)[2] == ['south/c.jpg', 9, '2026-11-01T22:00:00.500000', None]
+    assert index.images(view, view.rows)[1] == ('north/b.jpg', 2, '2026-11-01T22:00:00', 'x')
+    assert index.images(view, view.rows)[2] == ('south/c.jpg', 9, '2026-11-01T22:00:00.500000', None)
     assert paths_in(index) == ['north/a.jpg', 'north/b.jpg', 'south/c.jpg', 'e.jpg']
     assert index.difference(now[:3] + now[4:])[1]['dropped'] == 0
 

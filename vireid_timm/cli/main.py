@@ -31,6 +31,7 @@ COMMANDS = {
     'eval': 'evaluate a model, or compare two reports',
     'index': 'index a gallery of images',
     'search': 'search an index',
+    'calibrate': 'learn what similarities mean as probabilities',
     'hub': 'save, push, check and convert models',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',

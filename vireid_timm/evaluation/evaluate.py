@@ -134,33 +134,33 @@ def calibrate(
     """
     extraction = Extraction(**options)
     model = require_dual_stream(model)
-    plans = _plans(dataset, protocol, draw)
-    if protocol is None:
-        crossing = [plan for plan in plans if plan.protocol.crosses]
-        directions = [plan.protocol.direction for plan in crossing]
-        plans = [plan for i, plan in enumerate(crossing) if directions.index(directions[i]) == i]
-    same = [plan.protocol.name for plan in plans if not plan.protocol.crosses]
-    if same or not plans:
-        raise ValueError(
-            f'a calibration is about images of different modalities, but protocol {same[0]} pairs images of one, too'
-            if same
-            else f'{dataset.name} has no protocol across the modalities'
-        )
+    plans = _crossing_plans(dataset, protocol, draw)
     features, plans, _ = _test_features(model, dataset, plans, store, extraction)
-    people = set(dataset.test.identity[np.concatenate([query for plan in plans for query, _ in plan.trials])].tolist())
-    if len(people) < FEW_PEOPLE:
-        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {len(people)}')
-    fitted_on = {
-        'dataset': dataset.name,
-        'options': plain_options(dataset),
-        'protocols': [plan.protocol.name for plan in plans],
-        'draw': draw,
-        'identities': len(people),
-    }
-    trials = [(plan, trial) for plan in plans for trial in plan.trials]
-    num_pairs = sum(len(query) * len(gallery) for _, (query, gallery) in trials)
-    parts = (part for plan, trial in trials for part in _pairs(features, dataset, plan.protocol, trial))
-    return fit_calibration(parts, num_pairs, feature_settings(model, extraction), fitted_on, seed)
+    return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
+
+
+def calibrate_features(
+    features: torch.Tensor | np.ndarray,
+    dataset: Dataset,
+    protocol: str | Sequence[str] | None = None,
+    *,
+    draw: str = 'seeded',
+    seed: int = 0,
+) -> Calibration:
+    """Fit a calibration to given features: the second half of `calibrate`. It has no settings, so it fits any.
+
+    Args:
+        features: As for `evaluate_features`, L2-normalised.
+        dataset: As for `calibrate`.
+        protocol: As for `calibrate`.
+        draw: As for `calibrate`.
+        seed: As for `calibrate`.
+
+    Raises:
+        ValueError: The features do not fit the dataset, or as for `calibrate`.
+    """
+    features = _checked_features(features, dataset)
+    return _fit(features, dataset, _crossing_plans(dataset, protocol, draw), draw, {}, seed)
 
 
 def evaluate_features(
@@ -171,6 +171,7 @@ def evaluate_features(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Evaluate given features: the second half of `evaluate`.
 
@@ -183,20 +184,65 @@ def evaluate_features(
         draw: How trials are sampled, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which needs L2-normalised features.
         failures: Number of worst queries to list for each protocol.
+        calibration: As for `evaluate`, but whether it is about such features is not checked; not with re-ranking.
 
     Raises:
         ValueError: The features do not fit the dataset or are not finite, a protocol, draw or re-ranking is unknown, or
             the protocol cannot use the data.
     """
+    features = _checked_features(features, dataset)
+    _check_ranking(reranking, failures)
+    plans = _plans(dataset, protocol, draw)
+    return _report(features, dataset, plans, draw, reranking, failures, calibration if reranking == 'none' else None)
+
+
+def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> torch.Tensor:
     features = as_tensor(features, 'features')
     if features.ndim != 2 or len(features) != len(dataset.test):
         raise ValueError(
             f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
             f'got {list(features.shape)}'
         )
-    _check_ranking(reranking, failures)
+    return features
+
+
+def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
+    """Return the protocols for a calibration: those given, or the first one of each direction."""
     plans = _plans(dataset, protocol, draw)
-    return _report(features, dataset, plans, draw, reranking, failures)
+    if protocol is None:
+        plans = [plan for plan in plans if plan.protocol.crosses]
+        directions = [plan.protocol.direction for plan in plans]
+        plans = [plan for i, plan in enumerate(plans) if directions.index(directions[i]) == i]
+    same = [plan.protocol.name for plan in plans if not plan.protocol.crosses]
+    if same:
+        raise ValueError(
+            f'a calibration is about images of different modalities, but protocol {same[0]} also pairs images of one'
+        )
+    return plans
+
+
+def _fit(
+    features: torch.Tensor,
+    dataset: Dataset,
+    plans: Sequence[_Plan],
+    draw: str,
+    settings: dict[str, Any],
+    seed: int,
+) -> Calibration:
+    people = np.unique(dataset.test.identity[np.concatenate([query for plan in plans for query, _ in plan.trials])])
+    if len(people) < FEW_PEOPLE:
+        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {len(people)}')
+    fitted_on = {
+        'dataset': dataset.name,
+        'options': plain_options(dataset),
+        'protocols': [plan.protocol.name for plan in plans],
+        'draw': draw,
+        'identities': len(people),
+    }
+    trials = [(plan, trial) for plan in plans for trial in plan.trials]
+    num_pairs = sum(len(query) * len(gallery) for _, (query, gallery) in trials)
+    parts = (part for plan, trial in trials for part in _pairs(features, dataset, plan.protocol, trial))
+    return fit_calibration(parts, num_pairs, settings, fitted_on, seed)
 
 
 def _test_features(

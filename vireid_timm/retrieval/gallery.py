@@ -32,8 +32,8 @@ from ..evaluation.features import (
     require_dual_stream,
     weights_fingerprint,
 )
-from ..hub.folder import load_model
-from .index import About, Index, View
+from ..hub.folder import load_model, model_calibration
+from .index import About, Changed, Index, View
 from .search import exact_search, mean_features
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ FEWEST_TO_CENTRE = 16  # queries; the mean of fewer says more about these people
 _PER_IDENTITY = 8  # images looked at for each identity that is asked for, before another pass over the gallery
 
 Query = str | Path | Image.Image | np.ndarray | torch.Tensor
+Hit = tuple[tuple, float]  # path, camera, time and identity of an image; its similarity
 
 
 class Match(NamedTuple):
@@ -93,11 +94,11 @@ class Gallery:
     ```
     """
 
-    def __init__(self, index: Index, device: str, batch_size: int) -> None:
+    def __init__(self, index: Index, model: nn.Module | None, device: torch.device, batch_size: int) -> None:
         """Use `open` or `create`."""
         self.index = index
-        self._model: nn.Module | None = None
-        self._device = resolve_device(device)
+        self._model = model  # loaded when it is first needed
+        self._device = device
         self._batch_size = batch_size
         self._computing = threading.RLock()
 
@@ -122,7 +123,7 @@ class Gallery:
             FileNotFoundError: There is no index.
             ValueError: It is damaged, or the model has other weights than the one that made it.
         """
-        gallery = cls(Index(folder), device, batch_size)
+        gallery = cls(Index(folder), None, resolve_device(device), batch_size)
         if model is not None:
             gallery._model = gallery._checked(model)
         return gallery
@@ -154,11 +155,10 @@ class Gallery:
             FileExistsError: The folder holds an index.
             ValueError: It holds other files, or an argument is wrong.
         """
-        network, source = loaded(model)
+        where = resolve_device(device)
+        network, source = loaded(model, where)
         index = Index.create(folder, describe(network, source, modality, size, features))
-        gallery = cls(index, device, batch_size)
-        gallery._model = network.to(gallery._device).eval()
-        return gallery
+        return cls(index, network, where, batch_size)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -240,7 +240,7 @@ class Gallery:
                 `camera != 3 and time > '2026-11-01T22:00'`.
             by_identity: Return one result per identity, its best image. An image without identity stands for itself.
             centre: Subtract the mean of the queries' features from each query, and the gallery's mean from each of its
-                images. Probabilities are None then, since calibration does not hold.
+                images. Probabilities are None then, unless the calibration was fitted that way.
             skip_broken: Leave out queries that cannot be read, with a warning, instead of raising.
 
         Raises:
@@ -280,11 +280,13 @@ class Gallery:
             queries = centred(queries, np.full(len(queries), modality))
             view = self.index.view()
             mean = mean_features(torch.from_numpy(view.features), torch.from_numpy(view.rows)).to(queries.device)
-        found = None
-        while found is None:  # the gallery has changed meanwhile
+        while True:
             view = self.index.view(where)
-            found = self._find(queries, view, top, by_identity, mean)
-        return self._answers(found, len(view.rows), self._calibration(modality, centre))
+            try:
+                found = self._find(queries, view, top, by_identity, mean)
+            except Changed:
+                continue
+            return self._answers(found, len(view.rows), self._calibration(modality, centre))
 
     @property
     def modality(self) -> str:
@@ -293,35 +295,28 @@ class Gallery:
 
     def _find(
         self, queries: torch.Tensor, view: View, top: int, by_identity: bool, mean: torch.Tensor | None
-    ) -> list[list[tuple[tuple, float]]] | None:
-        """Return for each query (path, camera, time, identity) and similarity of what was found, best first."""
-        gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
-        count = _PER_IDENTITY * top if by_identity else top
-        found = exact_search(queries, gallery, count, rows, mean)
-        images = self.index.images(view, found.rows.cpu().numpy())
-        if images is None:
-            return None
-        lists = [
-            [(images[row], similarity) for row, similarity in zip(*columns)]
-            for columns in zip(found.rows.tolist(), found.similarity.tolist())
-        ]
+    ) -> list[list[Hit]]:
+        """Return what is found for each query, best first; raise `Changed` if the index has changed meanwhile."""
         if not by_identity:
-            return lists
+            return self._nearest(queries, view, top, mean)
+        count = _PER_IDENTITY * top
         results = []
-        for query, candidates in zip(queries, lists, strict=True):
-            best = _best_of_identities(candidates)
-            remaining = view.rows
-            while len(best) < top and len(candidates) == count:
-                seen = self.index.rows_like([image for image, _ in candidates])
-                remaining = np.setdiff1d(remaining, seen, assume_unique=True)
-                found = exact_search(query[None], gallery, count, torch.from_numpy(remaining), mean)
-                images = self.index.images(view, found.rows.cpu().numpy())
-                if images is None:
-                    return None
-                candidates = [(images[row], s) for row, s in zip(found.rows[0].tolist(), found.similarity[0].tolist())]
-                best += _best_of_identities(candidates)
+        for query, hits in zip(queries, self._nearest(queries, view, count, mean), strict=True):
+            best, remaining = _best_of_identities(hits), view
+            while len(best) < top and len(hits) == count:  # again, without the identities found so far
+                seen = self.index.rows_like([image for image, _ in hits])
+                remaining = remaining._replace(rows=np.setdiff1d(remaining.rows, seen, assume_unique=True))
+                (hits,) = self._nearest(query[None], remaining, count, mean)
+                best += _best_of_identities(hits)
             results.append(best[:top])
         return results
+
+    def _nearest(self, queries: torch.Tensor, view: View, count: int, mean: torch.Tensor | None) -> list[list[Hit]]:
+        gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
+        found = exact_search(queries, gallery, count, rows, mean)
+        images = self.index.images(view, found.rows.cpu().numpy())
+        columns = zip(found.rows.tolist(), found.similarity.tolist(), strict=True)
+        return [[(images[row], value) for row, value in zip(*pair, strict=True)] for pair in columns]
 
     def _calibration(self, modality: str, centre: bool) -> Calibration | None:
         """Return the calibration if it holds for such queries."""
@@ -336,9 +331,7 @@ class Gallery:
             _logger.warning(f'Probabilities are left out: the calibration was fitted with another {differing}')
         return None if differing else calibration
 
-    def _answers(
-        self, found: list[list[tuple[tuple, float]]], gallery_size: int, calibration: Calibration | None
-    ) -> list[Answer]:
+    def _answers(self, found: list[list[Hit]], gallery_size: int, calibration: Calibration | None) -> list[Answer]:
         answers = []
         for number, results in enumerate(found):
             similarity = torch.tensor([value for _, value in results])
@@ -418,10 +411,10 @@ class Gallery:
 
     def _checked(self, model: str | Path | nn.Module) -> nn.Module:
         """Load a model, and check that it has made the index."""
-        network, source = loaded(model)
+        network, source = loaded(model, self._device)
         about = self.index.about
         check_same(self.index, describe(network, source, about.modality, about.size, about.features))
-        return network.to(self._device).eval()
+        return network
 
     def _checked_features(self, features: torch.Tensor | np.ndarray, count: int | None = None) -> torch.Tensor:
         table = as_tensor(features, 'features').float()
@@ -442,13 +435,16 @@ def _without_probabilities(answer: Answer) -> Answer:
     return Answer(answer.query, None, [match._replace(probability=None) for match in answer.results])
 
 
-def loaded(model: str | Path | nn.Module) -> tuple[nn.Module, str | None]:
-    """Return a model, and the name by which it can be loaded from any working folder; None for one in memory."""
+def loaded(model: str | Path | nn.Module, device: torch.device) -> tuple[nn.Module, str | None]:
+    """Return a model on a device, and the name by which it can be loaded from any working folder.
+
+    A model in memory has no such name, and is left as it is and where it is.
+    """
     if isinstance(model, nn.Module):
         return require_dual_stream(model), None
     name = str(model)
     is_registered = isinstance(model, str) and timm.is_model(name.partition('.')[0])
-    network = load_model(model)
+    network = load_model(model).to(device).eval()
     if name.startswith('local-dir:'):
         return network, f'local-dir:{os.path.abspath(name.removeprefix("local-dir:"))}'
     return network, name if is_registered or not os.path.exists(name) else os.path.abspath(name)
@@ -467,6 +463,7 @@ def describe(model: nn.Module, source: str | None, modality: str, size: tuple[in
     if modality not in MODALITIES:
         raise ValueError(f'the modality of the gallery must be one of {", ".join(MODALITIES)}, got {modality!r}')
     config = resolve_model_data_config(model)
+    calibration = None if source is None else model_calibration(source)
     return About(
         model=source,
         weights=weights_fingerprint(model, classifiers=False),
@@ -477,6 +474,7 @@ def describe(model: nn.Module, source: str | None, modality: str, size: tuple[in
         dimensions=model.num_features,
         mean=tuple(config['mean']),
         std=tuple(config['std']),
+        calibration=None if calibration is None else calibration.to_dict(),
     )
 
 
@@ -518,10 +516,10 @@ def _plain(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _best_of_identities(candidates: list[tuple[tuple, float]]) -> list[tuple[tuple, float]]:
+def _best_of_identities(hits: list[Hit]) -> list[Hit]:
     """Keep the first image of each identity, and every image without one."""
     best, seen = [], set()
-    for image, similarity in candidates:
+    for image, similarity in hits:
         identity = image[-1]
         if identity is None or identity not in seen:
             best.append((image, similarity))

@@ -131,6 +131,10 @@ class View(NamedTuple):
     generation: int
 
 
+class Changed(Exception):
+    """An index has changed since a view of it was taken; take another."""
+
+
 class Index:
     """An index on disk. Threads may share it; other processes see what has been committed.
 
@@ -325,18 +329,24 @@ class Index:
             view = self._seen[1]
             return view if where is None else view._replace(rows=self._selected(where))
 
-    def images(self, view: View, rows: np.ndarray) -> dict[int, tuple] | None:
-        """Return path, camera, time and identity of some rows of a view; None if one of them is no longer there."""
+    def images(self, view: View, rows: np.ndarray) -> dict[int, tuple]:
+        """Return path, camera, time and identity of some rows of a view.
+
+        Raises:
+            Changed: One of them is no longer there.
+        """
         wanted = sorted(set(rows.ravel().tolist()))
         found = {}
         with self._guard, self._reading():
             if self._state()[1] != view.generation:
-                return None
+                raise Changed
             for start in range(0, len(wanted), _MANY):
                 part = wanted[start : start + _MANY]
                 statement = f'SELECT row, {", ".join(COLUMNS)} FROM images WHERE row IN ({", ".join("?" * len(part))})'
-                found |= {row: values for row, *values in self._query(statement, *part)}
-        return found if len(found) == len(wanted) else None
+                found |= {row: tuple(values) for row, *values in self._query(statement, *part)}
+        if len(found) < len(wanted):
+            raise Changed
+        return found
 
     def rows_like(self, images: Sequence[tuple]) -> np.ndarray:
         """Return the rows of all images of the same identities, and of the given images [path, ..., identity]."""

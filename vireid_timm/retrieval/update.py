@@ -92,8 +92,8 @@ def update_index(
     if folders_are_identities is None:
         folders_are_identities = about is not None and about.folders_are_identities and os.path.isdir(source)
     listed = _on_rank_zero(lambda: list_images(source, folders_are_identities=folders_are_identities))
-    network, name = all_ranks(lambda: loaded(about.model if model is None else model))
-    network = network.to(device or 'cpu').eval()
+    device = device or torch.device('cpu')
+    network, name = all_ranks(lambda: loaded(about.model if model is None else model, device))
     wanted = describe(network, name, modality or kept[0], size or kept[1], features or kept[2])
     wanted = replace(wanted, folders_are_identities=folders_are_identities)
     first = from_rank_zero(wanted)
