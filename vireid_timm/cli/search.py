@@ -124,7 +124,7 @@ def _table(answer: 'Answer') -> str:
     """Return a query and its results as lines; columns of which nothing is known are left out."""
     from ..text import aligned
 
-    nobody = '' if answer.nobody is None else f' (not in the gallery: {answer.nobody:.0%})'
+    nobody = '' if answer.nobody is None else f' (not in the gallery: {answer.nobody:.1%})'
     if not answer.results:
         return f'{answer.query}{nobody}\n  no result'
     rows = [
@@ -156,7 +156,7 @@ def _rank_row(query: 'ListedQuery', answer: 'Answer') -> 'RankRow':
     if len(query.images) > 1:
         notes.append(f'tracklet of {len(query.images)} images')
     if answer.nobody is not None:
-        notes.append(f'not in the gallery: {answer.nobody:.0%}')
+        notes.append(f'not in the gallery: {answer.nobody:.1%}')
     return RankRow(Result(first.path, wanted, first.camera, first.time), results, ', '.join(notes))
 
 
