@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .layers.power_mean import GeneralizedMeanPool as GeneralizedMeanPool
     from .loss.mutual_learning import MutualLearningLoss as MutualLearningLoss
     from .loss.triplet import WeightedRegularizedTriplet as WeightedRegularizedTriplet
+    from .retrieval.gallery import Gallery as Gallery
     from .retrieval.search import nearest as nearest
     from .training.config import TrainConfig as TrainConfig
     from .training.loop import train as train
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # for editors and type checkers
 _MODULE_OF = {
     'ChannelRandomErasing': 'data.augment',
     'Dataset': 'data.records',
+    'Gallery': 'retrieval.gallery',
     'GeneralizedMeanPool': 'layers.power_mean',
     'IdentityModalitySampler': 'data.sampler',
     'MutualLearningLoss': 'loss.mutual_learning',

@@ -15,7 +15,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
@@ -65,11 +65,11 @@ PERMUTATION_FILE = 'exp/rand_perm_cam.mat'
 PERMUTATION_VARIABLE = 'rand_perm_cam'
 REGDB_TRIALS = range(1, 11)
 
-_CAMERA_PREFIX = re.compile(r'c(?:am)?(\d+)_', re.IGNORECASE)  # c3_0001.jpg, cam3_0001.jpg
+CAMERA_PREFIX = re.compile(r'c(?:am)?(\d+)_', re.IGNORECASE)  # c3_0001.jpg, cam3_0001.jpg
 _LLCM_CAMERA = re.compile(r'_c(\d+)_')  # 0001_c01_s185535_f7010_nir.jpg
 _CAMERA_FOLDER = re.compile(r'cam(\d+)')
 _FLOAT_CAMERA = re.compile(r'\d+\.0+')
-_NO_VALUE = ('nan', 'na', 'n/a', '<na>', 'none', 'null')
+NO_VALUE = ('nan', 'na', 'n/a', '<na>', 'none', 'null')
 _CAMERA_DIGITS = 18  # what fits into 64 bits
 _LITTER = ('thumbs.db', 'desktop.ini')  # Windows leaves them in every folder of images
 
@@ -163,7 +163,7 @@ def read_sysu_mm01(root: str) -> Dataset:
     if both:
         raise ValueError(f'{root}: identity {both[0]} is listed for training and for testing; check exp/*_id.txt')
     cells = [(camera, modality, _required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
-    with _Scan() as scan:
+    with Scan() as scan:
         tables = [_camera_folders(scan, cells, *part) for part in ((train, 'train'), (lists['test'], 'test'))]
     return Dataset('sysu_mm01', root, *tables, findings=scan.findings)
 
@@ -190,18 +190,18 @@ def read_llcm(root: str) -> Dataset:
     """Read LLCM: 713 identities to train on, 351 to test on. Cameras of one number share a site in both modalities."""
     rows: list[Row] = []
     cells = []
-    with _Scan() as scan:
+    with Scan() as scan:
         for modality, name in ((VISIBLE, 'vis'), (INFRARED, 'nir')):
             for path, inner in _read_image_list('llcm', root, f'idx/train_{name}.txt', scan.findings):
                 found = _LLCM_CAMERA.search(inner.split('/')[-1])
-                camera = _camera_number(found[1], path) if found else UNKNOWN_CAMERA
+                camera = camera_number(found[1], path) if found else UNKNOWN_CAMERA
                 rows.append((path, inner.split('/')[-2], camera, modality, 'train'))
         for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
             # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
             folder = _required('llcm', root, name)
             for camera in scan.folders(folder, _CAMERA_FOLDER, 'cam<number>'):
                 path = os.path.join(folder, camera)
-                cells.append((_camera_number(camera[3:], path), modality, path))
+                cells.append((camera_number(camera[3:], path), modality, path))
         cells.sort()
         test = _camera_folders(scan, cells, _read_numbers('llcm', root, 'idx/test_id.txt'), 'test')
     return Dataset('llcm', root, Records.from_rows(rows), test, findings=scan.findings)
@@ -218,7 +218,7 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
         test_share: Share of the identities to hold out, 0 for none; ignored if there is a gallery.
         seed: Decides which identities are held out.
     """
-    with _Scan() as scan:
+    with Scan() as scan:
         present = scan.folders(root, re.compile('train|query|gallery'), 'train, query or gallery')
         if ('query' in present) != ('gallery' in present):
             there, missing = ('query', 'gallery') if 'query' in present else ('gallery', 'query')
@@ -351,7 +351,7 @@ def _read_text(file_name: str) -> str:
     return text
 
 
-def _check_lines(file_name: str, wrong: Sequence[str], hint: str = '') -> None:
+def check_lines(file_name: str, wrong: Sequence[str], hint: str = '') -> None:
     """Raise an error that names the first wrong lines (`line 3: ...`) and counts them all, if there are any."""
     if wrong:
         where = f'{file_name}, ' if len(wrong) == 1 else f'{file_name} has {len(wrong):,} wrong lines: '
@@ -359,46 +359,75 @@ def _check_lines(file_name: str, wrong: Sequence[str], hint: str = '') -> None:
         raise (FileNotFoundError if missing else ValueError)(where + format_list(wrong, separator='; ') + hint)
 
 
-def _read_csv_lines(file_name: str) -> list[_Line]:
+def csv_rows(file_name: str, required: Sequence[str], expected: str) -> Iterator[tuple[int, dict[str, str], str]]:
+    """Yield the number of each line of a CSV file, its values by lower-case column name, and what is wrong with it.
+
+    Separators are commas, semicolons or tabs. The values of a wrong line are empty.
+
+    Args:
+        file_name: The file, in UTF-8 with or without a byte order mark.
+        required: Columns that the first line must have.
+        expected: The expected form, for the message.
+
+    Raises:
+        ValueError: The first line lacks a column, or the file is not UTF-8 text.
+    """
     text = _read_text(file_name)
     delimiter = max(',;\t', key=text.partition('\n')[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True)
     reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    missing = [name for name in ('path', 'identity', 'modality', 'split') if name not in reader.fieldnames]
+    missing = [name for name in required if name not in reader.fieldnames]
     if missing:
-        raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{LAYOUTS["csv"]}')
-    lines: list[_Line] = []
-    wrong, first = [], 2
+        raise ValueError(f'{file_name}: the first line lacks {", ".join(missing)}; expected:{expected}')
+    first = 2
     try:
         for row in reader:
             # A quote that is not closed takes the lines up to the next quote into one value.
             if any('\n' in value or '\r' in value for value in row.values() if isinstance(value, str)):
-                wrong.append(f'line {first}: a value has several lines; is a quote not closed?')
+                yield first, {}, 'a value has several lines; is a quote not closed?'
             elif None in row or None in row.values():
-                wrong.append(f'line {reader.line_num}: expected {len(reader.fieldnames)} values, as in the first line')
+                yield reader.line_num, {}, f'expected {len(reader.fieldnames)} values, as in the first line'
             else:
-                line = _csv_line(file_name, reader.line_num, {name: value.strip() for name, value in row.items()})
-                problem = _problem_of(line)
-                if problem:
-                    wrong.append(f'line {line.number}: {problem}')
-                lines.append(line)
+                yield reader.line_num, {name: value.strip() for name, value in row.items()}, ''
             first = reader.line_num + 1
     except csv.Error as error:
-        wrong.append(f'line {first}: a quote is not closed ({error})')
-    _check_lines(file_name, wrong)
+        yield first, {}, f'a quote is not closed ({error})'
+
+
+def _read_csv_lines(file_name: str) -> list[_Line]:
+    lines: list[_Line] = []
+    wrong = []
+    for number, values, problem in csv_rows(file_name, ('path', 'identity', 'modality', 'split'), LAYOUTS['csv']):
+        if values:
+            line = _csv_line(file_name, number, values)
+            problem = _problem_of(line)
+            lines.append(line)
+        if problem:
+            wrong.append(f'line {number}: {problem}')
+    check_lines(file_name, wrong)
     return lines
 
 
 def _csv_line(file_name: str, number: int, values: dict[str, str]) -> _Line:
-    path = os.path.join(os.path.dirname(file_name), values['path'])
-    if '\\' in path and not os.path.exists(path):  # written on Windows
-        path = os.path.join(os.path.dirname(file_name), values['path'].replace('\\', '/'))
-    camera = values.get('camera', '')
-    if camera.lower() in _NO_VALUE:
-        camera = ''
-    elif _FLOAT_CAMERA.fullmatch(camera):  # pandas writes whole numbers like this if some are missing
-        camera = camera.partition('.')[0]
+    path, camera = csv_path(file_name, values['path']), csv_camera(values.get('camera', ''))
     return _Line(number, path, values['identity'], camera, values['modality'].lower(), values['split'].lower())
+
+
+def csv_path(file_name: str, value: str) -> str:
+    """Return the path that a CSV file gives; a relative one starts at the file's folder."""
+    path = os.path.join(os.path.dirname(file_name), value)
+    if '\\' in path and not os.path.exists(path):  # written on Windows
+        path = os.path.join(os.path.dirname(file_name), value.replace('\\', '/'))
+    return path
+
+
+def csv_camera(value: str) -> str:
+    """Return the number or name of a camera as a CSV file gives it; empty if it is missing."""
+    if value.lower() in NO_VALUE:
+        return ''
+    if _FLOAT_CAMERA.fullmatch(value):  # pandas writes whole numbers like this if some are missing
+        return value.partition('.')[0]
+    return value
 
 
 def _problem_of(line: _Line) -> str | None:
@@ -428,7 +457,7 @@ def _merge_repeated(file_name: str, lines: list[_Line], findings: Findings) -> l
             dropped.append(line.path)
         else:
             merged[path] = replace(first, split='test')
-    _check_lines(file_name, wrong)
+    check_lines(file_name, wrong)
     findings.add('repeated-line', f'lines of {file_name} repeat an image and count once', dropped)
     return list(merged.values())
 
@@ -442,7 +471,8 @@ def _number_cameras(file_name: str, lines: list[_Line]) -> list[_Line]:
     return [replace(line, camera=numbers[line.camera]) for line in lines]
 
 
-def _camera_number(digits: str, where: str) -> int:
+def camera_number(digits: str, where: str) -> int:
+    """Return the number of a camera; `where` names the file if it has too many digits."""
     if len(digits) > _CAMERA_DIGITS:
         raise ValueError(f'{where}: the camera number {digits} has more than {_CAMERA_DIGITS} digits; rename it')
     return int(digits)
@@ -469,7 +499,7 @@ def _hint(word: str, known: Iterable[str]) -> str:
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-class _Scan:
+class Scan:
     """Lists folders and images. At the end of its `with` block it reports what it ignored, also after an error.
 
     Hidden files and folders are ignored silently.
@@ -481,7 +511,7 @@ class _Scan:
         self._noted: dict[tuple[str, str], list[str]] = {}
         self._unread: list[str] = []
 
-    def __enter__(self) -> '_Scan':
+    def __enter__(self) -> 'Scan':
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -516,6 +546,27 @@ class _Scan:
                 what = f'folders are ignored because they are not named {description}'
                 self.note('unknown-folder', what, os.path.join(folder, name))
         return [name for name in names if expected is None or expected.fullmatch(name)]
+
+    def tree(self, folder: str, within: tuple[str, ...] = ()) -> Iterator[os.DirEntry]:
+        """Yield the images in a folder and in all folders below it, by name.
+
+        Args:
+            folder: The folder.
+            within: Real paths of the folders that it was reached through: links may form a circle.
+        """
+        within = (*within, os.path.realpath(folder))
+        for entry in _visible_entries(folder):
+            if not entry.is_dir():
+                if entry.name.lower().endswith(self._suffixes) and (entry.is_file() or entry.is_symlink()):
+                    yield entry
+                else:
+                    self._unread.append(entry.path)
+            elif os.path.realpath(entry.path) in within:
+                self.note('circular-link', 'links lead back to a folder above them and are not followed', entry.path)
+            elif not os.access(entry.path, os.R_OK | os.X_OK):
+                self.note('closed-folder', 'folders cannot be read and are left out', entry.path)
+            else:
+                yield from self.tree(entry.path, within)
 
     def images(self, folder: str) -> list[str]:
         """Return the names of a person's images, sorted. A dangling link counts: reading it names the file."""
@@ -568,13 +619,13 @@ def _read_image_list(name: str, root: str, inner: str, findings: Findings) -> li
             wrong.append(f'line {number}: there is no file {path}')
         else:
             images[path] = relative
-    _check_lines(list_name, wrong, f'; dataset {name!r} expects in {root}:{LAYOUTS[name]}')
+    check_lines(list_name, wrong, f'; dataset {name!r} expects in {root}:{LAYOUTS[name]}')
     findings.add('repeated-line', f'lines of {list_name} repeat an image and count once', repeated)
     return list(images.items())
 
 
 def _camera_folders(
-    scan: _Scan, cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str
+    scan: Scan, cells: Sequence[tuple[int, str, str]], identities: Iterable[int], split: str
 ) -> Records:
     """Return records of `<camera folder>/<identity, 4 digits>/<image>`, by identity, then camera, then file name.
 
@@ -596,7 +647,7 @@ def _camera_folders(
     return Records.from_rows(rows)
 
 
-def _person_folders(scan: _Scan, root: str, split: str) -> list[Row]:
+def _person_folders(scan: Scan, root: str, split: str) -> list[Row]:
     """Return rows of `<split>/<modality>/<person>/<image>`, visible ones first."""
     rows: list[Row] = []
     split_folder = os.path.join(root, split)
@@ -606,8 +657,8 @@ def _person_folders(scan: _Scan, root: str, split: str) -> list[Row]:
         for person in scan.folders(modality_folder):
             folder = os.path.join(modality_folder, person)
             for image in scan.images(folder):
-                path, prefix = os.path.join(folder, image), _CAMERA_PREFIX.match(image)
-                camera = _camera_number(prefix[1], path) if prefix else UNKNOWN_CAMERA
+                path, prefix = os.path.join(folder, image), CAMERA_PREFIX.match(image)
+                camera = camera_number(prefix[1], path) if prefix else UNKNOWN_CAMERA
                 rows.append((path, person, camera, modality, split))
     return rows
 

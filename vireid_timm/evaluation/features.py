@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..constants import CACHES, CROPS, FEATURES, MODALITIES
 from ..data.augment import normalize
+from ..data.images import ImageError, load_image
 from ..data.records import Records
 from ..data.store import ImageStore, image_store
 from ..data.workers import in_order
@@ -38,6 +40,8 @@ class Extraction:
         features: `after-bn` (after the BN-neck, as the model returns them) or `before-bn`.
         flip_test: Average over each image and its mirror image.
         crops: 1, or 5 to average over the image and its shifts into the four corners, see `views`.
+        centre: Subtract the mean of the modality's features, see `centred`. What an image's features are then depends
+            on which other images are extracted with it.
         size: Height and width that images are resized to, or (3, height, width) as timm has it; None for the model's
             own.
         batch_size: Images per forward pass.
@@ -53,6 +57,7 @@ class Extraction:
     features: str = 'after-bn'
     flip_test: bool = False
     crops: int = 1
+    centre: bool = False
     size: tuple[int, ...] | None = None
     batch_size: int = 128
     device: torch.device | str | None = None
@@ -131,6 +136,60 @@ def embed(
     rows = store.intact()
     table = extract(model, records[rows], store, rows, extraction).cpu()
     return table, rows.tolist() if pil_images else records.path[rows].tolist()
+
+
+def embed_batches(
+    model: nn.Module, paths: Sequence[str], modality: str, extraction: Extraction
+) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
+    """Yield the features of image files batch by batch, for more images than fit into memory. Each is decoded once.
+
+    Args:
+        model: One of this package's models. It is left unchanged.
+        paths: The files, [N].
+        modality: Modality of all of them.
+        extraction: How features are extracted. If several ranks run, each computes what it is given.
+
+    Yields:
+        Rows of the images in `paths`, [B]; their L2-normalised features on the CPU, [B, D] float32; and row -> why an
+        image of the same batch cannot be read, if broken images are skipped.
+
+    Raises:
+        ImageError: If an image is broken, unless broken images are skipped.
+        ValueError: On features that are not finite.
+    """
+    size = image_size(model, extraction)
+    device = extraction.device or next(model.parameters()).device
+    starts = range(0, len(paths), extraction.batch_size)
+    batches = [list(range(start, min(start + extraction.batch_size, len(paths)))) for start in starts]
+    read = partial(_read_batch, paths, size=size, extraction=extraction)
+    with closing(in_order(read, batches, workers=2)) as loaded:  # two threads read ahead
+        for rows, images, broken in loaded:
+            features = torch.empty(0, model.num_features)
+            if rows:
+                with _inference(model, device):
+                    features = _batch_features(model, modality, images, device, extraction).cpu()
+                check_finite(features, [paths[row] for row in rows])
+            yield rows, features, broken
+
+
+def _read_batch(
+    paths: Sequence[str], rows: list[int], size: tuple[int, int], extraction: Extraction
+) -> tuple[list[int], torch.Tensor, dict[int, str]]:
+    """Decode some files; return the rows of the intact ones, their images [B, 3, H, W] uint8, and the broken rows."""
+
+    def load(row: int) -> np.ndarray | ImageError:
+        try:
+            return load_image(paths[row], size)
+        except ImageError as error:
+            if extraction.skip_broken:
+                return error
+            raise
+
+    images = list(in_order(load, rows, workers=extraction.workers))
+    broken = {row: image.args[0] for row, image in zip(rows, images, strict=True) if isinstance(image, ImageError)}
+    intact = [image for image in images if not isinstance(image, ImageError)]
+    pixels = np.stack(intact).transpose(0, 3, 1, 2) if intact else np.empty((0, 3, *size), np.uint8)
+    return [row for row in rows if row not in broken], torch.from_numpy(np.ascontiguousarray(pixels)), broken
 
 
 def require_dual_stream(model: nn.Module) -> nn.Module:
@@ -225,7 +284,32 @@ def extract(
         _gather(table, [row for _, rows in batches for row in rows.tolist()])
     # Once at the end: a check after every batch would make the CPU wait for the GPU.
     check_finite(table, records.path)
-    return table
+    return centred(table, records.modality) if extraction.centre else table
+
+
+def centred(features: torch.Tensor, modality: np.ndarray) -> torch.Tensor:
+    """Subtract each modality's mean feature and normalise again.
+
+    What all images of a modality have in common says nothing about who they show, and keeps the modalities apart.
+
+    Args:
+        features: L2-normalised features, [N, D].
+        modality: `visible` or `infrared` for each, [N].
+
+    Returns:
+        L2-normalised features, [N, D]; 0 where a modality's images all have the same.
+
+    Raises:
+        ValueError: A modality has a single image, which would be its own mean.
+    """
+    result = features.clone()
+    for name in np.unique(modality).tolist():
+        rows = torch.from_numpy(np.flatnonzero(modality == name)).to(features.device)
+        if len(rows) == 1:
+            raise ValueError(f'there is one {name} image, which cannot be centred; give more images, or do not centre')
+        own = features[rows]
+        result[rows] = F.normalize(own - own.double().mean(dim=0).to(own.dtype))
+    return result
 
 
 def views(images: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iterator[torch.Tensor]:
@@ -281,10 +365,32 @@ def as_tensor(features: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:
     return full_precision(features.detach())
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Return 12 digits of the SHA-256 of the state dict's names, shapes, types and values, on any device."""
+def feature_settings(model: nn.Module, extraction: Extraction) -> dict[str, object]:
+    """Return what decides the features of an image, as plain values: a calibration holds for the same ones only.
+
+    The precision is left out: it moves similarities by less than other images of the same kind do.
+    """
+    return {
+        'weights': weights_fingerprint(model, classifiers=False),
+        'features': extraction.features,
+        'flip_test': extraction.flip_test,
+        'crops': extraction.crops,
+        'centre': extraction.centre,
+        'size': list(image_size(model, extraction)),
+    }
+
+
+def weights_fingerprint(model: nn.Module, classifiers: bool = True) -> str:
+    """Return 12 digits of the SHA-256 of the state dict's names, shapes, types and values, on any device.
+
+    Args:
+        model: The model.
+        classifiers: Whether they count; without them it is the fingerprint of the model with `num_classes=0`.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not classifiers and name.endswith('_head.fc.weight'):
+            continue
         digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
@@ -461,6 +567,7 @@ def _check_agreement(model: nn.Module, records: Records, extraction: Extraction)
         'features': extraction.features,
         'flip_test': extraction.flip_test,
         'crops': extraction.crops,
+        'centre': extraction.centre,
         'size': image_size(model, extraction),
         'batch_size': extraction.batch_size,
         'amp_dtype': str(extraction.amp_dtype),

@@ -1,11 +1,15 @@
-"""Search a gallery by features."""
+"""Search a gallery by features: exact, in blocks, so that a gallery may be larger than the memory."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..evaluation.features import as_tensor, check_finite
+
+_BLOCK = 1 << 24  # numbers of the gallery, or similarities, that are computed with at once
 
 
 class Found(NamedTuple):
@@ -23,7 +27,7 @@ class Found(NamedTuple):
 def nearest(
     query_features: torch.Tensor | np.ndarray, gallery_features: torch.Tensor | np.ndarray, count: int
 ) -> Found:
-    """Return the `count` most similar gallery images for each query, best first.
+    """Return the `count` most similar gallery images for each query, best first; of equal ones the lower row is first.
 
     Computes on the device of the gallery, in float64 if any features are float64, otherwise in float32.
 
@@ -44,9 +48,84 @@ def nearest(
         )
     if count < 1:
         raise ValueError(f'count must be at least 1, got {count}')
-    for name, features in (('query', query.view(-1, gallery.shape[1])), ('gallery', gallery)):
+    queries = query.view(-1, gallery.shape[1])
+    for name, features in (('query', queries), ('gallery', gallery)):
         check_finite(features, [f'{name} {i}' for i in range(len(features))])
-    dtype = torch.promote_types(query.dtype, gallery.dtype)
-    similarity = query.to(dtype) @ gallery.to(dtype).T
-    values, rows = similarity.topk(min(count, len(gallery)), dim=-1)
-    return Found(rows, values)
+    found = exact_search(queries.to(torch.promote_types(query.dtype, gallery.dtype)), gallery, count)
+    return found if query.ndim == 2 else Found(found.rows[0], found.similarity[0])
+
+
+def exact_search(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    count: int,
+    rows: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+) -> Found:
+    """Return the `count` most similar gallery images for each query, best first; of equal ones the lower row is first.
+
+    The gallery is read once, block by block.
+
+    Args:
+        queries: Features [Q, D]; their type and device are computed in.
+        gallery: Features [G, D] of any floating-point type on any device, such as a memory-mapped file.
+        count: Number of images K; fewer if the gallery has fewer.
+        rows: Rows of the gallery to search, ascending [R] int64; None for all.
+        mean: Subtracted from every gallery image [D], which is then normalised again; None to leave it out.
+
+    Returns:
+        Rows and similarities [Q, K] on the device of the queries.
+    """
+    best = Found(queries.new_empty(len(queries), 0, dtype=torch.int64), queries.new_empty(len(queries), 0))
+    for numbers, block in _blocks(gallery, rows):
+        block = block.to(queries.device, queries.dtype)
+        if mean is not None:
+            block = F.normalize(block - mean)
+        found = _search_block(queries, block, count)
+        best = _merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
+    return best
+
+
+def mean_features(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean [D] of some rows [R] of a gallery's features [G, D], which is read block by block."""
+    total = torch.zeros(gallery.shape[1], dtype=torch.float64)
+    for _, block in _blocks(gallery, rows):
+        total += block.float().sum(dim=0)
+    return (total / max(len(rows), 1)).float()
+
+
+def _blocks(gallery: torch.Tensor, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the rows [B] and the features [B, D] of a gallery part by part; rows as for `exact_search`."""
+    rows = torch.arange(len(gallery)) if rows is None else rows
+    for part in rows.split(max(1, _BLOCK // max(gallery.shape[1], 1))) if len(rows) else ():
+        first, last = int(part[0]), int(part[-1])
+        # A range needs no copy.
+        yield part, gallery[first : last + 1] if last - first + 1 == len(part) else gallery[part]
+
+
+def _search_block(queries: torch.Tensor, block: torch.Tensor, count: int) -> Found:
+    """Search gallery features [B, D] that are on the queries' device; rows are those of the block."""
+    step = max(1, _BLOCK // len(block))
+    parts = [_largest(queries[i : i + step] @ block.T, count) for i in range(0, max(len(queries), 1), step)]
+    return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _largest(similarity: torch.Tensor, count: int) -> Found:
+    """Return the columns of the `count` largest values of each row [Q, B], best first, equal ones by their column."""
+    count = min(count, similarity.shape[1])
+    values, columns = similarity.topk(count)
+    # Of equal values, topk takes any. Where more of them reach the last place than there is room for, sort.
+    is_tied = (similarity >= values[:, -1:]).sum(dim=1) > count
+    if is_tied.any():
+        ordered = similarity[is_tied].sort(dim=1, descending=True, stable=True)
+        values[is_tied], columns[is_tied] = ordered.values[:, :count], ordered.indices[:, :count]
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return Found(columns.gather(1, order), values)
+
+
+def _merged(first: Found, second: Found, count: int) -> Found:
+    """Return the best of two results of the same queries; all rows of the second one are higher."""
+    rows, similarity = (torch.cat(parts, dim=1) for parts in zip(first, second, strict=True))
+    similarity, order = similarity.sort(dim=1, descending=True, stable=True)
+    return Found(rows.gather(1, order)[:, :count], similarity[:, :count])
