@@ -1,0 +1,168 @@
+"""Large galleries: compressed features that fit into memory and find candidates, which are then compared exactly.
+
+FAISS (https://github.com/facebookresearch/faiss, arXiv 2401.08281) does the work. Here are only its settings, chosen by
+the size of the gallery; docs/large_galleries.md has the measurements behind them.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..files import check_writable, whole_folder
+
+INDEX, LISTS = 'index.faiss', 'lists.ivfdata'
+FEW = 10_000  # images below which features stay in half precision: k-means would have too few of them
+DIMENSIONS = 128  # that features are projected to
+BYTES = 64  # of an image's code
+PROBED = 256  # lists that a query is compared with
+CANDIDATES = 200  # at least, for a query
+
+_SAMPLE = 1 << 16  # images that the projection is learned from
+_PER_LIST = 64  # images for each list that the lists and codes are learned from
+_BLOCK = 1 << 24  # numbers that are converted to float32 at once
+_SHARD = 1 << 23  # images whose codes are in memory at once
+
+
+class Compressed:
+    """Compressed features on disk, mapped into memory. Threads may share it.
+
+    Attributes:
+        count: Number of images N that were compressed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open what `build` has written.
+
+        Raises:
+            FileNotFoundError: There is nothing.
+            ImportError: FAISS is not installed.
+        """
+        self._faiss = _faiss()
+        if not (folder / INDEX).is_file():
+            raise FileNotFoundError(f'there are no compressed features in {folder}')
+        flags = self._faiss.IO_FLAG_ONDISK_SAME_DIR | self._faiss.IO_FLAG_READ_ONLY
+        self._index = self._faiss.read_index(str(folder / INDEX), flags)
+        lists = self._faiss.extract_index_ivf(self._index)
+        self._lists = lists.nlist
+        # Threads that read ahead cost each query more than they save.
+        self._faiss.downcast_InvertedLists(lists.invlists).prefetch_nthread = 0
+        self.count = self._index.ntotal
+
+    def search(self, queries: np.ndarray, count: int, allowed: np.ndarray | None = None) -> np.ndarray:
+        """Return candidates for the most similar images, to be compared exactly.
+
+        Args:
+            queries: L2-normalised features [Q, D].
+            count: Number of images that are wanted in the end.
+            allowed: Which images may be found, [N] bool; None for all.
+
+        Returns:
+            Rows [Q, K] int64 in no useful order; K is `count` or more, and -1 stands where fewer images are allowed.
+        """
+        total = self.count if allowed is None else int(np.count_nonzero(allowed))
+        wanted = max(20 * count, CANDIDATES)
+        # The fewer are allowed, the more lists, so that as many images are compared.
+        probed = PROBED * self.count // max(total, 1)
+        rows = self._search(queries, wanted, probed, allowed)
+        is_short = (rows >= 0).sum(axis=1) < min(wanted, total)
+        if is_short.any():  # most of the allowed images are in other lists
+            rows[is_short] = self._search(queries[is_short], wanted, self._lists, allowed)
+        return rows
+
+    def _search(self, queries: np.ndarray, count: int, probed: int, allowed: np.ndarray | None) -> np.ndarray:
+        inner = self._faiss.SearchParametersIVF(nprobe=min(probed, self._lists))
+        if allowed is not None:
+            inner.sel = self._faiss.IDSelectorBitmap(np.packbits(allowed, bitorder='little'))
+        parameters = self._faiss.SearchParametersPreTransform(index_params=inner)
+        return self._index.search(np.ascontiguousarray(queries, np.float32), count, params=parameters)[1]
+
+
+def open(folder: str | Path) -> Compressed:
+    """Open what `build` has written; see `Compressed`."""
+    return Compressed(Path(folder))
+
+
+def build(features: np.ndarray, folder: str | Path, seed: int = 0) -> None:
+    """Compress features into a folder, which appears whole or not at all.
+
+    Features are read, and codes written, block by block, so that N may be any number.
+
+    Args:
+        features: L2-normalised [N, D] of any floating-point type, such as a memory-mapped file.
+        folder: Where to write; what is there is replaced.
+        seed: Of the sample that is learned from, and of k-means.
+
+    Raises:
+        ImportError: FAISS is not installed.
+        ValueError: There are no features.
+        OSError: The folder cannot be written.
+    """
+    faiss, folder = _faiss(), Path(folder)
+    if not len(features):
+        raise ValueError(f'there are no features to compress into {folder}')
+    check_writable(folder, is_folder=True)
+    from faiss.contrib.ondisk import merge_ondisk
+
+    with whole_folder(folder) as temporary:
+        index = _learned(faiss, features, seed)
+        shards = []
+        for start in range(0, len(features), _SHARD):
+            shards.append(temporary / f'{start}.shard')
+            shard = faiss.clone_index(index)
+            end = min(start + _SHARD, len(features))
+            for rows in _slices(start, end, features.shape[1]):
+                shard.add_with_ids(features[rows].astype(np.float32), np.arange(rows.start, rows.stop))
+            faiss.write_index(shard, str(shards[-1]))
+        merge_ondisk(index, [str(shard) for shard in shards], str(temporary / LISTS))
+        faiss.write_index(index, str(temporary / INDEX))
+        for shard in shards:
+            shard.unlink()
+
+
+def _learned(faiss: ModuleType, features: np.ndarray, seed: int) -> Any:
+    """Return an empty index; its projection, lists and codes are learned from a sample of the features."""
+    total, width = features.shape
+    if total < FEW:
+        index = faiss.IndexPreTransform(faiss.index_factory(width, 'IVF1,SQfp16', faiss.METRIC_INNER_PRODUCT))
+        index.train(features[:1].astype(np.float32))
+        return index
+    random = np.random.default_rng(seed)
+    size = min(BYTES, width)
+    projection = faiss.PCAMatrix(width, min(DIMENSIONS, width) // size * size)
+    projection.train(features[_sample(total, _SAMPLE, random)].astype(np.float32))
+    # Inner products must not lose the mean.
+    faiss.copy_array_to_vector(np.zeros(projection.d_out, np.float32), projection.b)
+    lists = 2 ** round(math.log2(4 * math.sqrt(total)))
+    inner = faiss.index_factory(projection.d_out, f'IVF{lists},PQ{size}', faiss.METRIC_INNER_PRODUCT)
+    inner.cp.seed = inner.pq.cp.seed = seed
+    rows = _sample(total, _PER_LIST * lists, random)
+    blocks = (features[rows[part]].astype(np.float32) for part in _slices(0, len(rows), width))
+    inner.train(np.concatenate([projection.apply(block) for block in blocks]))
+    index = faiss.IndexPreTransform(inner)
+    index.prepend_transform(projection)
+    return index
+
+
+def _sample(total: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw rows, ascending."""
+    return np.sort(random.choice(total, min(count, total), replace=False))
+
+
+def _slices(start: int, end: int, width: int) -> Iterator[slice]:
+    """Split rows into blocks."""
+    step = max(1, _BLOCK // width)
+    return (slice(first, min(first + step, end)) for first in range(start, end, step))
+
+
+def _faiss() -> ModuleType:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            'searching a compressed index needs the extra `search` (pip install "vireid_timm[search]")'
+        ) from error
+    return faiss
