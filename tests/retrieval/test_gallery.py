@@ -110,6 +110,27 @@ def test_of_equal_images_the_one_added_first_is_first(gallery: Gallery, monkeypa
         assert found(answer)[:7] == [1, 2, 4, 6, 7, 8, 11][:top]
 
 
+def test_candidates_are_compared_exactly_with_whatever_was_added_since(gallery: Gallery) -> None:
+    pytest.importorskip('faiss')
+    table = fill(gallery, 40, cameras=[number % 5 for number in range(40)])
+    gallery.save()
+    gallery.index.compress()
+    more = features(30, seed=5)
+    more[3] = table[8]  # equal to one that is compressed
+    gallery.add([f'/{number:03}.jpg' for number in range(40, 70)], features=more, cameras=[9] * 30)
+    gallery.remove(['/003.jpg', '/050.jpg'])
+    everything, queries = torch.cat([table, more]), torch.cat([features(6, seed=1), table[8:9]])
+    assert gallery.index.candidates(gallery.index.view()).count == 40
+    for where, allowed in (
+        (None, [row for row in range(70) if row not in (3, 50)]),
+        ('camera = 2', [2, 7, 12, 17, 22, 27, 32, 37]),
+        ('camera = 9', [row for row in range(40, 70) if row != 50]),
+        ('camera = 99', []),
+    ):
+        for query, answer in zip(queries, gallery.search_features(queries, 'infrared', top=9, where=where)):
+            assert found(answer) == ranked(query, everything, allowed)[:9]
+
+
 @pytest.mark.parametrize('names', [['a', 'b', 'c'], ['a'] * 6 + ['b', None], [None], ['a']])
 def test_one_result_per_identity(gallery: Gallery, names: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('vireid_timm.retrieval.gallery._PER_IDENTITY', 1)

@@ -25,6 +25,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument('--modality', choices=MODALITIES, help=text)
     text = "the name of an image's own folder is the person's identity (default: as in the index, or off)"
     add_switch(parser, '--folders-are-identities', text)
+    text = 'also compress the features, to search millions of images (default: as in the index, or off)'
+    add_switch(parser, '--compress', text)
     text = 'features after or before the BN-neck (default: those of the index, or after-bn)'
     parser.add_argument('--features', choices=FEATURES, help=text)
     text = "channels, height, width (default: the index's, or the model's)"
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
             size=args.input_size,
             features=args.features,
             folders_are_identities=args.folders_are_identities,
+            compress=args.compress,
             batch_size=args.batch_size,
             device=device,
             workers=args.workers,

@@ -4,8 +4,12 @@ FAISS (https://github.com/facebookresearch/faiss, arXiv 2401.08281) does the wor
 the size of the gallery; docs/large_galleries.md has the measurements behind them.
 """
 
+import ctypes
 import math
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,13 +43,14 @@ class Compressed:
 
         Raises:
             FileNotFoundError: There is nothing.
-            ImportError: FAISS is not installed.
+            ValueError: FAISS is not installed.
         """
-        self._faiss = _faiss()
+        self._faiss = require_faiss()
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f'there are no compressed features in {folder}')
         flags = self._faiss.IO_FLAG_ONDISK_SAME_DIR | self._faiss.IO_FLAG_READ_ONLY
-        self._index = self._faiss.read_index(str(folder / INDEX), flags)
+        with _silent():
+            self._index = self._faiss.read_index(str(folder / INDEX), flags)
         lists = self._faiss.extract_index_ivf(self._index)
         self._lists = lists.nlist
         # Threads that read ahead cost each query more than they save.
@@ -97,17 +102,16 @@ def build(features: np.ndarray, folder: str | Path, seed: int = 0) -> None:
         seed: Of the sample that is learned from, and of k-means.
 
     Raises:
-        ImportError: FAISS is not installed.
-        ValueError: There are no features.
+        ValueError: FAISS is not installed, or there are no features.
         OSError: The folder cannot be written.
     """
-    faiss, folder = _faiss(), Path(folder)
+    faiss, folder = require_faiss(), Path(folder)
     if not len(features):
         raise ValueError(f'there are no features to compress into {folder}')
     check_writable(folder, is_folder=True)
     from faiss.contrib.ondisk import merge_ondisk
 
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary, _silent():
         index = _learned(faiss, features, seed)
         shards = []
         for start in range(0, len(features), _SHARD):
@@ -127,7 +131,9 @@ def _learned(faiss: ModuleType, features: np.ndarray, seed: int) -> Any:
     """Return an empty index; its projection, lists and codes are learned from a sample of the features."""
     total, width = features.shape
     if total < FEW:
-        index = faiss.IndexPreTransform(faiss.index_factory(width, 'IVF1,SQfp16', faiss.METRIC_INNER_PRODUCT))
+        inner = faiss.index_factory(width, 'IVF1,SQfp16', faiss.METRIC_INNER_PRODUCT)
+        inner.cp.min_points_per_centroid = 1  # or FAISS warns
+        index = faiss.IndexPreTransform(inner)
         index.train(features[:1].astype(np.float32))
         return index
     random = np.random.default_rng(seed)
@@ -158,11 +164,28 @@ def _slices(start: int, end: int, width: int) -> Iterator[slice]:
     return (slice(first, min(first + step, end)) for first in range(start, end, step))
 
 
-def _faiss() -> ModuleType:
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what FAISS prints on standard output, where results go. It is C++, so redirecting `sys.stdout` is no use."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        with suppress(OSError, AttributeError, TypeError):  # where there is no C library of that name
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
+def require_faiss() -> ModuleType:
+    """Return the module; without it, raise an error that names the extra."""
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             'searching a compressed index needs the extra `search` (pip install "vireid_timm[search]")'
         ) from error
     return faiss

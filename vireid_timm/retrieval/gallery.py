@@ -34,7 +34,7 @@ from ..evaluation.features import (
 )
 from ..hub.folder import load_model, model_calibration
 from .index import About, Changed, Index, View
-from .search import exact_search, mean_features
+from .search import candidate_search, exact_search, mean_features
 
 _logger = logging.getLogger(__name__)
 
@@ -313,7 +313,11 @@ class Gallery:
 
     def _nearest(self, queries: torch.Tensor, view: View, count: int, mean: torch.Tensor | None) -> list[list[Hit]]:
         gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
-        found = exact_search(queries, gallery, count, rows, mean)
+        compressed = None if mean is not None else self.index.candidates(view)
+        if compressed is None:
+            found = exact_search(queries, gallery, count, rows, mean)
+        else:
+            found = candidate_search(queries, gallery, count, rows, compressed)
         images = self.index.images(view, found.rows.cpu().numpy())
         columns = zip(found.rows.tolist(), found.similarity.tolist(), strict=True)
         return [[(images[row], value) for row, value in zip(*pair, strict=True)] for pair in columns]

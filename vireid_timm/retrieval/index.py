@@ -4,11 +4,14 @@ An index is a folder: `index.json` says which model made it, `images.sqlite` has
 `features-<n>.f16` holds the features, L2-normalised in half precision, one after another. Features are written before
 the SQLite transaction that makes their rows visible. A process that is killed leaves bytes that no row points to, and
 the next writer overwrites them. Rows of removed images stay unused until they are many; then the features move to a
-file with the next number, so that whoever searches the old one meanwhile can go on.
+file with the next number, so that whoever searches the old one meanwhile can go on. `compressed-<n>`, where there is
+one, finds candidates among those features; images added since are always compared.
 """
 
 import json
+import logging
 import os
+import shutil
 import sqlite3
 import threading
 from collections import Counter
@@ -23,14 +26,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..data.listing import COLUMNS, ListedImage, normalized_time
-from ..files import save_json, whole_file
+from ..files import remove_leftovers, save_json, whole_file
+from . import compressed
+
+_logger = logging.getLogger(__name__)
 
 ABOUT, IMAGES, LOCK = 'index.json', 'images.sqlite', '.lock'
 FORMAT = 1  # raise it when older versions could not read an index
 PATIENCE = 10.0  # seconds to wait for another writer
+MOST_UNCOMPRESSED = 0.1  # share of images added since from which features are compressed again
 MOST_UNUSED = 0.5  # share of unused rows from which the features are moved together
 
-_FEATURES = 'features-{}.f16'
+_FEATURES, _COMPRESSED = 'features-{}.f16', 'compressed-{}'  # their generation
 _SCHEMA = """
 CREATE TABLE images (
     row INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, camera NUMERIC, time TEXT COLLATE moment, identity TEXT,
@@ -65,6 +72,7 @@ class About:
         mean: Subtracted from the channels of every image, whose values are from 0 to 1.
         std: What the channels are divided by then.
         folders_are_identities: Whether the name of an image's folder is its identity, see `list_images`.
+        compress: Whether compressed features find candidates, see `compressed`.
         calibration: What turns similarities into probabilities, as the model has it; None if it has none.
         format: Version of the index format.
     """
@@ -79,6 +87,7 @@ class About:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     folders_are_identities: bool = False
+    compress: bool = False
     calibration: dict[str, Any] | None = None
     format: int = FORMAT
 
@@ -153,6 +162,7 @@ class Index:
         self._guard = threading.RLock()
         self._file_lock = _lock(self.folder)
         self._is_held = False
+        self._candidates: tuple[int, compressed.Compressed] | None = None
         self._seen: tuple[tuple[int, int], View] | None = None
         self._wrong_times: set[str] = set()
         self._database = self._connect()
@@ -231,6 +241,34 @@ class Index:
             self._change(_INSERT, rows)
             self._query('UPDATE state SET next_row = ?', next_row + len(images))
 
+    def compress(self) -> None:
+        """Compress the features for candidates, unless that is done but for a few; call `hold` and `commit` first."""
+        next_row, generation, _ = self._state()
+        folder = self.folder / _COMPRESSED.format(generation)
+        covered = compressed.open(folder).count if folder.exists() else 0
+        if next_row and covered < (1 - MOST_UNCOMPRESSED) * next_row:
+            _logger.info(f'Compressing the features of {len(self):,} images')
+            compressed.build(self.view().features, folder)
+
+    def decompress(self) -> None:
+        """Remove the compressed features; call `hold` first."""
+        for folder in self.folder.glob(_COMPRESSED.format('*')):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def candidates(self, view: View) -> compressed.Compressed | None:
+        """Return what finds candidates among the rows of a view, or among as many as it covers; None if nothing does.
+
+        Raises:
+            ValueError: FAISS is not installed.
+        """
+        folder = self.folder / _COMPRESSED.format(view.generation)
+        with self._guard, suppress(FileNotFoundError):
+            number = folder.stat().st_ino  # another one when they were compressed again
+            if self._candidates is None or self._candidates[0] != number:
+                self._candidates = (number, compressed.open(folder))
+            return self._candidates[1]
+        return None
+
     def remove(self, paths: Iterable[str]) -> int:
         """Remove images by their paths; return how many of them there were."""
         with self._guard:
@@ -252,18 +290,15 @@ class Index:
         with self._guard:
             if not self._database.in_transaction:
                 return
-            old = None
             try:
-                old = self._move_together()
+                self._move_together()
                 with open(self._features_file(), 'r+b') as file:
                     os.fsync(file.fileno())
                 self._query('COMMIT')
             except BaseException:
                 self._discard()
                 raise
-            if old is not None:
-                with suppress(OSError):  # Windows keeps it while somebody reads it; the next writer removes it
-                    old.unlink()
+            self._remove_all_but(self._state()[1])
             if not self._is_held:
                 self._file_lock.release()
 
@@ -436,12 +471,17 @@ class Index:
             return
         if not self._file_lock.is_locked:
             _acquire(self._file_lock, self.folder)
+            remove_leftovers(self.folder, alone=True)
         self._query('BEGIN IMMEDIATE')
-        current = self._features_file()
-        for path in self.folder.glob(_FEATURES.format('*')):
-            if path != current:  # left by a process that was killed
-                with suppress(OSError):
-                    path.unlink()
+        self._remove_all_but(self._state()[1])
+
+    def _remove_all_but(self, generation: int) -> None:
+        """Remove features of other generations, which nobody but a search that began earlier reads."""
+        for pattern in (_FEATURES, _COMPRESSED):
+            for path in self.folder.glob(pattern.format('*')):
+                if path.name != pattern.format(generation):
+                    with suppress(OSError):  # Windows keeps files that somebody reads; the next writer removes them
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _discard(self) -> None:
         if self._database.in_transaction:
@@ -451,20 +491,18 @@ class Index:
         self._is_held = False
         self._file_lock.release(force=True)
 
-    def _move_together(self) -> Path | None:
-        """Write the used features to the next file if too many are unused; return the file to remove then."""
+    def _move_together(self) -> None:
+        """Write the used features to the file of the next generation if too many are unused."""
         next_row, generation, _ = self._state()
         view = self.view()
         if len(view.rows) >= (1 - MOST_UNUSED) * next_row:
-            return None
-        old, new = (self.folder / _FEATURES.format(number) for number in (generation, generation + 1))
-        with whole_file(new) as temporary, open(temporary, 'wb') as file:
+            return
+        with whole_file(self.folder / _FEATURES.format(generation + 1)) as temporary, open(temporary, 'wb') as file:
             for start in range(0, len(view.rows), _MANY):
                 file.write(view.features[view.rows[start : start + _MANY]].tobytes())
         numbers = ((number, row) for number, row in enumerate(view.rows.tolist()))
         self._change('UPDATE images SET row = ? WHERE row = ?', numbers)  # downwards, so each is free by then
         self._query('UPDATE state SET next_row = ?, generation = ?', len(view.rows), generation + 1)
-        return old
 
     def _features_file(self) -> Path:
         return self.folder / _FEATURES.format(self._state()[1])

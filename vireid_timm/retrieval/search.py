@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ..evaluation.features import as_tensor, check_finite
+from .compressed import Compressed
 
+_QUERIES = 64  # whose candidates are compared at once
 _BLOCK = 1 << 24  # numbers of the gallery, or similarities, that are computed with at once
 
 
@@ -84,6 +86,34 @@ def exact_search(
         found = _search_block(queries, block, count)
         best = _merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
     return best
+
+
+def candidate_search(
+    queries: torch.Tensor, gallery: torch.Tensor, count: int, rows: torch.Tensor, compressed: Compressed
+) -> Found:
+    """Compare queries with candidates that compressed features find, and with all images that these do not cover.
+
+    Similarities are exact; among the results, an image may be missing that was no candidate. Arguments as for
+    `exact_search`.
+    """
+    covered, added = rows[rows < compressed.count], rows[rows >= compressed.count]
+    parts = []
+    for part in queries.split(_QUERIES) if len(covered) else ():
+        allowed = None
+        if len(covered) < compressed.count:
+            allowed = np.zeros(compressed.count, bool)
+            allowed[covered.numpy()] = True
+        candidates = compressed.search(part.cpu().numpy(), count, allowed)
+        candidates = torch.from_numpy(candidates).sort(dim=1).values  # of equal images the lower row comes first
+        features = gallery[candidates.clamp(min=0)].to(part.device, part.dtype)  # [Q, K, D]
+        similarity = torch.bmm(features, part[:, :, None])[:, :, 0]
+        similarity[candidates.to(part.device) < 0] = -torch.inf
+        found = _largest(similarity, min(count, len(covered)))
+        parts.append(Found(candidates.to(part.device).gather(1, found.rows), found.similarity))
+    newer = exact_search(queries, gallery, count, added)
+    if not parts:
+        return newer
+    return _merged(Found(*(torch.cat(column) for column in zip(*parts, strict=True))), newer, count)
 
 
 def mean_features(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
