@@ -235,6 +235,7 @@ def _fit(
     fitted_on = {
         'dataset': dataset.name,
         'options': plain_options(dataset),
+        'split': 'test',
         'protocols': [plan.protocol.name for plan in plans],
         'draw': draw,
         'identities': len(people),
@@ -344,13 +345,10 @@ def _report(
             trials_fingerprint=_fingerprint(images.copy(), trials),
         )
         first = found[protocol.name][0][0]
-        is_predicted = calibration is not None and protocol.crosses
         results[protocol.name] = dataclasses.replace(
             result,
             decisions=mean_decisions([decided for _, decided in found[protocol.name]]),
-            calibration=reliability(_pairs(features, dataset, protocol, trials[0]), calibration)
-            if is_predicted
-            else None,
+            calibration=_reliability(features, dataset, plan, calibration),
             failures=_failures(features, dataset, plan, first, reranking, failures) if failures else [],
         )
     return Report(
@@ -382,6 +380,20 @@ def _pairs(features: torch.Tensor, dataset: Dataset, protocol: Protocol, trial: 
             identities[query[rows]][:, None] == identities[gallery],
             None if keys is None else keys[query[rows]][:, None] == keys[gallery],
         )
+
+
+def _reliability(
+    features: torch.Tensor,
+    dataset: Dataset,
+    plan: _Plan,
+    calibration: Calibration | None,
+) -> dict[str, dict[str, Any]] | None:
+    """Compare a calibration with the first trial; None if there is none or it is not about such pairs."""
+    if calibration is None or not plan.protocol.crosses:
+        return None
+    gallery = plan.trials[0][1]
+    images_per_person = len(gallery) / len(np.unique(dataset.test.identity[gallery]))
+    return reliability(_pairs(features, dataset, plan.protocol, plan.trials[0]), calibration, images_per_person)
 
 
 def _rank(

@@ -367,6 +367,9 @@ def _heading(report: Report) -> list[str]:
         lines.append(f'{flip_test}, {report.crops} crop{"s" if report.crops > 1 else ""}{centred}, {reranking}')
     else:
         lines.append(reranking)
+    if report.calibration:
+        of = '{identities} {split} identities of {dataset}'.format(**report.calibration)
+        lines.append(f'probabilities fitted on {of}')
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
     if report.learned_identities:

@@ -9,7 +9,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ..distributed import (
     process_group,
     rank_and_world_size,
 )
-from ..evaluation.evaluate import calibrate, evaluate
+from ..evaluation.evaluate import calibrate, evaluate, plain_options
 from ..evaluation.report import Report
 from ..figures.curves import plot_curves
 from ..files import save_json, whole_file, whole_folder
@@ -404,8 +404,9 @@ def _calibrate_best(run: Run) -> None:
     except ValueError as error:
         _logger.info(f'No calibration from similarities to probabilities: {error}')
         return
+    source = {'dataset': data.dataset.name, 'options': plain_options(data.dataset), 'split': 'validation'}
     if is_rank_zero():
-        save_calibration(calibration, folder)
+        save_calibration(replace(calibration, fitted_on={**calibration.fitted_on, **source}), folder)
 
 
 def _scores(report: Report) -> dict[str, float]:
