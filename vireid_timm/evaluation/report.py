@@ -368,8 +368,8 @@ def _heading(report: Report) -> list[str]:
     else:
         lines.append(reranking)
     if report.calibration:
-        of = '{identities} {split} identities of {dataset}'.format(**report.calibration)
-        lines.append(f'probabilities fitted on {of}')
+        count, split, dataset = (report.calibration.get(name) for name in ('identities', 'split', 'dataset'))
+        lines.append(f'probabilities fitted on {count} {split} identities of {dataset}')
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
     if report.learned_identities:
