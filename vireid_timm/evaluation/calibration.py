@@ -319,11 +319,11 @@ def _logistic(positive: np.ndarray, negative: np.ndarray, weight: float) -> tupl
         gradient = design.T @ (weights * (probability - target))
         curvature = (design * (weights * probability * (1 - probability))[:, None]).T @ design
         step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
-        before, size = loss(line), 1.0
-        while loss(line - size * step) > before and size > 1e-6:
+        size, before, gain = 1.0, loss(line), 1e-4 * gradient @ step
+        while loss(line - size * step) > before - size * gain and size > 1e-15:
             size /= 2
         line = line - size * step
-        if np.abs(size * step).max() < 1e-10:
+        if np.abs(gradient).max() < 1e-10 * weights.sum():
             break
     slope = line[0] / scale
     return float(slope), float(line[1] - slope * centre)
