@@ -135,6 +135,7 @@ def calibrate(
     extraction = Extraction(**options)
     model = require_dual_stream(model)
     plans = _crossing_plans(dataset, protocol, draw)
+    _people(dataset, plans)  # before the work
     features, plans, _ = _test_features(model, dataset, plans, store, extraction)
     return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
 
@@ -221,6 +222,15 @@ def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw
     return plans
 
 
+def _people(dataset: Dataset, plans: Sequence[_Plan]) -> int:
+    """Count the people who are searched for; too few are an error."""
+    rows = np.concatenate([query for plan in plans for query, _ in plan.trials])
+    count = len(np.unique(dataset.test.identity[rows]))
+    if count < FEW_PEOPLE:
+        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {count}')
+    return count
+
+
 def _fit(
     features: torch.Tensor,
     dataset: Dataset,
@@ -229,16 +239,14 @@ def _fit(
     settings: dict[str, Any],
     seed: int,
 ) -> Calibration:
-    people = np.unique(dataset.test.identity[np.concatenate([query for plan in plans for query, _ in plan.trials])])
-    if len(people) < FEW_PEOPLE:
-        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {len(people)}')
+    people = _people(dataset, plans)
     fitted_on = {
         'dataset': dataset.name,
         'options': plain_options(dataset),
         'split': 'test',
         'protocols': [plan.protocol.name for plan in plans],
         'draw': draw,
-        'identities': len(people),
+        'identities': people,
     }
     trials = [(plan, trial) for plan in plans for trial in plan.trials]
     num_pairs = sum(len(query) * len(gallery) for _, (query, gallery) in trials)
