@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..constants import CACHES, DATASETS, DIST_BN
-from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
+from ..loss.mutual_learning import MUTUAL_CONSTANTS, MUTUAL_LEARNING_MODES
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -79,6 +79,12 @@ class TrainConfig:
     )
     global_weight: float = _setting(0.6, 'loss', 'theta_1, weight of joint-global mutual learning (eq. 9)', minimum=0)
     fusion_weight: float = _setting(1.8, 'loss', 'theta_2, weight of joint-fusion mutual learning (eq. 10)', minimum=0)
+    mutual_constant: str = _setting(
+        'none',
+        'loss',
+        'no gradient into: none of a pair; in each direction the partner; the teacher, named first in --mutual',
+        choices=MUTUAL_CONSTANTS,
+    )
     triplet_weight: float = _setting(1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13)', minimum=0)
     smoothing: float = _setting(0.0, 'loss', 'label smoothing of the identity losses', minimum=0, maximum=1)
 

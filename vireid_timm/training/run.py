@@ -403,12 +403,13 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
 def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) -> ViReIDTask:
     task = ViReIDTask(
         model,
-        config.id_branches,
-        config.mutual,
-        config.global_weight,
-        config.fusion_weight,
-        config.triplet_weight,
-        config.smoothing,
+        id_branches=config.id_branches,
+        mutual=config.mutual,
+        global_weight=config.global_weight,
+        fusion_weight=config.fusion_weight,
+        mutual_constant=config.mutual_constant,
+        triplet_weight=config.triplet_weight,
+        smoothing=config.smoothing,
         gather_features=config.gather_features,
         device=device,
     )
