@@ -168,7 +168,14 @@ BUDGETS: dict[str, dict[str, Any]] = {
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
         'width': 64,
-        'settings': {**SMALL, 'identities_per_batch': 4, 'epochs': 1, 'warmup_epochs': 0, 'input_size': [3, 64, 32]},
+        'settings': {
+            **SMALL,
+            'identities_per_batch': 8,
+            'pad': 2,
+            'epochs': 1,
+            'warmup_epochs': 0,
+            'input_size': [3, 64, 32],
+        },
     },
     'cpu': {
         'title': 'ResNet-10-T from scratch, 6 epochs of 251 batches of 64 images at 128x64',
@@ -215,7 +222,7 @@ def settings_of(cell: str, seed: int, args: argparse.Namespace) -> dict[str, Any
         settings['model_kwargs'] = {'fuse_width': budget['width'], **changes.get('model_kwargs', {})}
     data = {'dataset': args.dataset, 'data_dir': args.data_dir}
     if args.dataset == 'synthetic':
-        small = dict(identities=8, test_identities=0, images_per_modality=4)
+        small = dict(identities=8, test_identities=0, images_per_modality=2)
         data = {'dataset': 'synthetic', 'dataset_kwargs': small if args.budget == 'smoke' else synthvi_v1.TRAINING}
     return {
         **settings,
