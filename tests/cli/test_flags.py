@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from timm.utils import ParseKwargs
 
 from vireid_timm.cli.demo import FINE_TUNING
 from vireid_timm.cli.main import COMMANDS, main
@@ -112,6 +113,37 @@ def test_other_mistakes_show_the_usage_in_one_line(words: str, capsys: pytest.Ca
     assert usage.startswith('usage: vireid') and message.startswith('vireid') and ': error: ' in message
 
 
+# Texts that name no file or folder, as do those of a setting.
+NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol'}
+
+
+@pytest.mark.parametrize('command', sorted(set(COMMANDS) - {'train'}))
+def test_a_tilde_is_the_home_folder_in_every_path(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for parser in _parsers(command):
+        for action in parser._actions:
+            is_text = action.nargs != 0 and action.type is not int and action.choices is None
+            if not is_text or action.dest in NO_PATHS or isinstance(action, ParseKwargs):
+                continue
+            assert action.type('~/a') == f'{tmp_path}/a', f'{parser.prog} {action.dest}'
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main('synth ~/images --identities 2 --test-identities 2 --size 32 16 --workers 0'.split()) == 0
+    words = 'eval --data-dir=~/images --model vireid_dml_r10t.synthvi --device=cpu --report=~/a.json --cache=off'
+    assert main([*words.split(), '--results-file=~/a.csv', '--input-size', '3', '32', '16']) == 0
+    assert main(['eval', '--compare', '~/a.json', '~/a.json']) == 0
+    assert main('eval --data-dir=~/images --checkpoint=~/no --device=cpu'.split()) == 1
+    assert f'{tmp_path}/no' in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.csv', 'a.json', 'images']
+
+
 def test_short_flags_stay() -> None:
     (parser,) = _parsers('eval')
     assert parser.parse_args(['--model', 'any', '-b', '3']).batch_size == 3
@@ -162,7 +194,7 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
     assert done.returncode == 0, done.stderr
     roots, packages, training = map(eval, done.stdout.splitlines())
     assert not roots
-    light = {'cli', 'constants', 'device', 'distributed', 'layers', 'loss', 'models', 'text', 'training', 'version'}
+    light = {'cli', 'constants', 'device', 'distributed', 'files', 'layers', 'loss', 'models', 'text', 'training', 'version'}
     assert set(packages) <= light
     assert set(training) <= {'vireid_timm.training.config', 'vireid_timm.training.interrupt'}
 

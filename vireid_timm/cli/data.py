@@ -10,6 +10,7 @@ from pathlib import Path
 from timm.utils import ParseKwargs
 
 from ..constants import DATASETS
+from ..files import expanded_path
 from .parser import Parser
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
         'Check images before you use them: read every one, count people and images, and list all that is odd. '
         'The exit status is 1 if something makes results meaningless.'
     )
-    parser.add_argument('directory', metavar='DIR', help='root folder; the file itself for csv')
+    parser.add_argument('directory', metavar='DIR', type=expanded_path, help='root folder; the file itself for csv')
     names = ', '.join(name for name in DATASETS if name != 'synthetic')
     text = f'reader: {names} (default: folder, or csv for a file)'
     parser.add_argument('--dataset', metavar='NAME', help=text)

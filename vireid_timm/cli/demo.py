@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..constants import INFRARED, VISIBLE
+from ..files import expanded_path
 from .parser import Parser, add_device_flag
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         'draw what the model finds, on rendered images. Takes about four minutes on two CPU cores.'
     )
     text = 'folder for the model, demo.json and ranking.png (default: output/demo)'
-    parser.add_argument('--output', type=Path, default=Path('output/demo'), metavar='DIR', help=text)
+    parser.add_argument('--output', type=expanded_path, default='output/demo', metavar='DIR', help=text)
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the fine-tuning (default: 0)')
     add_device_flag(parser)
     parser.set_defaults(run=lambda args: run_demo(args.output, args.seed, args.device))

@@ -7,7 +7,6 @@ SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2
 import dataclasses
 import difflib
 import operator
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..constants import CACHES, DATASETS, DIST_BN
+from ..files import expanded_path
 from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
@@ -226,12 +226,7 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
         raise ValueError(f'{where} must be {metadata["example"]}, got {value!r}')
     if 'choices' in metadata and value not in metadata['choices']:
         raise ValueError(f'{where} must be one of {", ".join(metadata["choices"])}, got {value!r}')
-    return _expanded(value) if metadata.get('is_path') else value
-
-
-def _expanded(path: str) -> str:
-    """Replace a leading ~, which no shell does in YAML, after `=`, or after `local-dir:`."""
-    return re.sub('^(local-dir:)?(~[^/]*)', lambda found: (found[1] or '') + os.path.expanduser(found[2]), path)
+    return expanded_path(value) if metadata.get('is_path') else value
 
 
 def _as_float(value: int | str) -> float | int | str:
@@ -252,7 +247,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ValueError: Neither; the error lists the recipes.
     """
-    path, recipes = Path(os.path.expanduser(name)), recipe_names()
+    path, recipes = Path(expanded_path(str(name))), recipe_names()
     if str(name) in recipes:
         return RECIPES / f'{name}.yaml'
     if not path.suffix and not path.exists():
