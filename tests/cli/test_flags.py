@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from timm.utils import ParseKwargs
 
 from vireid_timm.cli.demo import FINE_TUNING
@@ -113,6 +114,40 @@ def test_other_mistakes_show_the_usage_in_one_line(words: str, capsys: pytest.Ca
     assert usage.startswith('usage: vireid') and message.startswith('vireid') and ': error: ' in message
 
 
+SMALL = '--dataset synthetic --dataset-kwargs identities=0 test_identities=4'
+# A complete command line of every parser that has flags with whole numbers; of `train` they are settings.
+COMPLETE = {
+    'vireid synth': 'synth {folder}/images --identities 2 --test-identities 2 --size 32 16',
+    'vireid data': 'data {folder} --dataset-kwargs test_share=0',
+    'vireid demo': 'demo --output {folder}/demo',
+    'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
+    'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
+}
+
+
+@pytest.mark.parametrize(
+    ('prog', 'flag', 'count'),
+    [
+        (parser.prog, action.option_strings[-1], action.nargs or 1)
+        for command in sorted(set(COMMANDS) - {'train'})
+        for parser in _parsers(command)
+        for action in parser._actions
+        if action.type is int and not action.choices
+    ],
+)
+def test_whole_numbers_out_of_range_are_named(
+    prog: str, flag: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for modality in ('visible', 'infrared'):
+        (tmp_path / 'train' / modality / 'anna').mkdir(parents=True)
+        Image.new('RGB', (8, 16)).save(tmp_path / 'train' / modality / 'anna' / 'a.png')
+    for value in (-1, 10**30):
+        values = ['3'] * (count == 3) + [str(value)] * min(count, 2)
+        assert main([*COMPLETE[prog].format(folder=tmp_path).split(), flag, *values]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith('vireid: error: ') and str(value) in error and 'fault of' not in error
+
+
 # Texts that name no file or folder, as do those of a setting.
 NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol'}
 
@@ -194,7 +229,19 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
     assert done.returncode == 0, done.stderr
     roots, packages, training = map(eval, done.stdout.splitlines())
     assert not roots
-    light = {'cli', 'constants', 'device', 'distributed', 'files', 'layers', 'loss', 'models', 'text', 'training', 'version'}
+    light = {
+        'cli',
+        'constants',
+        'device',
+        'distributed',
+        'files',
+        'layers',
+        'loss',
+        'models',
+        'text',
+        'training',
+        'version',
+    }
     assert set(packages) <= light
     assert set(training) <= {'vireid_timm.training.config', 'vireid_timm.training.interrupt'}
 

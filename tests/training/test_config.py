@@ -1,10 +1,11 @@
 """Settings: one dataclass behind the command line, YAML files and `train()`."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from vireid_timm.training.config import RECIPES, TrainConfig, find_config, load_yaml, recipe_names
+from vireid_timm.training.config import RECIPES, SETTINGS, TrainConfig, find_config, kind_of, load_yaml, recipe_names
 
 
 def test_defaults_are_the_papers_recipe() -> None:
@@ -69,6 +70,16 @@ def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=message) as caught:
         load_yaml(path)
     assert str(path) in str(caught.value)
+
+
+def test_every_whole_number_has_a_largest_value() -> None:
+    names = [name for name, setting in SETTINGS.items() if int in (kind_of(setting)[0], *get_args(kind_of(setting)[0]))]
+    assert {'epochs', 'seed', 'input_size', 'workers'} < set(names)
+    for name in names:
+        is_list = 'nargs' in SETTINGS[name].metadata
+        for value, bound in ((-1, 'at least'), (10**30, 'at most')):
+            with pytest.raises(ValueError, match=f'configuration: {name} must be {bound} [0-9]+, got {value}'):
+                TrainConfig.from_mapping({name: [value] * 3 if is_list else value})
 
 
 def test_numbers_can_be_text(tmp_path: Path) -> None:

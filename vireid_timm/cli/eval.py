@@ -12,7 +12,9 @@ from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_fl
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from ..data.records import Dataset
     from ..evaluation.report import Report
 
 
@@ -101,16 +103,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
-    from ..data.readers import create_dataset
     from ..device import autocast_dtype
+    from ..distributed import all_ranks
     from ..evaluation.evaluate import evaluate
-    from ..hub.folder import load_model, split_problem
 
-    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
-    model = load_model(args.model, pretrained=args.pretrained)
-    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
-    if problem:
-        logging.getLogger(__name__).warning(problem)
+    dataset, model, learned = all_ranks(lambda: _load(args))
     report = evaluate(
         model.to(device),
         dataset,
@@ -130,6 +127,19 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         progress=True,
     )
     return dataclasses.replace(report, learned_identities=learned)
+
+
+def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module', int]:
+    """Return the dataset, the model, and how many test identities it was trained on."""
+    from ..data.readers import create_dataset
+    from ..hub.folder import load_model, split_problem
+
+    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
+    model = load_model(args.model, pretrained=args.pretrained)
+    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
+    if problem:
+        logging.getLogger(__name__).warning(problem)
+    return dataset, model, learned
 
 
 def _show(report: 'Report', args: argparse.Namespace) -> None:

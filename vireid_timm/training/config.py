@@ -19,10 +19,10 @@ import yaml
 from ..constants import CACHES, DATASETS, DIST_BN
 from ..files import expanded_path
 from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
+from ..options import LARGEST_SEED, MANY, MAX_SIDE, MAX_WORKERS
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
-_LARGEST = 2**63 - 1  # integer that torch and NumPy take
 _BOUNDS = {'minimum': ('at least', operator.ge), 'above': ('above', operator.gt), 'maximum': ('at most', operator.le)}
 
 
@@ -34,7 +34,8 @@ def _setting(default: Any, group: str, text: str, **metadata: Any) -> Any:
         group: Heading in the help.
         text: What the help says.
         **metadata: `everyday` (shown by `vireid train --help`, not only by `--help-all`), `unset` (what applies if the
-            default is empty), `nargs` and `choices` as in argparse, `minimum`, `above`, `maximum`,
+            default is empty), `nargs` and `choices` as in argparse, `minimum`, `above`, `maximum` (of whole numbers
+            `MANY` by default),
             `pattern` with `example`, and `is_path` (a leading ~ is expanded).
     """
     metadata = {'group': group, 'help': text, **metadata}
@@ -58,14 +59,25 @@ class TrainConfig:
     identities_per_batch: int | None = _setting(
         None, 'data', 'identities per batch (P)', everyday=True, unset='8, or all if fewer', minimum=1
     )
-    images_per_modality: int = _setting(4, 'data', 'images per identity and modality in a batch (K)', minimum=1)
-    workers: int | None = _setting(None, 'data', 'images decoded at once', unset='one per core, at most 8', minimum=0)
+    images_per_modality: int = _setting(
+        4, 'data', 'images per identity and modality in a batch (K)', minimum=1, maximum=1000
+    )
+    workers: int | None = _setting(
+        None, 'data', 'images decoded at once', unset='one per core, at most 8', minimum=0, maximum=MAX_WORKERS
+    )
 
     model: str = _setting('vireid_dml_r50', 'model', MODEL_HELP, everyday=True, is_path=True)
     pretrained: bool = _setting(False, 'model', "start from the model's weights", everyday=True)
     model_kwargs: dict[str, Any] = _setting({}, 'model', "model's arguments, e.g. spatial_weights=static")
     input_size: list[int] | None = _setting(
-        None, 'model', 'channels, height, width', everyday=True, unset="the model's", nargs=3, minimum=1
+        None,
+        'model',
+        'channels, height, width',
+        everyday=True,
+        unset="the model's",
+        nargs=3,
+        minimum=1,
+        maximum=MAX_SIDE,
     )
     drop: float = _setting(0.0, 'model', 'dropout rate before the classifiers', minimum=0, maximum=1)
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
@@ -82,7 +94,9 @@ class TrainConfig:
     triplet_weight: float = _setting(1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13)', minimum=0)
     smoothing: float = _setting(0.0, 'loss', 'label smoothing of the identity losses', minimum=0, maximum=1)
 
-    pad: int = _setting(10, 'augmentation', 'black border before the random crop, in pixels', minimum=0)
+    pad: int = _setting(
+        10, 'augmentation', 'black border before the random crop, in pixels', minimum=0, maximum=MAX_SIDE
+    )
     hflip: float = _setting(0.5, 'augmentation', 'probability of a horizontal flip', minimum=0, maximum=1)
     channel_combination: bool = _setting(True, 'augmentation', 'random channel combination of visible images')
     reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing', minimum=0, maximum=1)
@@ -100,7 +114,7 @@ class TrainConfig:
     opt_kwargs: dict[str, Any] = _setting({}, 'optimiser', 'further arguments of the optimiser')
     clip_grad: float | None = _setting(None, 'optimiser', 'clip gradients to this value', unset='no clipping', above=0)
     clip_mode: str = _setting('norm', 'optimiser', 'how to clip gradients', choices=('norm', 'value', 'agc'))
-    grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step', minimum=1)
+    grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step', minimum=1, maximum=1000)
 
     sched: str = _setting('multistep', 'schedule', 'timm scheduler, any but plateau')
     epochs: int = _setting(80, 'schedule', 'epochs to train', everyday=True, minimum=1)
@@ -134,7 +148,9 @@ class TrainConfig:
     model_ema_decay: float = _setting(0.9998, 'averaging', 'decay of the average per step', minimum=0, maximum=1)
     model_ema_warmup: bool = _setting(False, 'averaging', 'raise the decay from 0 at the start')
 
-    seed: int = _setting(42, 'run', 'seed of initial weights, batches and augmentation', minimum=0)
+    seed: int = _setting(
+        42, 'run', 'seed of initial weights, batches and augmentation', minimum=0, maximum=LARGEST_SEED
+    )
     val_interval: int = _setting(5, 'run', 'epochs between validations; the last epoch is always validated', minimum=1)
     log_interval: int = _setting(50, 'run', 'steps between progress lines', minimum=1)
     tensorboard: bool = _setting(False, 'run', 'write TensorBoard curves, too; needs the extra `tensorboard`')
@@ -215,8 +231,7 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
         value = str(value)  # YAML reads 500 as a number
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f'{where} must be of type {kind.__name__}, got {value!r}')
-    if kind is int and abs(value) > _LARGEST:
-        raise ValueError(f'{where} must be at most {_LARGEST}, got {value}')
+    metadata = {**({'maximum': MANY} if kind is int else {}), **metadata}
     if kind is dict and not all(isinstance(key, str) for key in value):
         raise ValueError(f'{where} must have names as keys, got {value!r}')
     for bound, (text, holds) in _BOUNDS.items():
