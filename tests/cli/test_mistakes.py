@@ -31,6 +31,7 @@ def _said(capsys: pytest.CaptureFixture, arguments: list[str]) -> tuple[int, str
     [
         [*EVAL, '--dataset-kwargs'],
         ['hub', 'save', 'run', 'folder', '--dataset-kwargs'],
+        ['data', 'folder', '--dataset-kwargs'],
         *([*TRAIN, flag] for flag in ('--dataset-kwargs', '--model-kwargs', '--opt-kwargs')),
     ],
 )

@@ -312,9 +312,7 @@ DARK_JPEG2000 = base64.b64decode(
 @pytest.mark.skipif(not features.check('jpg_2000'), reason='this Pillow has no JPEG 2000')
 def test_deep_jpeg_2000_that_would_be_black_is_refused(tmp_path):
     (tmp_path / 'a.j2k').write_bytes(DARK_JPEG2000)
-    with pytest.raises(
-        ImageError, match='a.j2k: .* of its 16 bits per channel only the upper 8 can be read.*PNG or TIFF'
-    ):
+    with pytest.raises(ImageError, match='a.j2k: .*of its 16 bits per channel only the upper 8 can be read'):
         read_image(str(tmp_path / 'a.j2k'))
     for mode in ('L', 'RGB', 'RGBA'):  # 8 bits may be as dark
         for suffix in ('j2k', 'jp2'):

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from timm.utils import ParseKwargs
-
 from ..constants import DATASETS
 from ..files import expanded_path
-from .parser import Parser
+from .parser import KeyValues, Parser
 
 
 def add_arguments(parser: Parser) -> None:
@@ -26,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     text = f'reader: {names} (default: folder, or csv for a file)'
     parser.add_argument('--dataset', metavar='NAME', help=text)
     text = "reader's options, e.g. trial=3 for regdb (default: none)"
-    parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=text)
+    parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=text)
     parser.add_argument('--json', action='store_true', help='print JSON (default: off)')
     text = 'images decoded at once (default: one per core, at most 8)'
     parser.add_argument('--workers', type=int, metavar='N', help=text)

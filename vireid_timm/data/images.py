@@ -141,11 +141,12 @@ def _deep_values(image: Image.Image, tile: tuple, file: BinaryIO) -> np.ndarray 
         values = _packed_values(image, packing, file)
     elif tile[0] in ('ppm', 'ppm_plain') and image.mode == 'RGB' and arguments[-1] > 255:
         file.seek(tile[2])
-        plain = tile[0] == 'ppm_plain'
-        numbers = np.array(file.read().split(), np.float64) if plain else np.frombuffer(file.read(), '>u2')
-        values = numbers[: 3 * image.width * image.height].reshape(image.height, image.width, 3) * (
-            65535 / arguments[-1]
-        )
+        count = 3 * image.width * image.height
+        if tile[0] == 'ppm':
+            numbers = np.frombuffer(file.read(), '>u2', count)
+        else:
+            numbers = np.array(file.read().split()[:count], np.float64)
+        values = numbers.reshape(image.height, image.width, 3) * (65535 / arguments[-1])
     else:
         _check_jpeg2000(image, file)
         return None
@@ -157,7 +158,7 @@ def _deep_values(image: Image.Image, tile: tuple, file: BinaryIO) -> np.ndarray 
 
 
 def _check_jpeg2000(image: Image.Image, file: BinaryIO) -> None:
-    """Refuse a JPEG 2000 file of more than 8 bits that is nearly black in its upper 8, which are all that Pillow has."""
+    """Refuse a JPEG 2000 file of more than 8 bits that is nearly black in the upper 8, which Pillow keeps."""
     if image.format != 'JPEG2000' or len(image.getbands()) == 1:
         return
     file.seek(0)
