@@ -13,13 +13,12 @@ LARGEST_SEED = 2**63 - 1  # integer that torch and NumPy take
 MAX_SIDE = 4096  # pixels of an image that a network takes
 MAX_WORKERS = 256
 
-_WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a word', NoneType: 'None'}
+_WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', NoneType: 'None'}
 
 
 def check_range(name: str, value: int, minimum: int = 0, maximum: int = MANY) -> None:
     """Raise ValueError, which names the number, if it is no whole number or not in its range."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ValueError(f'{name} must be a whole number, got {value!r}')
+    check_kind(name, value, int)
     if value < minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
     if value > maximum:
@@ -41,9 +40,14 @@ def check_kinds(options: Mapping[str, Any], functions: Sequence[Callable], where
     """
     for function in functions:
         for name, parameter in inspect.signature(function).parameters.items():
-            kind = _kind_of(parameter)
-            if name in options and options[name] is not parameter.default and not _fits(options[name], kind):
-                raise ValueError(f'{where}{name!r} must be {_described(kind)}, got {options[name]!r}')
+            if name in options and options[name] is not parameter.default:
+                check_kind(f'{where}{name!r}', options[name], _kind_of(parameter))
+
+
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError, which names the value, if it is not what an annotation says."""
+    if not _fits(value, kind):
+        raise ValueError(f'{name} must be {_described(kind)}, got {value!r}')
 
 
 def _kind_of(parameter: inspect.Parameter) -> Any:
@@ -68,9 +72,15 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is tuple and inner and inner[-1] is not Ellipsis:
         return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin in (tuple, list, Sequence, Collection):
-        several = isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
-        return several and all(_fits(one, inner[0]) for one in value if inner)
-    if origin in (bool, str, dict, NoneType, torch.Tensor):
+        several = isinstance(value, (list, tuple) if origin is list else Collection)
+        return (
+            several
+            and not isinstance(value, (str, bytes, dict))
+            and all(_fits(one, inner[0]) for one in value if inner)
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(key, inner[0]) for key in value if inner)
+    if origin in (bool, str, NoneType, torch.Tensor):
         return isinstance(value, origin)
     return True
 
@@ -81,4 +91,6 @@ def _described(kind: Any) -> str:
         return ' or '.join(dict.fromkeys(_described(one) for one in inner if one is not torch.Tensor))
     if origin is tuple and inner and inner[-1] is not Ellipsis:
         return f'({", ".join(map(_described, inner))})'
-    return _WORDS.get(origin, 'a dictionary' if origin is dict else 'several values in brackets')
+    if origin is dict:
+        return 'names with values' if inner and inner[0] is str else 'a dictionary'
+    return _WORDS.get(origin) or (f'a list, each {_described(inner[0])}' if inner else 'a list')

@@ -79,7 +79,7 @@ def test_options_are_read_as_timm_reads_them() -> None:
         ('--dataset-kwargs size=(64,32.5)', "option 'size' must be (a whole number, a whole number), got (64, 32.5)"),
         ('--dataset-kwargs identities=2.5', "option 'identities' must be a whole number, got 2.5"),
         ('--dataset-kwargs identities=True', "option 'identities' must be a whole number, got True"),
-        ('--dataset-kwargs spectrum=1', "option 'spectrum' must be a word, got 1"),
+        ('--dataset-kwargs spectrum=1', "option 'spectrum' must be text, got 1"),
         (f'--seed {10**30}', f'seed must be at most {2**63 - 1}, got {10**30}'),
         (f'--epochs {2**63}', 'epochs must be at most 1000000'),
         (f'--epochs {"9" * 5000}', 'argument --epochs: '),

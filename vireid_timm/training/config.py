@@ -19,7 +19,7 @@ import yaml
 from ..constants import CACHES, DATASETS, DIST_BN
 from ..files import expanded_path
 from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
-from ..options import LARGEST_SEED, MANY, MAX_SIDE, MAX_WORKERS
+from ..options import LARGEST_SEED, MANY, MAX_SIDE, MAX_WORKERS, check_kind
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -215,25 +215,21 @@ def _checked_value(setting: dataclasses.Field, value: Any, source: str) -> Any:
         if not optional:
             raise ValueError(f'{where} needs a value')
         return None
-    if get_origin(kind) is list:
-        (element,), count = get_args(kind), metadata['nargs']
-        if not isinstance(value, (list, tuple)) or (count != '+' and len(value) != count):
-            number = 'a list of' if count == '+' else f'a list of {count}'
-            raise ValueError(f'{where} must be {number} {element.__name__} values, got {value!r}')
-        return [_checked_single(entry, element, metadata, where) for entry in value]
-    return _checked_single(value, get_origin(kind) or kind, metadata, where)
+    if get_origin(kind) is not list:
+        return _checked_single(value, kind, metadata, where)
+    check_kind(where, value, list)
+    if metadata['nargs'] not in ('+', len(value)):
+        raise ValueError(f'{where} must be {metadata["nargs"]} values, got {value!r}')
+    return [_checked_single(entry, get_args(kind)[0], metadata, where) for entry in value]
 
 
-def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: str) -> Any:
+def _checked_single(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _as_float(value)  # YAML reads 5e-4 as text
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # YAML reads 500 as a number
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f'{where} must be of type {kind.__name__}, got {value!r}')
+    check_kind(where, value, kind)
     metadata = {**({'maximum': MANY} if kind is int else {}), **metadata}
-    if kind is dict and not all(isinstance(key, str) for key in value):
-        raise ValueError(f'{where} must have names as keys, got {value!r}')
     for bound, (text, holds) in _BOUNDS.items():
         if bound in metadata and not holds(value, metadata[bound]):
             raise ValueError(f'{where} must be {text} {metadata[bound]}, got {value}')

@@ -112,7 +112,8 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
                     except NonFiniteLoss as error:
                         raise _diverged(run, error) from None
             except Stopped as stopped:
-                raise stopped.with_outcome(_how_to_resume(folder)) from None
+                stopped.outcome = _how_to_resume(folder)
+                raise
             except RuntimeError as error:  # another rank has stopped already
                 if stop.signal is None or not is_lost_rank(error):
                     raise
