@@ -372,6 +372,7 @@ def _probe_model(config: TrainConfig) -> DualStreamResNet:
     name, names = resolve_model_name(config.model), ', '.join(timm.list_models('vireid_*'))
     for args in ({}, model_args(config)):
         try:
+            check_kinds(args, [timm.create_model], 'argument ')
             model = timm.create_model(name, pretrained=False, device='meta', **args)
         except Exception as error:  # wrong arguments make timm and torch raise any type
             hint = '; check --model-kwargs' if args else f' (models of this library: {names})'
