@@ -6,6 +6,7 @@ SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2
 
 import dataclasses
 import difflib
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -229,6 +230,8 @@ def _checked_single(value: Any, kind: Any, metadata: Mapping[str, Any], where: s
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # YAML reads 500 as a number
     check_kind(where, value, kind)
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f'{where} must be a finite number, got {value}')
     metadata = {**({'maximum': MANY} if kind is int else {}), **metadata}
     for bound, (text, holds) in _BOUNDS.items():
         if bound in metadata and not holds(value, metadata[bound]):
@@ -243,7 +246,9 @@ def _checked_single(value: Any, kind: Any, metadata: Mapping[str, Any], where: s
 def _as_float(value: int | str) -> float | int | str:
     try:
         return float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
+        return math.inf
+    except ValueError:
         return value
 
 
