@@ -238,6 +238,7 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
         'layers',
         'loss',
         'models',
+        'options',
         'text',
         'training',
         'version',
