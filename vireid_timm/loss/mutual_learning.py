@@ -22,8 +22,8 @@ MUTUAL_LEARNING_MODES = {
     'joint-to-both': (('joint', 'global', 'global_weight'), ('joint', 'fusion', 'fusion_weight')),
 }
 
-# What gets no gradient: nothing; in each direction of KL the prediction that is learned from, as in deep mutual learning
-# (arXiv:1706.00384, eq. 3 and 6); or the branch named first in a mode, which then teaches and is not taught.
+# What gets no gradient. `partner`: in each direction of KL the prediction that is learned from, as in deep mutual
+# learning (arXiv:1706.00384, eq. 3 and 6). `teacher`: the branch named first in a mode, which teaches and is not taught.
 MUTUAL_CONSTANTS = ('none', 'partner', 'teacher')
 
 
