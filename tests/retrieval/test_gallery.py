@@ -194,6 +194,15 @@ def test_probabilities_come_from_the_calibration_and_only_where_it_holds(
             values = torch.tensor([match.similarity for match in answer.results])
             assert [match.probability for match in answer.results] == calibration().probability(values, size).tolist()
             assert answer.nobody == calibration().nobody(values[:1], size).item()
+    # Where all identities are known, so is the mean number of a person's images.
+    gallery.add(['/000.jpg'], features=features(1), identities=['anna'], cameras=[2])
+    gallery.remove([f'/{number:03}.jpg' for number in range(1, 12)])
+    gallery.add([f'/{number:03}.jpg' for number in range(12, 20)], features=features(8), identities=[*'aaabbbbc'])
+    for where, size, mean in ((None, 9, 9 / 4), ("identity IN ('b', 'c')", 5, 5 / 2)):
+        for answer in gallery.search_features(queries, 'infrared', where=where):
+            values = torch.tensor([match.similarity for match in answer.results])
+            expected = calibration().probability(values, size, mean).tolist()
+            assert [match.probability for match in answer.results] == expected
     assert all(
         answer.nobody is None and answer.results[0].probability is None
         for answers in (

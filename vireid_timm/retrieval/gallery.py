@@ -286,7 +286,9 @@ class Gallery:
                 found = self._find(queries, view, top, by_identity, mean)
             except Changed:
                 continue
-            return self._answers(found, len(view.rows), self._calibration(modality, centre))
+            calibration = self._calibration(modality, centre)
+            people = None if calibration is None else self.index.images_per_person(where)
+            return _answers(found, len(view.rows), calibration, people)
 
     @property
     def modality(self) -> str:
@@ -334,18 +336,6 @@ class Gallery:
         if differing:
             _logger.warning(f'Probabilities are left out: the calibration was fitted with another {differing}')
         return None if differing else calibration
-
-    def _answers(self, found: list[list[Hit]], gallery_size: int, calibration: Calibration | None) -> list[Answer]:
-        answers = []
-        for number, results in enumerate(found):
-            similarity = torch.tensor([value for _, value in results])
-            probabilities, nobody = [None] * len(results), None
-            if calibration is not None and results:
-                probabilities = calibration.probability(similarity, gallery_size).tolist()
-                nobody = calibration.nobody(similarity[:1], gallery_size).item()
-            matches = [Match(*image, value, odds) for (image, value), odds in zip(results, probabilities, strict=True)]
-            answers.append(Answer(f'query {number}', nobody, matches))
-        return answers
 
     def _embed(
         self, queries: Sequence[Query | Sequence[Query]], modality: str, skip_broken: bool
@@ -433,6 +423,21 @@ class Gallery:
 def _check_modality(modality: str) -> None:
     if modality not in MODALITIES:
         raise ValueError(f'the modality of the queries must be one of {", ".join(MODALITIES)}, got {modality!r}')
+
+
+def _answers(
+    found: list[list[Hit]], gallery_size: int, calibration: Calibration | None, images_per_person: float | None
+) -> list[Answer]:
+    answers = []
+    for number, results in enumerate(found):
+        similarity = torch.tensor([value for _, value in results])
+        probabilities, nobody = [None] * len(results), None
+        if calibration is not None and results:
+            probabilities = calibration.probability(similarity, gallery_size, images_per_person).tolist()
+            nobody = calibration.nobody(similarity[:1], gallery_size).item()
+        matches = [Match(*image, value, odds) for (image, value), odds in zip(results, probabilities, strict=True)]
+        answers.append(Answer(f'query {number}', nobody, matches))
+    return answers
 
 
 def _without_probabilities(answer: Answer) -> Answer:

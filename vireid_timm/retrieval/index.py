@@ -51,8 +51,8 @@ INSERT INTO state VALUES (0, 0, 0);
 _INSERT = 'INSERT OR REPLACE INTO images VALUES (?, CAST(? AS TEXT), ?, ?, CAST(? AS TEXT), ?, ?)'
 # What an expression may call: functions that only compute.
 _FUNCTIONS = frozenset(
-    'abs coalesce date datetime glob ifnull iif instr julianday length like lower ltrim max min nullif replace round '
-    'rtrim strftime substr substring time trim typeof upper'.split()
+    'abs coalesce count date datetime glob ifnull iif instr julianday length like lower ltrim max min nullif replace '
+    'round rtrim strftime substr substring time trim typeof upper'.split()
 )
 _MANY = 500  # values in one SQL statement; SQLite has a limit
 
@@ -362,7 +362,10 @@ class Index:
             if self._seen is None or self._seen[0] != moment:
                 self._seen = (moment, self._current_view())
             view = self._seen[1]
-            return view if where is None else view._replace(rows=self._selected(where))
+            if where is None:
+                return view
+            rows = [row for (row,) in self._selected('row', where)]
+            return view._replace(rows=np.array(sorted(rows), np.int64))
 
     def images(self, view: View, rows: np.ndarray) -> dict[int, tuple]:
         """Return path, camera, time and identity of some rows of a view.
@@ -394,6 +397,14 @@ class Index:
                 rows.update(row for (row,) in self._query(f'SELECT row FROM images WHERE {column} IN ({marks})', *part))
         return np.array(sorted(rows), np.int64)
 
+    def images_per_person(self, where: str | None = None) -> float | None:
+        """Return the mean number of images of an identity; None if there is none, or an image without identity."""
+        columns = 'count(*), count(identity), count(DISTINCT identity)'
+        with self._guard:
+            statement = f'SELECT {columns} FROM images'
+            ((images, known, people),) = self._query(statement) if where is None else self._selected(columns, where)
+        return images / people if images and known == images else None
+
     def unknown(self, column: str) -> int:
         """Return how many images have no camera, time or identity."""
         return self._query(f'SELECT count(*) FROM images WHERE {column} IS NULL')[0][0]
@@ -412,8 +423,8 @@ class Index:
         rows = self._execute('SELECT row FROM images ORDER BY row')
         return View(features, np.fromiter((row for (row,) in rows), np.int64, count), generation)
 
-    def _selected(self, where: str) -> np.ndarray:
-        """Return the rows that an expression selects."""
+    def _selected(self, columns: str, where: str) -> list[tuple]:
+        """Return some columns of the images that an expression selects."""
         used: Counter[str] = Counter()
 
         def allow(action: int, first: str | None, second: str | None, *_: object) -> int:
@@ -430,7 +441,7 @@ class Index:
         self._database.set_authorizer(allow)
         try:
             # On lines of its own: a comment at its end must not hide ours.
-            found = self._database.execute(f'SELECT row FROM images WHERE (\n{where}\n)').fetchall()
+            found = self._database.execute(f'SELECT {columns} FROM images WHERE (\n{where}\n)').fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ValueError(
                 f'cannot search where {where!r} ({error}); expected an SQL expression over {", ".join(COLUMNS)}, such '
@@ -443,7 +454,7 @@ class Index:
                 f'cannot search where {where!r}: times are compared with {min(self._wrong_times)!r}; expected ISO '
                 '8601, with an offset (or Z, for UTC) if the times of the gallery have one'
             )
-        return np.sort(np.array([row for (row,) in found], np.int64))
+        return found
 
     def _connect(self) -> sqlite3.Connection:
         path = self.folder / IMAGES
