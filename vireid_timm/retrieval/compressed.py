@@ -4,12 +4,8 @@ FAISS (https://github.com/facebookresearch/faiss, arXiv 2401.08281) does the wor
 the size of the gallery; docs/large_galleries.md has the measurements behind them.
 """
 
-import ctypes
 import math
-import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +14,7 @@ import numpy as np
 
 from ..files import check_writable, whole_folder
 
-INDEX, LISTS = 'index.faiss', 'lists.ivfdata'
+INDEX = 'index.faiss'
 FEW = 10_000  # images below which features stay in half precision: k-means would have too few of them
 DIMENSIONS = 128  # that features are projected to
 BYTES = 64  # of an image's code
@@ -26,9 +22,9 @@ PROBED = 256  # lists that a query is compared with
 CANDIDATES = 200  # at least, for a query
 
 _SAMPLE = 1 << 16  # images that the projection is learned from
+_FEWEST_PER_LIST = 39  # below that, FAISS warns
 _PER_LIST = 64  # images for each list that the lists and codes are learned from
 _BLOCK = 1 << 24  # numbers that are converted to float32 at once
-_SHARD = 1 << 23  # images whose codes are in memory at once
 
 
 class Compressed:
@@ -48,9 +44,8 @@ class Compressed:
         self._faiss = require_faiss()
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f'there are no compressed features in {folder}')
-        flags = self._faiss.IO_FLAG_ONDISK_SAME_DIR | self._faiss.IO_FLAG_READ_ONLY
-        with _silent():
-            self._index = self._faiss.read_index(str(folder / INDEX), flags)
+        flags = self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
+        self._index = self._faiss.read_index(str(folder / INDEX), flags)
         lists = self._faiss.extract_index_ivf(self._index)
         self._lists = lists.nlist
         # Threads that read ahead cost each query more than they save.
@@ -79,10 +74,11 @@ class Compressed:
         return rows
 
     def _search(self, queries: np.ndarray, count: int, probed: int, allowed: np.ndarray | None) -> np.ndarray:
-        inner = self._faiss.SearchParametersIVF(nprobe=min(probed, self._lists))
+        faiss, chosen = self._faiss, {}
         if allowed is not None:
-            inner.sel = self._faiss.IDSelectorBitmap(np.packbits(allowed, bitorder='little'))
-        parameters = self._faiss.SearchParametersPreTransform(index_params=inner)
+            chosen['sel'] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder='little'))
+        inner = faiss.SearchParametersIVF(nprobe=min(probed, self._lists), **chosen)
+        parameters = faiss.SearchParametersPreTransform(index_params=inner)
         return self._index.search(np.ascontiguousarray(queries, np.float32), count, params=parameters)[1]
 
 
@@ -94,7 +90,7 @@ def open(folder: str | Path) -> Compressed:
 def build(features: np.ndarray, folder: str | Path, seed: int = 0) -> None:
     """Compress features into a folder, which appears whole or not at all.
 
-    Features are read, and codes written, block by block, so that N may be any number.
+    Features are read block by block. Memory is needed for the codes, 72 bytes per image, and for a sample.
 
     Args:
         features: L2-normalised [N, D] of any floating-point type, such as a memory-mapped file.
@@ -109,44 +105,32 @@ def build(features: np.ndarray, folder: str | Path, seed: int = 0) -> None:
     if not len(features):
         raise ValueError(f'there are no features to compress into {folder}')
     check_writable(folder, is_folder=True)
-    from faiss.contrib.ondisk import merge_ondisk
-
-    with whole_folder(folder) as temporary, _silent():
+    with whole_folder(folder) as temporary:
         index = _learned(faiss, features, seed)
-        shards = []
-        for start in range(0, len(features), _SHARD):
-            shards.append(temporary / f'{start}.shard')
-            shard = faiss.clone_index(index)
-            end = min(start + _SHARD, len(features))
-            for rows in _slices(start, end, features.shape[1]):
-                shard.add_with_ids(features[rows].astype(np.float32), np.arange(rows.start, rows.stop))
-            faiss.write_index(shard, str(shards[-1]))
-        merge_ondisk(index, [str(shard) for shard in shards], str(temporary / LISTS))
+        for rows in _slices(*features.shape):
+            index.add(features[rows].astype(np.float32))
         faiss.write_index(index, str(temporary / INDEX))
-        for shard in shards:
-            shard.unlink()
 
 
 def _learned(faiss: ModuleType, features: np.ndarray, seed: int) -> Any:
     """Return an empty index; its projection, lists and codes are learned from a sample of the features."""
     total, width = features.shape
     if total < FEW:
-        inner = faiss.index_factory(width, 'IVF1,SQfp16', faiss.METRIC_INNER_PRODUCT)
-        inner.cp.min_points_per_centroid = 1  # or FAISS warns
-        index = faiss.IndexPreTransform(inner)
-        index.train(features[:1].astype(np.float32))
-        return index
+        one_list = faiss.index_factory(width, 'IVF1,SQfp16', faiss.METRIC_INNER_PRODUCT)
+        one_list.cp.min_points_per_centroid = 1  # or it warns
+        one_list.train(features[:1].astype(np.float32))
+        return faiss.IndexPreTransform(one_list)
     random = np.random.default_rng(seed)
     size = min(BYTES, width)
     projection = faiss.PCAMatrix(width, min(DIMENSIONS, width) // size * size)
     projection.train(features[_sample(total, _SAMPLE, random)].astype(np.float32))
     # Inner products must not lose the mean.
     faiss.copy_array_to_vector(np.zeros(projection.d_out, np.float32), projection.b)
-    lists = 2 ** round(math.log2(4 * math.sqrt(total)))
-    inner = faiss.index_factory(projection.d_out, f'IVF{lists},PQ{size}', faiss.METRIC_INNER_PRODUCT)
+    lists = 2 ** int(math.log2(min(4.2 * math.sqrt(total), total / _FEWEST_PER_LIST)))
+    inner = faiss.index_factory(projection.d_out, f'IVF{lists},PQ{size}np', faiss.METRIC_INNER_PRODUCT)
     inner.cp.seed = inner.pq.cp.seed = seed
     rows = _sample(total, _PER_LIST * lists, random)
-    blocks = (features[rows[part]].astype(np.float32) for part in _slices(0, len(rows), width))
+    blocks = (features[rows[part]].astype(np.float32) for part in _slices(len(rows), width))
     inner.train(np.concatenate([projection.apply(block) for block in blocks]))
     index = faiss.IndexPreTransform(inner)
     index.prepend_transform(projection)
@@ -158,26 +142,10 @@ def _sample(total: int, count: int, random: np.random.Generator) -> np.ndarray:
     return np.sort(random.choice(total, min(count, total), replace=False))
 
 
-def _slices(start: int, end: int, width: int) -> Iterator[slice]:
+def _slices(count: int, width: int) -> Iterator[slice]:
     """Split rows into blocks."""
     step = max(1, _BLOCK // width)
-    return (slice(first, min(first + step, end)) for first in range(start, end, step))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Drop what FAISS prints on standard output, where results go. It is C++, so redirecting `sys.stdout` is no use."""
-    sys.stdout.flush()
-    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    try:
-        yield
-    finally:
-        with suppress(OSError, AttributeError, TypeError):  # where there is no C library of that name
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
 def require_faiss() -> ModuleType:
