@@ -20,8 +20,6 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .data.records import Dataset as Dataset
     from .data.records import Records as Records
     from .data.sampler import IdentityModalitySampler as IdentityModalitySampler
-    from .evaluation.calibration import Calibration as Calibration
-    from .evaluation.evaluate import calibrate as calibrate
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.features import embed as embed
     from .evaluation.metrics import rank_metrics as rank_metrics
@@ -30,7 +28,6 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .evaluation.report import Report as Report
     from .evaluation.reranking import ReRanking as ReRanking
     from .hub.folder import load_model as load_model
-    from .hub.folder import model_calibration as model_calibration
     from .hub.folder import save_model_folder as save_model_folder
     from .layers.power_mean import GeneralizedMeanPool as GeneralizedMeanPool
     from .loss.mutual_learning import MutualLearningLoss as MutualLearningLoss
@@ -42,7 +39,6 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .training.task import ViReIDTask as ViReIDTask
 
 _MODULE_OF = {
-    'Calibration': 'evaluation.calibration',
     'ChannelRandomErasing': 'data.augment',
     'Dataset': 'data.records',
     'Gallery': 'retrieval.gallery',
@@ -56,12 +52,10 @@ _MODULE_OF = {
     'TrainConfig': 'training.config',
     'ViReIDTask': 'training.task',
     'WeightedRegularizedTriplet': 'loss.triplet',
-    'calibrate': 'evaluation.evaluate',
     'create_dataset': 'data.readers',
     'embed': 'evaluation.features',
     'evaluate': 'evaluation.evaluate',
     'load_model': 'hub.folder',
-    'model_calibration': 'hub.folder',
     'nearest': 'retrieval.search',
     'protocol_trials': 'evaluation.protocols',
     'protocols_of': 'evaluation.protocols',

@@ -120,6 +120,8 @@ COMPLETE = {
     'vireid synth': 'synth {folder}/images --identities 2 --test-identities 2 --size 32 16',
     'vireid data': 'data {folder} --dataset-kwargs test_share=0',
     'vireid demo': 'demo --output {folder}/demo',
+    'vireid index': 'index {folder} --output {folder}/index --modality visible --model vireid_dml_r10t.synthvi',
+    'vireid search': 'search {folder} --index {folder}/index --modality infrared',
     'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
     'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
 }
@@ -149,7 +151,7 @@ def test_whole_numbers_out_of_range_are_named(
 
 
 # Texts that name no file or folder, as do those of a setting.
-NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol'}
+NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol', 'where'}
 
 
 @pytest.mark.parametrize('command', sorted(set(COMMANDS) - {'train'}))

@@ -326,7 +326,7 @@ def test_an_index_by_a_model_in_memory_asks_for_it(model: nn.Module, tmp_path: P
         (lambda g: g.add(['a.jpg'], features=torch.full((1, 8), math.nan)), 'features 0: .* not finite'),
         (lambda g: g.search_features(features(1, width=9), 'visible'), r'expected features \[Q, 8\], got \[1, 9\]'),
         (lambda g: g.search_features(features(1)[0], 'visible'), r'expected features \[Q, 8\], got \[8\]'),
-        (lambda g: g.search_features(features(1), 'visible', top=0), 'must be at least 1, got 0'),
+        (lambda g: g.search_features(features(1), 'visible', top=0), 'top must be at least 1, got 0'),
         (lambda g: g.search_features(features(1), 'ultraviolet'), "visible, infrared, got 'ultraviolet'"),
         (lambda g: g.search_features(features(1), 'visible', where='camra'), 'no such column: camra'),
         (lambda g: g.search('a.jpg', 'visible'), 'expected a list of queries, got a single one'),

@@ -33,6 +33,7 @@ from ..evaluation.features import (
     weights_fingerprint,
 )
 from ..hub.folder import load_model, model_calibration
+from ..options import check_range
 from .index import About, Changed, Index, View
 from .search import candidate_search, exact_search, mean_features
 
@@ -123,6 +124,7 @@ class Gallery:
             FileNotFoundError: There is no index.
             ValueError: It is damaged, or the model has other weights than the one that made it.
         """
+        check_range('batch_size', batch_size, 1)
         gallery = cls(Index(folder), None, resolve_device(device), batch_size)
         if model is not None:
             gallery._model = gallery._checked(model)
@@ -155,6 +157,7 @@ class Gallery:
             FileExistsError: The folder holds an index.
             ValueError: It holds other files, or an argument is wrong.
         """
+        check_range('batch_size', batch_size, 1)
         where = resolve_device(device)
         network, source = loaded(model, where)
         index = Index.create(folder, describe(network, source, modality, size, features))
@@ -267,8 +270,7 @@ class Gallery:
     ) -> list[Answer]:
         """Search by L2-normalised features of queries [Q, D], as `embed` returns them; other arguments as `search`."""
         _check_modality(modality)
-        if top < 1:
-            raise ValueError(f'the number of results must be at least 1, got {top}')
+        check_range('top', top, 1)
         queries = self._checked_features(features).to(self._device)
         if centre and len(queries) < FEWEST_TO_CENTRE:
             raise ValueError(

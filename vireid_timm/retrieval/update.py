@@ -15,6 +15,7 @@ import torch
 from torch import distributed, nn
 from tqdm import tqdm
 
+from ..constants import FEATURES
 from ..data.findings import Findings
 from ..data.listing import ListedImage, list_images
 from ..distributed import all_ranks, from_rank_zero, is_rank_zero, rank_and_world_size
@@ -91,8 +92,17 @@ def update_index(
         FileNotFoundError: There is no such gallery.
         OSError: The index cannot be written.
     """
+    extraction = Extraction(
+        features=features or FEATURES[0],
+        size=size,
+        batch_size=batch_size,
+        device=device or 'cpu',
+        cache='off',
+        skip_broken=True,
+        workers=workers,
+    )
     about = from_rank_zero(_on_rank_zero(lambda: _existing(Path(folder), model, modality)))
-    kept = (about.modality, about.size, about.features) if about else (None, None, 'after-bn')
+    kept = (about.modality, about.size, about.features) if about else (None, None, extraction.features)
     if folders_are_identities is None:
         folders_are_identities = about is not None and about.folders_are_identities and os.path.isdir(source)
     if compress is None:
@@ -100,21 +110,12 @@ def update_index(
     if compress:
         all_ranks(require_faiss)
     listed = _on_rank_zero(lambda: list_images(source, folders_are_identities=folders_are_identities))
-    device = device or torch.device('cpu')
-    network, name = all_ranks(lambda: loaded(about.model if model is None else model, device))
-    wanted = describe(network, name, modality or kept[0], size or kept[1], features or kept[2])
+    network, name = all_ranks(lambda: loaded(about.model if model is None else model, extraction.device))
+    wanted = describe(network, name, modality or kept[0], extraction.size or kept[1], features or kept[2])
     wanted = replace(wanted, folders_are_identities=folders_are_identities, compress=compress)
     first = from_rank_zero(wanted)
     all_ranks(lambda: _check_agreement(first, wanted))
-    extraction = Extraction(
-        features=wanted.features,
-        size=wanted.size,
-        batch_size=batch_size,
-        device=device,
-        cache='off',
-        skip_broken=True,
-        workers=workers,
-    )
+    extraction = replace(extraction, features=wanted.features, size=wanted.size)
     with ExitStack() as stack:
         index = _on_rank_zero(lambda: stack.enter_context(closing(_opened(Path(folder), wanted))))
         todo, counts = from_rank_zero(_on_rank_zero(lambda: _start(index, wanted, listed)))
