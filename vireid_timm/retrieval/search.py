@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from ..evaluation.features import as_tensor, check_finite
 from .compressed import Compressed
 
-_QUERIES = 64  # whose candidates are compared at once
 _BLOCK = 1 << 24  # numbers of the gallery, or similarities, that are computed with at once
 
 
@@ -88,32 +87,48 @@ def exact_search(
     return best
 
 
+def rescored(queries: torch.Tensor, gallery: torch.Tensor, candidates: torch.Tensor, count: int) -> Found:
+    """Return the most similar of each query's own candidates, best first; of equal ones the lower row is first.
+
+    Args:
+        queries: Features [Q, D]; their type and device are computed in.
+        gallery: Features [G, D] of any floating-point type on the CPU, such as a memory-mapped file.
+        candidates: Rows of the gallery [Q, K] int64 in any order, -1 for none.
+        count: Number of images wanted; at most K.
+
+    Returns:
+        Rows and similarities [Q, count] on the device of the queries; -1 and -inf where there is no candidate.
+    """
+    candidates = candidates.sort(dim=1).values.cpu()  # ascending, as they lie on the disk
+    similarity = queries.new_empty(candidates.shape)
+    step = max(1, _BLOCK // max(candidates.shape[1] * gallery.shape[1], 1))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        images = gallery[candidates[part].clamp(min=0)].to(queries.device, queries.dtype)
+        similarity[part] = torch.bmm(images, queries[part, :, None])[:, :, 0]
+    candidates = candidates.to(queries.device)
+    similarity[candidates < 0] = -torch.inf
+    similarity, order = similarity.sort(dim=1, descending=True, stable=True)
+    return Found(candidates.gather(1, order)[:, :count], similarity[:, :count])
+
+
 def candidate_search(
     queries: torch.Tensor, gallery: torch.Tensor, count: int, rows: torch.Tensor, compressed: Compressed
 ) -> Found:
     """Compare queries with candidates that compressed features find, and with all images that these do not cover.
 
-    Similarities are exact; among the results, an image may be missing that was no candidate. Arguments as for
-    `exact_search`.
+    Similarities are exact; an image that was no candidate may be missing. Arguments as for `exact_search`.
     """
     covered, added = rows[rows < compressed.count], rows[rows >= compressed.count]
-    parts = []
-    for part in queries.split(_QUERIES) if len(covered) else ():
-        allowed = None
-        if len(covered) < compressed.count:
-            allowed = np.zeros(compressed.count, bool)
-            allowed[covered.numpy()] = True
-        candidates = compressed.search(part.cpu().numpy(), count, allowed)
-        candidates = torch.from_numpy(candidates).sort(dim=1).values  # of equal images the lower row comes first
-        features = gallery[candidates.clamp(min=0)].to(part.device, part.dtype)  # [Q, K, D]
-        similarity = torch.bmm(features, part[:, :, None])[:, :, 0]
-        similarity[candidates.to(part.device) < 0] = -torch.inf
-        found = _largest(similarity, min(count, len(covered)))
-        parts.append(Found(candidates.to(part.device).gather(1, found.rows), found.similarity))
-    newer = exact_search(queries, gallery, count, added)
-    if not parts:
-        return newer
-    return _merged(Found(*(torch.cat(column) for column in zip(*parts, strict=True))), newer, count)
+    found = exact_search(queries, gallery, count, added)
+    if not len(covered):
+        return found
+    allowed = None
+    if len(covered) < compressed.count:
+        allowed = np.zeros(compressed.count, bool)
+        allowed[covered.numpy()] = True
+    candidates = torch.from_numpy(compressed.search(queries.cpu().numpy(), count, allowed))
+    return _merged(rescored(queries, gallery, candidates, min(count, len(covered))), found, count)
 
 
 def mean_features(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
