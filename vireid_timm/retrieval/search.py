@@ -86,6 +86,31 @@ def exact_search(
     return best
 
 
+def rescored(queries: torch.Tensor, gallery: torch.Tensor, candidates: torch.Tensor, count: int) -> Found:
+    """Return the most similar of each query's own candidates, best first; of equal ones the lower row is first.
+
+    Args:
+        queries: Features [Q, D]; their type and device are computed in.
+        gallery: Features [G, D] of any floating-point type on the CPU, such as a memory-mapped file.
+        candidates: Rows of the gallery [Q, K] int64 in any order, -1 for none.
+        count: Number of images wanted; at most K.
+
+    Returns:
+        Rows and similarities [Q, count] on the device of the queries; -1 and -inf where there is no candidate.
+    """
+    candidates = candidates.sort(dim=1).values.cpu()  # ascending, as they lie on the disk
+    similarity = queries.new_empty(candidates.shape)
+    step = max(1, _BLOCK // max(candidates.shape[1] * gallery.shape[1], 1))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        images = gallery[candidates[part].clamp(min=0)].to(queries.device, queries.dtype)
+        similarity[part] = torch.bmm(images, queries[part, :, None])[:, :, 0]
+    candidates = candidates.to(queries.device)
+    similarity[candidates < 0] = -torch.inf
+    similarity, order = similarity.sort(dim=1, descending=True, stable=True)
+    return Found(candidates.gather(1, order)[:, :count], similarity[:, :count])
+
+
 def mean_features(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return the mean [D] of some rows [R] of a gallery's features [G, D], which is read block by block."""
     total = torch.zeros(gallery.shape[1], dtype=torch.float64)
