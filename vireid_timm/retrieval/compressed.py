@@ -16,10 +16,10 @@ from ..files import check_writable, whole_folder
 
 INDEX = 'index.faiss'
 FEW = 10_000  # images below which features stay in half precision: k-means would have too few of them
-DIMENSIONS = 128  # that features are projected to
+DIMENSIONS = 192  # that features are projected to
 BYTES = 64  # of an image's code
-PROBED = 256  # lists that a query is compared with
-CANDIDATES = 200  # at least, for a query
+PROBED = 384  # lists that a query is compared with
+CANDIDATES = 400  # at least, for a query
 
 _SAMPLE = 1 << 16  # images that the projection is learned from
 _FEWEST_PER_LIST = 39  # below that, FAISS warns
@@ -32,6 +32,7 @@ class Compressed:
 
     Attributes:
         count: Number of images N that were compressed.
+        lists: Number of lists that they were divided into.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +48,7 @@ class Compressed:
         flags = self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
         self._index = self._faiss.read_index(str(folder / INDEX), flags)
         lists = self._faiss.extract_index_ivf(self._index)
-        self._lists = lists.nlist
+        self.lists = lists.nlist
         # Threads that read ahead cost each query more than they save.
         self._faiss.downcast_InvertedLists(lists.invlists).prefetch_nthread = 0
         self.count = self._index.ntotal
@@ -64,20 +65,20 @@ class Compressed:
             Rows [Q, K] int64 in no useful order; K is `count` or more, and -1 stands where fewer images are allowed.
         """
         total = self.count if allowed is None else int(np.count_nonzero(allowed))
-        wanted = max(20 * count, CANDIDATES)
+        wanted = max(40 * count, CANDIDATES)
         # The fewer are allowed, the more lists, so that as many images are compared.
         probed = PROBED * self.count // max(total, 1)
         rows = self._search(queries, wanted, probed, allowed)
         is_short = (rows >= 0).sum(axis=1) < min(wanted, total)
         if is_short.any():  # most of the allowed images are in other lists
-            rows[is_short] = self._search(queries[is_short], wanted, self._lists, allowed)
+            rows[is_short] = self._search(queries[is_short], wanted, self.lists, allowed)
         return rows
 
     def _search(self, queries: np.ndarray, count: int, probed: int, allowed: np.ndarray | None) -> np.ndarray:
         faiss, chosen = self._faiss, {}
         if allowed is not None:
             chosen['sel'] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder='little'))
-        inner = faiss.SearchParametersIVF(nprobe=min(probed, self._lists), **chosen)
+        inner = faiss.SearchParametersIVF(nprobe=min(probed, self.lists), **chosen)
         parameters = faiss.SearchParametersPreTransform(index_params=inner)
         return self._index.search(np.ascontiguousarray(queries, np.float32), count, params=parameters)[1]
 
@@ -129,6 +130,7 @@ def _learned(faiss: ModuleType, features: np.ndarray, seed: int) -> Any:
     lists = 2 ** int(math.log2(min(4.2 * math.sqrt(total), total / _FEWEST_PER_LIST)))
     inner = faiss.index_factory(projection.d_out, f'IVF{lists},PQ{size}np', faiss.METRIC_INNER_PRODUCT)
     inner.cp.seed = inner.pq.cp.seed = seed
+    inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 10, 64  # enough for 256 centroids of few numbers
     rows = _sample(total, _PER_LIST * lists, random)
     blocks = (features[rows[part]].astype(np.float32) for part in _slices(len(rows), width))
     inner.train(np.concatenate([projection.apply(block) for block in blocks]))
