@@ -16,7 +16,7 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -204,9 +204,13 @@ class Index:
 
     def close(self) -> None:
         """Discard what was not committed, and let other writers in."""
-        with self._guard:
+        with self._guard, suppress(sqlite3.ProgrammingError):  # closed already
             self._discard()
             self._database.close()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            self.close()
 
     def hold(self) -> None:
         """Keep other writers out until `close`, also between commits.
@@ -460,11 +464,13 @@ class Index:
         path = self.folder / IMAGES
         if not path.is_file():
             raise ValueError(f'{path} is missing; the index is damaged: remove {self.folder}')
-        with _database_errors(self.folder):
-            address = f'{path.absolute().as_uri()}?mode=rw'
+        address = f'{path.absolute().as_uri()}?mode=rw'
+        with _database_errors(self.folder), ExitStack() as opened:
             database = sqlite3.connect(address, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+            opened.callback(database.close)
             _prepare(database, self._compare)
             database.execute('SELECT * FROM state').fetchone()
+            opened.pop_all()
             return database
 
     def _compare(self, first: str, second: str) -> int:
@@ -576,6 +582,8 @@ def _database_errors(folder: Path) -> Iterator[None]:
     """Turn SQLite's errors into those of this library."""
     try:
         yield
+    except sqlite3.ProgrammingError as error:
+        raise ValueError(f'the index {folder} cannot be used ({error}); was it closed?') from error
     except sqlite3.OperationalError as error:  # locked, full, read-only
         raise OSError(f'cannot use the index {folder}: {error}') from error
     except sqlite3.DatabaseError as error:
