@@ -292,7 +292,7 @@ class Index:
             OSError: They cannot be written; nothing has changed then.
         """
         with self._guard:
-            if not self._database.in_transaction:
+            if not self._is_writing():
                 return
             try:
                 self._move_together()
@@ -484,13 +484,17 @@ class Index:
 
     def _begin(self) -> None:
         """Begin a transaction, unless one is open; the first one locks the index."""
-        if self._database.in_transaction:
+        if self._is_writing():
             return
         if not self._file_lock.is_locked:
             _acquire(self._file_lock, self.folder)
             remove_leftovers(self.folder, alone=True)
         self._query('BEGIN IMMEDIATE')
         self._remove_all_but(self._state()[1])
+
+    def _is_writing(self) -> bool:
+        with _database_errors(self.folder):
+            return self._database.in_transaction
 
     def _remove_all_but(self, generation: int) -> None:
         """Remove features of other generations, which nobody but a search that began earlier reads."""
@@ -530,7 +534,7 @@ class Index:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Let all that is read in the block be of one moment."""
-        if self._database.in_transaction:
+        if self._is_writing():
             yield
             return
         self._query('BEGIN')
