@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..constants import CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
@@ -12,7 +13,10 @@ from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_fl
 if TYPE_CHECKING:
     import torch
 
+    from ..data.records import Dataset
     from ..evaluation.report import Report
+
+EXAMPLES = 5  # queries of each kind in a rank list
 
 
 def add_arguments(parser: Parser) -> None:
@@ -65,6 +69,8 @@ def _add_output(group: Any) -> None:
     group.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help=text)
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
+    text = 'draw the best, worst and random queries of each protocol with what they found (default: none)'
+    group.add_argument('--rank-list', type=os.path.expanduser, metavar='DIR', help=text)
     group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
     text = 'append one row per protocol to this table (default: none)'
     group.add_argument('--results-file', metavar='FILE.csv', help=text)
@@ -72,6 +78,7 @@ def _add_output(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a model, or compare two reports."""
+    from ..data.readers import create_dataset
     from ..distributed import is_rank_zero, process_group
     from ..evaluation.compare import compare
     from ..evaluation.report import Report, read_results
@@ -89,21 +96,22 @@ def run(args: argparse.Namespace) -> None:
         for path in (args.report, args.results_file):
             if path is not None:
                 check_writable(path)
+        if args.rank_list is not None:
+            check_writable(os.path.join(args.rank_list, 'rank-list'))
         if args.results_file is not None:
             read_results(args.results_file)
     with process_group(args.device) as device:
-        report = _evaluate(args, device)
+        dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
+        report = _evaluate(args, dataset, device)
     if is_rank_zero():
-        _show(report, args)
+        _show(report, dataset, args)
 
 
-def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
-    from ..data.readers import create_dataset
+def _evaluate(args: argparse.Namespace, dataset: 'Dataset', device: 'torch.device') -> 'Report':
     from ..device import autocast_dtype
     from ..evaluation.evaluate import evaluate
     from ..hub.folder import load_model, split_problem
 
-    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
     model = load_model(args.model, pretrained=args.pretrained)
     learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
     if problem:
@@ -115,6 +123,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         draw=args.draw,
         reranking=args.reranking,
         failures=args.failures,
+        examples=0 if args.rank_list is None else EXAMPLES,
         features=args.features,
         flip_test=args.flip_test,
         crops=args.crops,
@@ -129,8 +138,9 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
     return dataclasses.replace(report, learned_identities=learned)
 
 
-def _show(report: 'Report', args: argparse.Namespace) -> None:
+def _show(report: 'Report', dataset: 'Dataset', args: argparse.Namespace) -> None:
     from ..evaluation.breakdown import breakdown_table, failures_table
+    from ..figures.examples import save_rank_lists
 
     print(report)
     for name, result in report.protocols.items():
@@ -142,3 +152,6 @@ def _show(report: 'Report', args: argparse.Namespace) -> None:
         report.save(args.report)
     if args.results_file is not None:
         report.save_csv(args.results_file)
+    if args.rank_list is not None:
+        save_rank_lists(report, dataset.root, args.rank_list)
+        print(f'\nRank lists: {args.rank_list}')

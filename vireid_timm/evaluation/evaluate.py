@@ -30,7 +30,7 @@ from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocol
 from .report import Report, relative_paths, summarise
 from .reranking import ReRanking
 
-ANSWERS = 5  # gallery images listed for each of the worst queries
+ANSWERS = 10  # gallery images listed for each query that a report describes
 
 Rows = tuple[np.ndarray, np.ndarray]  # rows of a trial's queries and of its gallery
 
@@ -51,6 +51,7 @@ def evaluate(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
+    examples: int = 0,
     store: ImageStore | None = None,
     **options: Any,
 ) -> Report:
@@ -66,6 +67,7 @@ def evaluate(
         draw: How trials are sampled, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
         failures: Number of worst queries to list for each protocol.
+        examples: Number of best, of worst and of random queries to list for each protocol, one per person.
         store: The decoded images of `dataset.test`, row by row; None decodes them.
         options: Fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`, `batch_size=64`, `device='cuda'`,
             `skip_broken=True`.
@@ -78,7 +80,7 @@ def evaluate(
     # Check everything that needs no image before decoding the first one.
     extraction = Extraction(**options)
     model = require_dual_stream(model)
-    _check_ranking(reranking, failures)
+    _check_ranking(reranking, failures, examples)
     plans = _plans(dataset, protocol, draw)
     if store is None:  # decode the whole table, so that every choice of protocols shares the cache
         store = open_store(model, dataset.test, extraction)
@@ -95,7 +97,7 @@ def evaluate(
         extracted, features = features, features.new_full((len(dataset.test), features.shape[1]), torch.nan)
         features[_on_device(extracted, rows)] = extracted
     return dataclasses.replace(
-        _report(features, dataset, plans, draw, reranking, failures),
+        _report(features, dataset, plans, draw, reranking, failures, examples),
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         weights=weights_fingerprint(model),
         features=extraction.features,
@@ -115,6 +117,7 @@ def evaluate_features(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
+    examples: int = 0,
 ) -> Report:
     """Evaluate given features: the second half of `evaluate`.
 
@@ -127,6 +130,7 @@ def evaluate_features(
         draw: How trials are sampled, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which needs L2-normalised features.
         failures: Number of worst queries to list for each protocol.
+        examples: Number of best, of worst and of random queries to list for each protocol, one per person.
 
     Raises:
         ValueError: The features do not fit the dataset or are not finite, a protocol, draw or re-ranking is unknown, or
@@ -138,16 +142,17 @@ def evaluate_features(
             f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
             f'got {list(features.shape)}'
         )
-    _check_ranking(reranking, failures)
+    _check_ranking(reranking, failures, examples)
     plans = _plans(dataset, protocol, draw)
-    return _report(features, dataset, plans, draw, reranking, failures)
+    return _report(features, dataset, plans, draw, reranking, failures, examples)
 
 
-def _check_ranking(reranking: str, failures: int) -> None:
+def _check_ranking(reranking: str, failures: int, examples: int) -> None:
     if reranking not in RERANKINGS:
         raise ValueError(f'unknown reranking {reranking!r}; expected one of {", ".join(RERANKINGS)}')
-    if failures < 0:
-        raise ValueError(f'failures must be at least 0, got {failures}')
+    for name, count in (('failures', failures), ('examples', examples)):
+        if count < 0:
+            raise ValueError(f'{name} must be at least 0, got {count}')
 
 
 def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
@@ -180,6 +185,7 @@ def _report(
     draw: str,
     reranking: str,
     failures: int,
+    examples: int,
 ) -> Report:
     if not torch.stack(features.aminmax()).isfinite().all():  # rows that no trial needs may be NaN
         rows = _rows_of(plans)
@@ -200,8 +206,12 @@ def _report(
             gallery_size=len(trials[0][1]),
             trials_fingerprint=_fingerprint(images.copy(), trials),
         )
-        worst = _failures(features, dataset, plan, metrics[protocol.name][0], reranking, failures) if failures else []
-        results[protocol.name] = dataclasses.replace(result, failures=worst)
+        if failures or examples:
+            found = metrics[protocol.name][0]
+            chosen = _chosen(found, dataset.test.identity[trials[0][0]], failures, examples)
+            listed = _described(features, dataset, plan, found, reranking, chosen)
+            result = dataclasses.replace(result, failures=listed.pop('failures'), examples=listed)
+        results[protocol.name] = result
     return Report(
         dataset=dataset.name,
         options=json.loads(json.dumps(dataset.options, default=str)),  # as a saved report holds them
@@ -283,42 +293,53 @@ def _ignore_keys(features: torch.Tensor, dataset: Dataset, plan: _Plan) -> torch
     return None if keys is None else _on_device(features, keys)
 
 
-def _failures(
+def _chosen(metrics: RankMetrics, identities: np.ndarray, failures: int, examples: int) -> dict[str, Sequence[int]]:
+    """Choose valid queries of a trial: the worst ones, and examples of different people."""
+    ascending = np.argsort(metrics.ap, kind='stable')[: metrics.num_valid_queries]  # NaN comes last
+    descending = np.argsort(-metrics.ap, kind='stable')[: metrics.num_valid_queries]
+    shuffled = np.random.default_rng(0).permutation(np.flatnonzero(metrics.valid))
+    chosen = {'failures': ascending[:failures].tolist()}
+    for name, order in (('best', descending), ('worst', ascending), ('random', shuffled)) if examples else ():
+        _, first = np.unique(identities[order], return_index=True)
+        chosen[name] = order[np.sort(first)[:examples]].tolist()
+    return chosen
+
+
+def _described(
     features: torch.Tensor,
     dataset: Dataset,
     plan: _Plan,
     metrics: RankMetrics,
     reranking: str,
-    count: int,
-) -> list[dict[str, Any]]:
-    """List the worst queries of the first trial with their first answers."""
+    chosen: dict[str, Sequence[int]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Describe the chosen queries of the first trial with their first answers."""
     query, gallery = plan.trials[0]
-    worst = np.argsort(metrics.ap, kind='stable')[: min(count, metrics.num_valid_queries)]  # NaN comes last
     similarity = _similarity(features, dataset.test, query, gallery, reranking)
     keys = _ignore_keys(features, dataset, plan)
-    listed = []
-    for i in worst.tolist():
+
+    def describe(i: int) -> dict[str, Any]:
         values = similarity(slice(i, i + 1))[0]
         if keys is not None:
             values = values.masked_fill(keys[query[i]] == keys[gallery], -torch.inf)
         # There are fewer if most of the gallery is ignored.
-        answers = gallery[values.topk(min(ANSWERS, int(values.isfinite().sum()))).indices.cpu().numpy()]
-        listed.append(
-            {
-                **_description(dataset, query[i]),
-                'camera': int(dataset.test.camera[query[i]]),
-                'modality': str(dataset.test.modality[query[i]]),
-                'AP': float(metrics.ap[i]),
-                'rank': int(metrics.rank[i]),
-                'found': [_description(dataset, row) for row in answers],
-            }
-        )
-    return listed
+        best = values.topk(min(ANSWERS, int(values.isfinite().sum())))
+        answers = zip(gallery[best.indices.cpu().numpy()], best.values.tolist(), strict=True)
+        return {
+            **_description(dataset, query[i]),
+            'modality': str(dataset.test.modality[query[i]]),
+            'AP': float(metrics.ap[i]),
+            'rank': int(metrics.rank[i]),
+            'found': [{**_description(dataset, row), 'similarity': round(value, 6)} for row, value in answers],
+        }
+
+    return {name: [describe(i) for i in rows] for name, rows in chosen.items()}
 
 
-def _description(dataset: Dataset, row: int) -> dict[str, str]:
-    (path,) = relative_paths(dataset.root, [str(dataset.test.path[row])])
-    return {'path': path, 'identity': str(dataset.test.identity[row])}
+def _description(dataset: Dataset, row: int) -> dict[str, Any]:
+    test = dataset.test
+    (path,) = relative_paths(dataset.root, [str(test.path[row])])
+    return {'path': path, 'identity': str(test.identity[row]), 'camera': int(test.camera[row])}
 
 
 def _fingerprint(images: Any, trials: Sequence[Rows]) -> str:

@@ -50,7 +50,9 @@ class ProtocolResult:
             is there), `identity`, `camera`, `modality`, and `rank1`, `AP` and `INP`, averaged over the trials in which
             the query is valid, None if there are none.
         failures: The worst queries, if requested: `path`, `identity`, `camera`, `modality`, `AP`, `rank` of the first
-            match, and `found`: `path` and `identity` of the first answers.
+            match, and `found`: `path`, `identity`, `camera` and `similarity` of the first answers.
+        examples: `best`, `worst` and `random` queries of the first trial, if requested, described like `failures`; each
+            list has a person once.
     """
 
     direction: str
@@ -66,6 +68,7 @@ class ProtocolResult:
     trials_fingerprint: str
     queries: dict[str, list[Any]]
     failures: list[dict[str, Any]] = field(default_factory=list)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
