@@ -29,6 +29,7 @@ COMMANDS = {
     'data': 'check images before you use them',
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
+    'explain': 'show what a model looks at',
     'hub': 'save, push, check and convert models',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',
