@@ -30,6 +30,7 @@ COMMANDS = {
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
     'explain': 'show what a model looks at',
+    'plot': 'draw curves of runs, CMC of reports, and features',
     'hub': 'save, push, check and convert models',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',

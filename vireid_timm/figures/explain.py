@@ -13,7 +13,7 @@ from ..constants import FEATURES
 from ..data.augment import normalize
 from ..data.images import ImageError, load_image
 from ..evaluation.features import evaluation_mode, require_dual_stream
-from ..files import whole_file
+from .charts import new_figure, save_figure
 
 if TYPE_CHECKING:
     from captum.attr import LayerGradCam
@@ -158,15 +158,10 @@ def save_explanations(explanations: list[Explanation], path: str | Path) -> None
     Raises:
         OSError: The file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height, width = explanations[0].image.shape[:2]
     num_cams, layers = len(explanations[0].cams), list(explanations[0].weights)
     columns = 1 + num_cams + len(layers)
-    size = (1.35 * columns + 0.9, 1.3 * len(explanations) * height / width + 0.9)
-    figure = Figure(figsize=size, layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.35 * columns + 0.9, 1.3 * len(explanations) * height / width + 0.9)
     if len(explanations) > 1:
         figure.suptitle(f'similarity {explanations[0].similarity:.3f}', fontsize=11)
     grid = figure.subplots(len(explanations), columns, squeeze=False)
@@ -181,8 +176,7 @@ def save_explanations(explanations: list[Explanation], path: str | Path) -> None
     _draw_cams(figure, grid[:, 1 : 1 + num_cams], explanations)
     if layers:
         _draw_weights(figure, grid[:, 1 + num_cams :], explanations)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_cams(figure: 'Figure', grid: np.ndarray, explanations: list[Explanation]) -> None:
