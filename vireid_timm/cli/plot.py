@@ -54,21 +54,24 @@ def run(args: argparse.Namespace) -> None:
     runs = [path for path in args.sources if path not in reports]
     if not args.sources and args.model is None:
         raise ValueError('nothing to draw: give folders of runs, reports, or --model and --data-dir')
+    if args.data_dir and args.model is None:
+        raise ValueError(f'--data-dir {args.data_dir} needs --model, whose features of these images are drawn')
     output = Path(args.output)
     check_writable(output / 'curves.png')
-    drawn = []
-    if runs:
-        save_curves({name: read_summary(path) for name, path in _named(runs).items()}, output / 'curves.png')
-        drawn.append('curves.png')
-    if reports:
-        save_cmc({name: Report.load(path) for name, path in _named(reports).items()}, output / 'cmc.png')
-        drawn.append('cmc.png')
-    if args.model is not None:
-        features, records = _features(args)
-        save_similarities(features, records, output / 'similarities.png')
-        save_map(features, records, output / 'features.png')
-        drawn += ['similarities.png', 'features.png']
-    for name in drawn:
+    # Everything is read before anything is drawn.
+    summaries = {name: read_summary(path) for name, path in _named(runs).items()}
+    loaded = {name: Report.load(path) for name, path in _named(reports).items()}
+    features = None if args.model is None else _features(args)
+    charts = {}
+    if summaries:
+        charts['curves.png'] = lambda path: save_curves(summaries, path)
+    if loaded:
+        charts['cmc.png'] = lambda path: save_cmc(loaded, path)
+    if features is not None:
+        charts['similarities.png'] = lambda path: save_similarities(*features, path)
+        charts['features.png'] = lambda path: save_map(*features, path)
+    for name, save in charts.items():
+        save(output / name)
         print(f'Chart: {output / name}')
 
 

@@ -194,7 +194,8 @@ def _draw_cams(figure: 'Figure', grid: np.ndarray, explanations: list[Explanatio
                 vmax=1,
                 alpha=0.6,
             )
-    figure.colorbar(heat, ax=grid, location='bottom', ticks=[0, 1], label='Grad-CAM').ax.set_xticklabels(['0', 'max'])
+    scale = figure.colorbar(heat, ax=grid, location='bottom', shrink=0.8, ticks=[0, 1], label='Grad-CAM')
+    scale.ax.set_xticklabels(['0', 'max'])
 
 
 def _draw_weights(figure: 'Figure', grid: np.ndarray, explanations: list[Explanation]) -> None:
@@ -203,4 +204,4 @@ def _draw_weights(figure: 'Figure', grid: np.ndarray, explanations: list[Explana
     for cells, each in zip(grid, explanations, strict=True):
         for cell, weights in zip(cells, each.weights.values(), strict=True):
             shades = cell.imshow(weights, cmap='viridis', vmin=values.min(), vmax=values.max())
-    figure.colorbar(shades, ax=grid, location='bottom', label='weight')
+    figure.colorbar(shades, ax=grid, location='bottom', shrink=0.8, label='weight')
