@@ -28,7 +28,8 @@ def add_arguments(parser: Parser) -> None:
     text = 'folder for the charts (default: output/plots)'
     parser.add_argument('--output', type=os.path.expanduser, default='output/plots', metavar='DIR', help=text)
     group = parser.add_argument_group('features')
-    group.add_argument('--model', '--checkpoint', type=os.path.expanduser, metavar='NAME', help=MODEL_HELP)
+    text = f'{MODEL_HELP} (default: none)'
+    group.add_argument('--model', '--checkpoint', type=os.path.expanduser, metavar='NAME', help=text)
     text = f'reader: {", ".join(DATASETS)} (default: folder)'
     group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
     add_data_flags(group)

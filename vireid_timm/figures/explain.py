@@ -161,7 +161,8 @@ def save_explanations(explanations: list[Explanation], path: str | Path) -> None
     height, width = explanations[0].image.shape[:2]
     num_cams, layers = len(explanations[0].cams), list(explanations[0].weights)
     columns = 1 + num_cams + len(layers)
-    figure = new_figure(1.35 * columns + 0.9, 1.3 * len(explanations) * height / width + 0.9)
+    figure = new_figure(1.35 * columns + 0.9, 1.3 * len(explanations) * height / width + 1.4)
+    figure.set_layout_engine('compressed')  # for cells of a fixed shape
     if len(explanations) > 1:
         figure.suptitle(f'similarity {explanations[0].similarity:.3f}', fontsize=11)
     grid = figure.subplots(len(explanations), columns, squeeze=False)
@@ -201,7 +202,10 @@ def _draw_cams(figure: 'Figure', grid: np.ndarray, explanations: list[Explanatio
 def _draw_weights(figure: 'Figure', grid: np.ndarray, explanations: list[Explanation]) -> None:
     """Draw the weight maps on one scale, in the cells [images, layers]."""
     values = np.concatenate([weights.ravel() for each in explanations for weights in each.weights.values()])
+    low, high = values.min(), values.max()
+    if high - low < 1e-3:  # as before training
+        low, high = 0, 1
     for cells, each in zip(grid, explanations, strict=True):
         for cell, weights in zip(cells, each.weights.values(), strict=True):
-            shades = cell.imshow(weights, cmap='viridis', vmin=values.min(), vmax=values.max())
+            shades = cell.imshow(weights, cmap='viridis', vmin=low, vmax=high)
     figure.colorbar(shades, ax=grid, location='bottom', shrink=0.8, label='weight')
