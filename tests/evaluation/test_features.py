@@ -320,8 +320,8 @@ def test_embed_rejects(model, images, modality, options, message):
         ({'size': (1, 3, 128, 64)}, r'height and width in pixels, got \(1, 3, 128, 64\)'),
         ({'size': (32, 64, 3)}, '3 channels, height and width, in this order, got 32 64 3'),
         ({'size': (1, 64, 32)}, '3 channels, height and width, in this order, got 1 64 32'),
-        ({'size': [3, 64, 0]}, 'height and width in pixels'),
-        ({'size': (128, 0)}, r'height and width in pixels, got \(128, 0\)'),
+        ({'size': [3, 64, 0]}, 'size must be at least 1, got 0'),
+        ({'size': (128, 0)}, 'size must be at least 1, got 0'),
         ({'device': 'gpu'}, "unknown device 'gpu'"),
     ],
 )

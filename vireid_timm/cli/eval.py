@@ -7,11 +7,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..constants import CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
+from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag, add_switch
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..data.records import Dataset
     from ..evaluation.report import Report
@@ -27,8 +29,9 @@ def add_arguments(parser: Parser) -> None:
         'Or compare two reports. With several GPUs: torchrun --nproc-per-node N -m vireid_timm eval ...'
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--model', '--checkpoint', metavar='NAME', help=MODEL_HELP)
-    which.add_argument('--compare', nargs=2, metavar='FILE.json', help='compare two reports instead')
+    which.add_argument('--model', '--checkpoint', type=expanded_path, metavar='NAME', help=MODEL_HELP)
+    text = 'compare two reports instead'
+    which.add_argument('--compare', nargs=2, type=expanded_path, metavar='FILE.json', help=text)
     add_switch(parser, '--pretrained', 'load the weights (default: on)', default=True)
     _add_data(parser.add_argument_group('data'))
     _add_features(parser.add_argument_group('features'))
@@ -70,15 +73,15 @@ def _add_output(group: Any) -> None:
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
     text = 'draw the best, worst and random queries of each protocol with what they found (default: none)'
-    group.add_argument('--rank-list', type=os.path.expanduser, metavar='DIR', help=text)
-    group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
+    group.add_argument('--rank-list', type=expanded_path, metavar='DIR', help=text)
+    text = 'save the report (default: only print it)'
+    group.add_argument('--report', type=expanded_path, metavar='FILE.json', help=text)
     text = 'append one row per protocol to this table (default: none)'
-    group.add_argument('--results-file', metavar='FILE.csv', help=text)
+    group.add_argument('--results-file', type=expanded_path, metavar='FILE.csv', help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a model, or compare two reports."""
-    from ..data.readers import create_dataset
     from ..distributed import is_rank_zero, process_group
     from ..evaluation.compare import compare
     from ..evaluation.report import Report, read_results
@@ -101,21 +104,18 @@ def run(args: argparse.Namespace) -> None:
         if args.results_file is not None:
             read_results(args.results_file)
     with process_group(args.device) as device:
-        dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
-        report = _evaluate(args, dataset, device)
+        report, root = _evaluate(args, device)
     if is_rank_zero():
-        _show(report, dataset, args)
+        _show(report, root, args)
 
 
-def _evaluate(args: argparse.Namespace, dataset: 'Dataset', device: 'torch.device') -> 'Report':
+def _evaluate(args: argparse.Namespace, device: 'torch.device') -> tuple['Report', str]:
+    """Return the report and the root of the dataset."""
     from ..device import autocast_dtype
+    from ..distributed import all_ranks
     from ..evaluation.evaluate import evaluate
-    from ..hub.folder import load_model, split_problem
 
-    model = load_model(args.model, pretrained=args.pretrained)
-    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
-    if problem:
-        logging.getLogger(__name__).warning(problem)
+    dataset, model, learned = all_ranks(lambda: _load(args))
     report = evaluate(
         model.to(device),
         dataset,
@@ -135,10 +135,23 @@ def _evaluate(args: argparse.Namespace, dataset: 'Dataset', device: 'torch.devic
         workers=args.workers,
         progress=True,
     )
-    return dataclasses.replace(report, learned_identities=learned)
+    return dataclasses.replace(report, learned_identities=learned), dataset.root
 
 
-def _show(report: 'Report', dataset: 'Dataset', args: argparse.Namespace) -> None:
+def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module', int]:
+    """Return the dataset, the model, and how many test identities it was trained on."""
+    from ..data.readers import create_dataset
+    from ..hub.folder import load_model, split_problem
+
+    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
+    model = load_model(args.model, pretrained=args.pretrained)
+    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
+    if problem:
+        logging.getLogger(__name__).warning(problem)
+    return dataset, model, learned
+
+
+def _show(report: 'Report', root: str, args: argparse.Namespace) -> None:
     from ..evaluation.breakdown import breakdown_table, failures_table
     from ..figures.examples import save_rank_lists
 
@@ -153,5 +166,5 @@ def _show(report: 'Report', dataset: 'Dataset', args: argparse.Namespace) -> Non
     if args.results_file is not None:
         report.save_csv(args.results_file)
     if args.rank_list is not None:
-        save_rank_lists(report, dataset.root, args.rank_list)
+        save_rank_lists(report, root, args.rank_list)
         print(f'\nRank lists: {args.rank_list}')

@@ -1,9 +1,9 @@
 """`vireid explain`."""
 
 import argparse
-import os
 
 from ..constants import FEATURES, MODALITIES
+from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import Parser, add_device_flag
 
@@ -15,19 +15,17 @@ def add_arguments(parser: Parser) -> None:
         'Show what a model looks at: Grad-CAM of each branch for the similarity of two images, or for the features of '
         'one, and the weight maps of the fused layers.'
     )
-    parser.add_argument('image', type=os.path.expanduser, metavar='IMAGE', help='image file')
+    parser.add_argument('image', type=expanded_path, metavar='IMAGE', help='image file')
     text = 'image file to compare it with (default: none)'
-    parser.add_argument('other', type=os.path.expanduser, nargs='?', metavar='OTHER', help=text)
-    parser.add_argument(
-        '--model', '--checkpoint', type=os.path.expanduser, required=True, metavar='NAME', help=MODEL_HELP
-    )
+    parser.add_argument('other', type=expanded_path, nargs='?', metavar='OTHER', help=text)
+    parser.add_argument('--model', '--checkpoint', type=expanded_path, required=True, metavar='NAME', help=MODEL_HELP)
     parser.add_argument('--modality', choices=MODALITIES, required=True, help='modality of IMAGE')
     text = 'modality of OTHER (default: that of IMAGE)'
     parser.add_argument('--other-modality', choices=MODALITIES, help=text)
     text = 'explain features after or before the BN-neck (default: after-bn)'
     parser.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
     text = 'where to draw it (default: explanation.png)'
-    parser.add_argument('--output', type=os.path.expanduser, default='explanation.png', metavar='FILE.png', help=text)
+    parser.add_argument('--output', type=expanded_path, default='explanation.png', metavar='FILE.png', help=text)
     add_device_flag(parser)
     parser.set_defaults(run=run)
 

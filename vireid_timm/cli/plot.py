@@ -1,11 +1,11 @@
 """`vireid plot`."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..constants import DATASETS, FEATURES
+from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag
 
@@ -24,12 +24,12 @@ def add_arguments(parser: Parser) -> None:
         '(features.png).'
     )
     text = 'folders of training runs and reports of vireid eval'
-    parser.add_argument('sources', type=os.path.expanduser, nargs='*', metavar='RUN|REPORT.json', help=text)
+    parser.add_argument('sources', type=expanded_path, nargs='*', metavar='RUN|REPORT.json', help=text)
     text = 'folder for the charts (default: output/plots)'
-    parser.add_argument('--output', type=os.path.expanduser, default='output/plots', metavar='DIR', help=text)
+    parser.add_argument('--output', type=expanded_path, default='output/plots', metavar='DIR', help=text)
     group = parser.add_argument_group('features')
     text = f'{MODEL_HELP} (default: none)'
-    group.add_argument('--model', '--checkpoint', type=os.path.expanduser, metavar='NAME', help=text)
+    group.add_argument('--model', '--checkpoint', type=expanded_path, metavar='NAME', help=text)
     text = f'reader: {", ".join(DATASETS)} (default: folder)'
     group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
     add_data_flags(group)

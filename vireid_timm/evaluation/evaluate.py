@@ -14,6 +14,8 @@ from torch import nn
 from ..constants import RERANKINGS
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
+from ..distributed import all_ranks
+from ..options import check_range
 from ..version import package_versions
 from .features import (
     Extraction,
@@ -78,10 +80,13 @@ def evaluate(
         TypeError: An option is not a field of `Extraction`.
     """
     # Check everything that needs no image before decoding the first one.
-    extraction = Extraction(**options)
-    model = require_dual_stream(model)
-    _check_ranking(reranking, failures, examples)
-    plans = _plans(dataset, protocol, draw)
+    extraction, model, plans = all_ranks(
+        lambda: (
+            Extraction(**options),
+            require_dual_stream(model),
+            _plans(dataset, protocol, draw, reranking, failures, examples),
+        )
+    )
     if store is None:  # decode the whole table, so that every choice of protocols shares the cache
         store = open_store(model, dataset.test, extraction)
     elif (len(store), store.size) != (len(dataset.test), image_size(model, extraction)):
@@ -142,20 +147,18 @@ def evaluate_features(
             f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
             f'got {list(features.shape)}'
         )
-    _check_ranking(reranking, failures, examples)
-    plans = _plans(dataset, protocol, draw)
+    plans = _plans(dataset, protocol, draw, reranking, failures, examples)
     return _report(features, dataset, plans, draw, reranking, failures, examples)
 
 
-def _check_ranking(reranking: str, failures: int, examples: int) -> None:
+def _plans(
+    dataset: Dataset, protocol: str | Sequence[str] | None, draw: str, reranking: str, failures: int, examples: int
+) -> list[_Plan]:
+    """Return what to evaluate, after a check of how."""
     if reranking not in RERANKINGS:
         raise ValueError(f'unknown reranking {reranking!r}; expected one of {", ".join(RERANKINGS)}')
-    for name, count in (('failures', failures), ('examples', examples)):
-        if count < 0:
-            raise ValueError(f'{name} must be at least 0, got {count}')
-
-
-def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
+    check_range('failures', failures)
+    check_range('examples', examples)
     names = [protocol] if isinstance(protocol, str) else list(protocols_of(dataset) if protocol is None else protocol)
     if not names:
         raise ValueError(

@@ -112,7 +112,8 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
                     except NonFiniteLoss as error:
                         raise _diverged(run, error) from None
             except Stopped as stopped:
-                raise stopped.with_outcome(_how_to_resume(folder)) from None
+                stopped.outcome = _how_to_resume(folder)
+                raise
             except RuntimeError as error:  # another rank has stopped already
                 if stop.signal is None or not is_lost_rank(error):
                     raise
@@ -470,17 +471,11 @@ def _save_batch(run: Run, step: int, folder: Path) -> None:
         about = []
         for modality, images in zip(MODALITIES, batch.inputs, strict=True):
             for image in _denormalized(images, run.augments[modality]):
-                row, name = batch.rows[len(about)], f'{len(about):03d}-{modality}.png'
+                number, name = len(about), f'{len(about):03d}-{modality}.png'
                 Image.fromarray(image.numpy()).save(temporary / name)
-                about.append(
-                    {
-                        'file': name,
-                        'identity': str(records.identity[row]),
-                        'path': str(records.path[row]),
-                        'modality': modality,
-                        'label': batch.labels[len(about)].item(),
-                    }
-                )
+                identity, path = (str(column[batch.rows[number]]) for column in (records.identity, records.path))
+                label = batch.labels[number].item()
+                about.append(dict(file=name, identity=identity, path=path, modality=modality, label=label))
         save_json(temporary / 'batch.json', about)
 
 
