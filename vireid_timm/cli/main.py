@@ -30,6 +30,7 @@ COMMANDS = {
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
     'hub': 'save, push, check and convert models',
+    'export': 'write a model as ONNX files or torch programs',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',
 }
