@@ -29,6 +29,7 @@ COMMANDS = {
     'data': 'check images before you use them',
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
+    'calibrate': 'learn what similarities mean as probabilities',
     'hub': 'save, push, check and convert models',
     'export': 'write a model as ONNX files or torch programs',
     'synth': 'write rendered images to disk',
