@@ -1,5 +1,6 @@
 """Exported files: they compute what `embed` does, say what they are, and appear only if that is so."""
 
+import functools
 import json
 import os
 import signal
@@ -23,9 +24,9 @@ from torch import nn
 import vireid_timm
 from vireid_timm import export
 from vireid_timm.cli.main import main
-from vireid_timm.evaluation.features import weights_fingerprint
+from vireid_timm.evaluation.features import Extraction, feature_settings
 from vireid_timm.export import export_model
-from vireid_timm.hub.folder import round_to_half, save_model_folder
+from vireid_timm.hub.folder import model_calibration, round_to_half, save_model_folder
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -59,6 +60,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         _randomise(model)
         save_model_folder(model, folders[family])
     return folders
+
+
+@pytest.fixture(scope='module')
+def exported(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports of a family, to be left as they are."""
+
+    @functools.cache
+    def folder(family: str, format: str, half: bool) -> Path:
+        folder = tmp_path_factory.mktemp('exports') / 'export'
+        metadata = export_model(models[family], folder, format=format, half=half)
+        assert metadata == json.loads((folder / 'metadata.json').read_text())
+        return folder
+
+    return folder
 
 
 def _images(count: int, size: tuple[int, int], seed: int) -> torch.Tensor:
@@ -116,18 +131,17 @@ def _assert_same_as_embed(folder: Path, format: str, model: nn.Module, size: tup
     ],
 )
 def test_files_compute_what_embed_computes(
-    family: str, format: str, half: bool, models: dict[str, Path], tmp_path: Path
+    family: str, format: str, half: bool, models: dict[str, Path], exported: Callable[..., Path]
 ) -> None:
-    folder = tmp_path / 'export'
-    metadata = export_model(models[family], folder, format=format, half=half)
+    folder = exported(family, format, half)
+    metadata = json.loads((folder / 'metadata.json').read_text())
     model, size = vireid_timm.load_model(models[family]), FAMILIES[family][1]
-    fingerprint = weights_fingerprint(model)
+    fingerprint = feature_settings(model, Extraction())['weights']
     if half:
         round_to_half(model)
     _assert_same_as_embed(folder, format, model, size)
 
     assert {path.name for path in folder.iterdir()} == {'metadata.json', *(f'{part}.{format}' for part in PARTS)}
-    assert metadata == json.loads((folder / 'metadata.json').read_text())
     assert set(metadata['files']) == {f'{part}.{format}' for part in PARTS}
     assert all(0 <= difference <= 1e-4 for difference in metadata['files'].values())
     for part in PARTS:
@@ -146,10 +160,9 @@ def test_the_same_with_features_before_bn_at_another_size(models: dict[str, Path
 
 
 @pytest.mark.parametrize('format', ['onnx', 'pt2'])
-def test_half_halves_the_weights_and_changes_little(format: str, models: dict[str, Path], tmp_path: Path) -> None:
-    metadata = export_model(models['base'], tmp_path / 'half', format=format, half=True)
-    assert 0 < metadata['half_difference'] < 5e-3
-    file = tmp_path / f'half/visible.{format}'
+def test_half_halves_the_weights_and_changes_little(format: str, exported: Callable[..., Path]) -> None:
+    file = exported('base', format, True) / f'visible.{format}'
+    assert 0 < _facts(file)['half_difference'] < 5e-3
     if format == 'onnx':
         stored = [numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
     else:
@@ -177,16 +190,30 @@ def test_images_are_resized_outside_as_embed_does_it(models: dict[str, Path], tm
     torch.testing.assert_close(found, expected['infrared'] @ expected['visible'].T, rtol=0, atol=1e-4)
 
 
-def test_files_name_no_place_of_this_machine(models: dict[str, Path], tmp_path: Path) -> None:
-    for format in ('onnx', 'pt2'):
-        export_model(models['base'], tmp_path / format, format=format)
-        for file in (tmp_path / format).iterdir():
-            parts = [file.read_bytes()]
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    parts = [archive.read(name) for name in archive.namelist()]
-            for place in (models['base'].parent, Path(torch.__file__).parent, Path(vireid_timm.__file__).parent):
-                assert not any(str(place).encode() in part for part in parts), f'{file.name}: {place}'
+def test_a_calibration_goes_with_the_features_that_it_holds_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = 'vireid_dml_r10t.synthvi'
+    calibration = model_calibration(name).to_dict()
+    metadata = export_model(name, tmp_path / 'export')
+    assert metadata['calibration'] == json.loads((tmp_path / 'export/metadata.json').read_text())['calibration']
+    assert metadata['calibration'] == _facts(tmp_path / 'export/both.onnx')['calibration'] == calibration
+    metadata = export_model(name, tmp_path / 'other', features='before-bn', size=(64, 32))
+    assert metadata['calibration'] is None and _facts(tmp_path / 'other/both.onnx')['calibration'] is None
+    assert 'is left out' in caplog.text and 'features, size' in caplog.text
+
+
+@pytest.mark.parametrize('format', ['onnx', 'pt2'])
+def test_files_name_no_place_of_this_machine(
+    format: str, models: dict[str, Path], exported: Callable[..., Path]
+) -> None:
+    for file in exported('base', format, True).iterdir():
+        parts = [file.read_bytes()]
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                parts = [archive.read(name) for name in archive.namelist()]
+        for place in (models['base'].parent, Path(torch.__file__).parent, Path(vireid_timm.__file__).parent):
+            assert not any(str(place).encode() in part for part in parts), f'{file.name}: {place}'
 
 
 def _export(*words: str | Path) -> int:
@@ -262,7 +289,6 @@ def test_a_missing_package_is_named_with_its_extra(
     assert _export('--model', models['base'], tmp_path / 'export') == 1
     error = _said(capsys)
     assert 'pip install "vireid_timm[export]"' in error and package in error and not list(tmp_path.iterdir())
-    assert _export('--model', models['base'], tmp_path / 'export', '--format', 'pt2') == 0  # needs neither
 
 
 def _spoil(file: Path) -> None:
@@ -299,16 +325,15 @@ def test_a_file_that_computes_something_else_is_not_left(
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_export_leaves_no_folder(number: int, models: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / 'output.txt'
-    command = ['export', '--model', str(models['dml']), str(tmp_path / 'export')]
+    command = ['export', '--model', str(models['base']), str(tmp_path / 'export'), '--format', 'pt2']
     process = start(main, command, output=output, environment={})
-    _wait_for(lambda: list(tmp_path.glob('.export.*.part/visible.onnx')))
+    _wait_for(lambda: list(tmp_path.glob('.export.*.part')))
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode not in (0, None) and not (tmp_path / 'export').exists()
     if number == signal.SIGINT:
         assert [path.name for path in tmp_path.iterdir()] == ['output.txt']
         assert output.read_text().splitlines()[-1:] == ['vireid: stopped']
-    assert main(command) == 0
 
 
 def _wait_for(moment: Callable[[], object], timeout: float = 120.0) -> None:

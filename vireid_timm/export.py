@@ -4,6 +4,7 @@ A file takes 8-bit images that are resized already, and returns features of leng
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from torch import nn
 
 from .constants import EXPORT_FORMATS, MODALITIES
 from .data.images import load_image
-from .evaluation.features import Extraction, embed, image_size, weights_fingerprint
+from .evaluation.features import Extraction, embed, feature_settings, image_size
 from .files import save_json, whole_folder
-from .hub.folder import check_target, load_model, round_to_half
+from .hub.folder import check_target, load_model, model_calibration, round_to_half
 from .synthvi.render import image_address
 from .version import package_versions
+
+_logger = logging.getLogger(__name__)
 
 METADATA = 'metadata.json'
 OPSET = 18
@@ -134,7 +137,9 @@ def export_model(
     if model.global_pool.pool_type == '':
         raise ValueError(f"{source} returns maps instead of features (global_pool=''), so it is not exported")
     size = image_size(model, extraction)
-    metadata = _metadata(model, source, format, half, features, size)
+    settings = feature_settings(model, extraction)
+    metadata = _metadata(model, source, format, half, settings)
+    metadata['calibration'] = _calibration(source, settings) if pretrained else None
     images = _images(size)
     expected = _embedded(model, images, extraction)
     if half:
@@ -176,8 +181,7 @@ def _metadata(
     source: str | Path,
     format: str,
     half: bool,
-    features: str,
-    size: tuple[int, int],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     config = resolve_model_data_config(model)
     named = timm.is_model(str(source).partition('.')[0]) or str(source).startswith('hf-hub:')
@@ -186,15 +190,27 @@ def _metadata(
         **({'opset': OPSET} if format == 'onnx' else {}),
         'source': str(source) if named else Path(source).name,  # not where it is on this machine
         'architecture': model.pretrained_cfg['architecture'],
-        'fingerprint': weights_fingerprint(model),
-        'size': list(size),
+        'fingerprint': settings['weights'],
+        'size': settings['size'],
         'mean': list(config['mean']),
         'std': list(config['std']),
-        'features': features,
+        'features': settings['features'],
         'dimension': model.num_features,
         'half': half,
         'versions': package_versions(),
     }
+
+
+def _calibration(source: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the model's calibration if it holds for the exported features."""
+    calibration = model_calibration(source)
+    if calibration is None:
+        return None
+    mismatch = calibration.mismatch(settings)
+    if mismatch:
+        _logger.warning(f'The calibration of {source} is left out: it was fitted with other settings: {mismatch}')
+        return None
+    return calibration.to_dict()
 
 
 def _images(size: tuple[int, int]) -> dict[str, torch.Tensor]:
