@@ -176,7 +176,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(models: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     batches = list(next(iter(models.values()))['ms'])
-    heads = [*(f'batch of {count}' for count in batches), *('... times faster than eager' for _ in batches)]
+    heads = [*(f'batch of {count}' for count in batches), *(f'batch of {count}, times eager' for count in batches)]
     lines = [f'| | MB | {" | ".join(heads)} | mAP |', f'|---|---|{"---|" * (2 * len(batches) + 1)}']
     for name, result in models.items():
         for variant, count in result['bytes'].items():

@@ -1,4 +1,4 @@
-"""The benchmarks of training, of the start and of deployed models run from end to end in small; what they measure is not looked at."""
+"""The benchmarks run from end to end in small; what they measure is not looked at."""
 
 import json
 import subprocess

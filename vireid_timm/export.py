@@ -149,13 +149,13 @@ def export_model(
     network = DeployedNetwork(model, features).eval()
     if half and format == 'pt2':
         network = HalfStored(network).eval()
-    metadata['files'] = {}
+    differences = {}
     with whole_folder(folder) as temporary:
         for part, modalities in PARTS.items():
-            file = temporary / f'{part}.{format}'
-            facts = {name: value for name, value in metadata.items() if name != 'files'} | {'modality': part}
-            _write(file, network, {name: images[name] for name in modalities}, facts)
-            metadata['files'][file.name] = _compare(file, {name: images[name] for name in modalities}, expected)
+            file, given = temporary / f'{part}.{format}', {modality: images[modality] for modality in modalities}
+            _write(file, network, given, {**metadata, 'modality': part})
+            differences[file.name] = _compare(file, given, expected)
+        metadata['files'] = differences
         save_json(temporary / METADATA, metadata)
     return metadata
 

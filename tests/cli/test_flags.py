@@ -147,7 +147,8 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
         roots = lambda: {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)
         before = roots()
         for words in ('--version', '--help', 'train --help', 'train --help-all', 'train --epochz 3', 'eval --help',
-                      'eval --modle x', 'hub --help', 'hub save --help', 'synth --help', 'demo --help'):
+                      'eval --modle x', 'hub --help', 'hub save --help', 'export --help', 'synth --help',
+                      'demo --help'):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 try:
                     vireid_timm.cli.main.main(words.split())
