@@ -30,7 +30,7 @@ from vireid_timm.device import resolve_device
 from vireid_timm.evaluation.evaluate import calibrate
 from vireid_timm.evaluation.features import weights_fingerprint
 from vireid_timm.evaluation.report import HEADER_OF, METRICS, Report
-from vireid_timm.files import save_json, whole_file
+from vireid_timm.files import expanded_path, save_json, whole_file
 from vireid_timm.hub.card import evaluation_facts, model_card
 from vireid_timm.hub.folder import CARD, WEIGHTS, load_model, round_to_half, save_run, sha256_of
 from vireid_timm.hub.publish import check_model, push_folder
@@ -47,7 +47,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     settings = load_yaml(args.recipe)
     settings |= {'data_dir': args.data_dir} if args.data_dir else {}
-    work = args.output / args.recipe.stem
+    work = Path(args.output) / args.recipe.stem
     _keep_recipe(args.recipe, work)
     if args.embed:
         embed(args, settings, work)
@@ -243,7 +243,7 @@ def _keep_recipe(recipe: Path, work: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', metavar='RECIPE', help='recipe of the package, by name, or a YAML file of settings')
-    parser.add_argument('--data-dir', default='', help='root of the data')
+    parser.add_argument('--data-dir', type=expanded_path, default='', help='root of the data')
     parser.add_argument(
         '--test-kwargs',
         nargs='*',
@@ -270,7 +270,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument('--push', metavar='OWNER/NAME', help='publish on the Hub')
     parser.add_argument('--private', action='store_true', help='create a private repository')
     parser.add_argument('--embed', action='store_true', help='write the files that the package ships')
-    parser.add_argument('--output', type=Path, default=Path('output/release'), help='default: output/release')
+    parser.add_argument('--output', type=expanded_path, default='output/release', help='default: output/release')
     parser.add_argument('--device', default='cuda', help='default: cuda; the CPU if there is no GPU')
     return parser.parse_args()
 

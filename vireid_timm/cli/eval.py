@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..constants import DATASETS, DRAWS, GROUPINGS, RERANKINGS
+from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import (
     Parser,
@@ -20,7 +21,9 @@ from .parser import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from ..data.records import Dataset
     from ..evaluation.report import Report
 
 
@@ -32,8 +35,9 @@ def add_arguments(parser: Parser) -> None:
         'Or compare two reports. With several GPUs: torchrun --nproc-per-node N -m vireid_timm eval ...'
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--model', '--checkpoint', metavar='NAME', help=MODEL_HELP)
-    which.add_argument('--compare', nargs=2, metavar='FILE.json', help='compare two reports instead')
+    which.add_argument('--model', '--checkpoint', type=expanded_path, metavar='NAME', help=MODEL_HELP)
+    text = 'compare two reports instead'
+    which.add_argument('--compare', nargs=2, type=expanded_path, metavar='FILE.json', help=text)
     add_switch(parser, '--pretrained', 'load the weights (default: on)', default=True)
     _add_data(parser.add_argument_group('data'))
     _add_features(parser.add_argument_group('features'))
@@ -67,9 +71,10 @@ def _add_output(group: Any) -> None:
     group.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help=text)
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
-    group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
+    text = 'save the report (default: only print it)'
+    group.add_argument('--report', type=expanded_path, metavar='FILE.json', help=text)
     text = 'append one row per protocol to this table (default: none)'
-    group.add_argument('--results-file', metavar='FILE.csv', help=text)
+    group.add_argument('--results-file', type=expanded_path, metavar='FILE.csv', help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,16 +101,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
-    from ..data.readers import create_dataset
     from ..device import autocast_dtype
+    from ..distributed import all_ranks
     from ..evaluation.evaluate import evaluate
-    from ..hub.folder import load_model, model_calibration, split_problem
+    from ..hub.folder import model_calibration
 
-    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
-    model = load_model(args.model, pretrained=args.pretrained)
-    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
-    if problem:
-        logging.getLogger(__name__).warning(problem)
+    dataset, model, learned = all_ranks(lambda: _load(args))
     report = evaluate(
         model.to(device),
         dataset,
@@ -127,6 +128,19 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         progress=True,
     )
     return dataclasses.replace(report, learned_identities=learned)
+
+
+def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module', int]:
+    """Return the dataset, the model, and how many test identities it was trained on."""
+    from ..data.readers import create_dataset
+    from ..hub.folder import load_model, split_problem
+
+    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
+    model = load_model(args.model, pretrained=args.pretrained)
+    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
+    if problem:
+        logging.getLogger(__name__).warning(problem)
+    return dataset, model, learned
 
 
 def _show(report: 'Report', args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """`vireid export`."""
 
 import argparse
-import os
 
 from ..constants import EXPORT_FORMATS, FEATURES
+from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import Parser, add_switch
 
@@ -15,9 +15,9 @@ def add_arguments(parser: Parser) -> None:
         'Write a model as files that run without this package: one for visible images, one for infrared images, and '
         'one for both. Each is compared with the model before the folder appears.'
     )
-    parser.add_argument('folder', type=os.path.expanduser, metavar='DIR', help='folder to create')
+    parser.add_argument('folder', type=expanded_path, metavar='DIR', help='folder to create')
     text = f'{MODEL_HELP}, or a checkpoint (required)'
-    parser.add_argument('--model', '--checkpoint', required=True, metavar='NAME', help=text)
+    parser.add_argument('--model', '--checkpoint', type=expanded_path, required=True, metavar='NAME', help=text)
     add_switch(parser, '--pretrained', 'load the weights (default: on)', default=True)
     text = 'onnx, or pt2: a program of torch.export (default: onnx)'
     parser.add_argument('--format', choices=EXPORT_FORMATS, default='onnx', help=text)

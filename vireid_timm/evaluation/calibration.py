@@ -46,7 +46,8 @@ class Calibration:
             -> the similarity that no larger share of them exceeds, in galleries of `gallery_size` images.
         settings: What decides the features: `weights` (fingerprint without classifiers), `features`, `flip_test`,
             `crops`, `size` and `centre`. With others the calibration means nothing.
-        fitted_on: `dataset`, `options`, `protocols`, and the numbers of `identities`, `queries`, `pairs`, `matches`.
+        fitted_on: `dataset`, `options`, `split`, `protocols`, `draw`, and the numbers of `identities`, `queries`,
+            `pairs` and `matches`.
     """
 
     slope: float
@@ -61,14 +62,20 @@ class Calibration:
     settings: dict[str, Any]
     fitted_on: dict[str, Any]
 
-    def probability(self, similarity: torch.Tensor, gallery_size: int | torch.Tensor | None = None) -> torch.Tensor:
+    def probability(
+        self,
+        similarity: torch.Tensor,
+        gallery_size: int | torch.Tensor | None = None,
+        images_per_person: float | None = None,
+    ) -> torch.Tensor:
         """Return the probability that two images of different modalities show the same person.
 
         Args:
             similarity: Inner product of their L2-normalised features, any shape.
             gallery_size: Images in the gallery: among more of them, a given one is less likely to show the person, so
-                the prior falls as 1 / gallery_size, as if a person had as many images there as in the fit. A number, or
-                a tensor that fits the similarities. None for the prior of the fit.
+                the prior is images_per_person / gallery_size. A number, or a tensor that fits the similarities. None
+                for the prior of the fit.
+            images_per_person: Mean number of a person's images in the gallery; None for that of the fit.
 
         Returns:
             Probabilities in float64, of the same shape.
@@ -76,7 +83,8 @@ class Calibration:
         log_odds = self.slope * similarity.double() + self.intercept
         if gallery_size is not None:
             size = torch.as_tensor(gallery_size, device=similarity.device).double().clamp(min=1)
-            prior = (self.prior * self.gallery_size / size).clamp(max=HIGHEST_PRIOR)
+            images = self.prior * self.gallery_size if images_per_person is None else images_per_person
+            prior = (images / size).clamp(max=HIGHEST_PRIOR)
             log_odds = log_odds + torch.logit(prior) - math.log(self.prior / (1 - self.prior))
         return torch.sigmoid(log_odds)
 
@@ -195,12 +203,15 @@ def fit_calibration(
     )
 
 
-def reliability(parts: Iterable[Pairs], calibration: Calibration) -> dict[str, dict[str, Any]]:
+def reliability(
+    parts: Iterable[Pairs], calibration: Calibration, images_per_person: float
+) -> dict[str, dict[str, Any]]:
     """Compare predicted probabilities with what is true (Guo et al., arXiv:1706.04599).
 
     Args:
         parts: Pairs of known people, a part of the queries at a time.
         calibration: What predicts.
+        images_per_person: Mean number of a person's images in the gallery.
 
     Returns:
         For `pairs` (all of them), `first` (the pairs of each query and its `FIRST` most similar images) and `nobody`
@@ -211,16 +222,20 @@ def reliability(parts: Iterable[Pairs], calibration: Calibration) -> dict[str, d
     """
     totals = {'pairs': 0, 'first': 0, 'nobody': 0}
     for part in parts:
-        for name, predicted in _predictions(part, calibration).items():
+        for name, predicted in _predictions(part, calibration, images_per_person).items():
             totals[name] = totals[name] + _binned(*predicted)
     return {name: _scores(total.cpu().numpy()) for name, total in totals.items()}
 
 
-def _predictions(part: Pairs, calibration: Calibration) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(
+    part: Pairs,
+    calibration: Calibration,
+    images_per_person: float,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return probabilities and truths of the pairs, the first answers, and the searches for people who may be there."""
     counted = torch.ones_like(part.match) if part.ignore is None else ~part.ignore
     size = counted.sum(dim=1)
-    probability = calibration.probability(part.similarity, size[:, None])
+    probability = calibration.probability(part.similarity, size[:, None], images_per_person)
     similarity = part.similarity.double().masked_fill(~counted, -math.inf)
     first = similarity.topk(min(FIRST, similarity.shape[1]), dim=1)
     kept = first.values > -math.inf
@@ -304,11 +319,11 @@ def _logistic(positive: np.ndarray, negative: np.ndarray, weight: float) -> tupl
         gradient = design.T @ (weights * (probability - target))
         curvature = (design * (weights * probability * (1 - probability))[:, None]).T @ design
         step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
-        before, size = loss(line), 1.0
-        while loss(line - size * step) > before and size > 1e-6:
+        size, before, gain = 1.0, loss(line), 1e-4 * gradient @ step
+        while loss(line - size * step) > before - size * gain and size > 1e-15:
             size /= 2
         line = line - size * step
-        if np.abs(size * step).max() < 1e-10:
+        if np.abs(gradient).max() < 1e-10 * weights.sum():
             break
     slope = line[0] / scale
     return float(slope), float(line[1] - slope * centre)

@@ -15,6 +15,8 @@ from torch import nn
 from ..constants import RERANKINGS
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
+from ..distributed import all_ranks
+from ..options import check_range
 from ..version import package_versions
 from .calibration import Calibration, Pairs, fit_calibration, reliability
 from .features import (
@@ -86,12 +88,14 @@ def evaluate(
         TypeError: An option is not a field of `Extraction`.
     """
     # Check everything that needs no image before decoding the first one.
-    extraction = Extraction(**options)
-    model = require_dual_stream(model)
-    _check_ranking(reranking, failures)
-    plans = _plans(dataset, protocol, draw)
-    settings = feature_settings(model, extraction)
-    calibration = _applicable(calibration, settings, reranking)
+    extraction, model, plans = all_ranks(
+        lambda: (
+            Extraction(**options),
+            require_dual_stream(model),
+            _plans(dataset, protocol, draw, reranking, failures),
+        )
+    )
+    calibration = _applicable(calibration, feature_settings(model, extraction), reranking)
     features, plans, num_broken = _test_features(model, dataset, plans, store, extraction)
     return dataclasses.replace(
         _report(features, dataset, plans, draw, reranking, failures, calibration),
@@ -132,9 +136,9 @@ def calibrate(
     Raises:
         ValueError: As for `evaluate`; there are too few people or queries; or the features do not tell people apart.
     """
-    extraction = Extraction(**options)
-    model = require_dual_stream(model)
-    plans = _crossing_plans(dataset, protocol, draw)
+    extraction, model, plans = all_ranks(
+        lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw))
+    )
     features, plans, _ = _test_features(model, dataset, plans, store, extraction)
     return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
 
@@ -191,8 +195,7 @@ def evaluate_features(
             the protocol cannot use the data.
     """
     features = _checked_features(features, dataset)
-    _check_ranking(reranking, failures)
-    plans = _plans(dataset, protocol, draw)
+    plans = _plans(dataset, protocol, draw, reranking, failures)
     return _report(features, dataset, plans, draw, reranking, failures, calibration if reranking == 'none' else None)
 
 
@@ -208,7 +211,7 @@ def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> 
 
 def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
     """Return the protocols for a calibration: those given, or the first one of each direction."""
-    plans = _plans(dataset, protocol, draw)
+    plans = _plans(dataset, protocol, draw, 'none', 0)
     if protocol is None:
         plans = [plan for plan in plans if plan.protocol.crosses]
         directions = [plan.protocol.direction for plan in plans]
@@ -218,7 +221,17 @@ def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw
         raise ValueError(
             f'a calibration is about images of different modalities, but protocol {same[0]} also pairs images of one'
         )
+    _count_people(dataset, plans)  # too few are found before the work
     return plans
+
+
+def _count_people(dataset: Dataset, plans: Sequence[_Plan]) -> int:
+    """Count the people who are searched for; too few are an error."""
+    rows = np.concatenate([query for plan in plans for query, _ in plan.trials])
+    count = len(np.unique(dataset.test.identity[rows]))
+    if count < FEW_PEOPLE:
+        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {count}')
+    return count
 
 
 def _fit(
@@ -229,15 +242,14 @@ def _fit(
     settings: dict[str, Any],
     seed: int,
 ) -> Calibration:
-    people = np.unique(dataset.test.identity[np.concatenate([query for plan in plans for query, _ in plan.trials])])
-    if len(people) < FEW_PEOPLE:
-        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {len(people)}')
+    people = _count_people(dataset, plans)
     fitted_on = {
         'dataset': dataset.name,
         'options': plain_options(dataset),
+        'split': 'test',
         'protocols': [plan.protocol.name for plan in plans],
         'draw': draw,
-        'identities': len(people),
+        'identities': people,
     }
     trials = [(plan, trial) for plan in plans for trial in plan.trials]
     num_pairs = sum(len(query) * len(gallery) for _, (query, gallery) in trials)
@@ -285,14 +297,13 @@ def _applicable(calibration: Calibration | None, settings: dict[str, Any], reran
     return None if reason else calibration
 
 
-def _check_ranking(reranking: str, failures: int) -> None:
+def _plans(
+    dataset: Dataset, protocol: str | Sequence[str] | None, draw: str, reranking: str, failures: int
+) -> list[_Plan]:
+    """Return what to evaluate, after a check of how."""
     if reranking not in RERANKINGS:
         raise ValueError(f'unknown reranking {reranking!r}; expected one of {", ".join(RERANKINGS)}')
-    if failures < 0:
-        raise ValueError(f'failures must be at least 0, got {failures}')
-
-
-def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
+    check_range('failures', failures)
     names = [protocol] if isinstance(protocol, str) else list(protocols_of(dataset) if protocol is None else protocol)
     if not names:
         raise ValueError(
@@ -344,13 +355,10 @@ def _report(
             trials_fingerprint=_fingerprint(images.copy(), trials),
         )
         first = found[protocol.name][0][0]
-        is_predicted = calibration is not None and protocol.crosses
         results[protocol.name] = dataclasses.replace(
             result,
             decisions=mean_decisions([decided for _, decided in found[protocol.name]]),
-            calibration=reliability(_pairs(features, dataset, protocol, trials[0]), calibration)
-            if is_predicted
-            else None,
+            calibration=_reliability(features, dataset, plan, calibration),
             failures=_failures(features, dataset, plan, first, reranking, failures) if failures else [],
         )
     return Report(
@@ -382,6 +390,20 @@ def _pairs(features: torch.Tensor, dataset: Dataset, protocol: Protocol, trial: 
             identities[query[rows]][:, None] == identities[gallery],
             None if keys is None else keys[query[rows]][:, None] == keys[gallery],
         )
+
+
+def _reliability(
+    features: torch.Tensor,
+    dataset: Dataset,
+    plan: _Plan,
+    calibration: Calibration | None,
+) -> dict[str, dict[str, Any]] | None:
+    """Compare a calibration with the first trial; None if there is none or it is not about such pairs."""
+    if calibration is None or not plan.protocol.crosses:
+        return None
+    gallery = plan.trials[0][1]
+    images_per_person = len(gallery) / len(np.unique(dataset.test.identity[gallery]))
+    return reliability(_pairs(features, dataset, plan.protocol, plan.trials[0]), calibration, images_per_person)
 
 
 def _rank(

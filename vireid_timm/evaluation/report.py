@@ -367,6 +367,9 @@ def _heading(report: Report) -> list[str]:
         lines.append(f'{flip_test}, {report.crops} crop{"s" if report.crops > 1 else ""}{centred}, {reranking}')
     else:
         lines.append(reranking)
+    if report.calibration:
+        count, split, dataset = (report.calibration.get(name) for name in ('identities', 'split', 'dataset'))
+        lines.append(f'probabilities fitted on {count} {split} identities of {dataset}')
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
     if report.learned_identities:
