@@ -23,7 +23,7 @@ MUTUAL_LEARNING_MODES = {
 }
 
 # What gets no gradient. `partner`: in each direction of KL the prediction that is learned from, as in deep mutual
-# learning (arXiv:1706.00384, eq. 3 and 6). `teacher`: the branch named first in a mode, which teaches and is not taught.
+# learning (arXiv:1706.00384, eq. 3 and 6). `teacher`: the branch named first in a mode: it teaches and is not taught.
 MUTUAL_CONSTANTS = ('none', 'partner', 'teacher')
 
 
