@@ -258,7 +258,7 @@ def _said(capsys: pytest.CaptureFixture) -> str:
         ('--model resnet18 --no-pretrained', 'not a visible-infrared re-ID model'),
         ('--model vireid_dml_r99', 'there is no file, folder or model'),
         ('--model vireid_dml_r10t.synthvi --input-size 128 64 3', '3 channels, height and width, in this order'),
-        ('--model vireid_dml_r10t.synthvi --input-size 3 0 64', 'height and width in pixels'),
+        ('--model vireid_dml_r10t.synthvi --input-size 3 0 64', 'size must be at least 1, got 0'),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
