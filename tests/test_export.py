@@ -322,11 +322,16 @@ def test_a_file_that_computes_something_else_is_not_left(
     assert before == {path.name: path.read_bytes() for path in (tmp_path / 'export').iterdir()}
 
 
+def _interruptible(command: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    return main(command)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_export_leaves_no_folder(number: int, models: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / 'output.txt'
     command = ['export', '--model', str(models['base']), str(tmp_path / 'export'), '--format', 'pt2']
-    process = start(main, command, output=output, environment={})
+    process = start(_interruptible, command, output=output, environment={})
     _wait_for(lambda: list(tmp_path.glob('.export.*.part')))
     os.kill(process.pid, number)
     process.join(60)
