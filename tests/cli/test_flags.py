@@ -121,6 +121,7 @@ COMPLETE = {
     'vireid data': 'data {folder} --dataset-kwargs test_share=0',
     'vireid demo': 'demo --output {folder}/demo',
     'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
+    'vireid export': 'export --model vireid_dml_r10t.synthvi {folder}/export',
     'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
 }
 
