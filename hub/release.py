@@ -8,8 +8,8 @@
 Everything is written to output/release/<name of the recipe>: the run, report.json, and model/, the folder to push. A
 stage is skipped if its result exists; delete the result to repeat the stage. With `--trials` each trial has its own
 folder with run and report, mean.json holds their mean scores, and model/ is the model of the first trial. `--embed`
-writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (the scores) and .md (the
-card).
+writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (the scores, whom it was
+trained on, and with `--calibrate-kwargs` its calibration) and .md (the card).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from timm.utils import ParseKwargs
 
 import vireid_timm
 from vireid_timm.device import resolve_device
+from vireid_timm.evaluation.evaluate import calibrate
 from vireid_timm.evaluation.features import weights_fingerprint
 from vireid_timm.evaluation.report import HEADER_OF, METRICS, Report
 from vireid_timm.files import expanded_path, save_json, whole_file
@@ -172,7 +173,16 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     }
     save_json(
         target.with_suffix('.json'),
-        {'dataset': _test_options(settings, args), 'weights': report.weights, 'protocols': scores},
+        {
+            'dataset': _test_options(settings, args),
+            'weights': report.weights,
+            'protocols': scores,
+            'vireid': {
+                'dataset': settings['dataset'],
+                'dataset_options': settings.get('dataset_kwargs', {}),
+                **({'calibration': _calibration(model, settings, args)} if args.calibrate_kwargs else {}),
+            },
+        },
     )
     card = model_card(name, model.num_features, facts, table=str(report), license=LICENSE, name=name)
     with whole_file(target.with_suffix('.md')) as temporary:
@@ -194,6 +204,12 @@ def _report(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace
     options = _test_options(settings, args)
     dataset = vireid_timm.create_dataset(settings['dataset'], settings.get('data_dir') or None, **options)
     return vireid_timm.evaluate(model.to(resolve_device(args.device)), dataset, args.protocol, progress=True)
+
+
+def _calibration(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    data = settings['dataset'], settings.get('data_dir') or None
+    dataset = vireid_timm.create_dataset(*data, **args.calibrate_kwargs)
+    return calibrate(model.to(resolve_device(args.device)), dataset, progress=True).to_dict()
 
 
 def _test_options(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -235,6 +251,14 @@ def _arguments() -> argparse.Namespace:
         action=ParseKwargs,
         metavar='KEY=VALUE',
         help="options of the evaluation dataset (default: the recipe's)",
+    )
+    parser.add_argument(
+        '--calibrate-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='with --embed: options of the dataset to fit a calibration on (default: none is fitted)',
     )
     parser.add_argument(
         '--trials', type=_trials, metavar='A-B', help="RegDB's trials, each trained and tested separately"

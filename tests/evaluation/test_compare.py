@@ -117,6 +117,7 @@ def test_every_setting_is_compared(result):
         features='before-bn',
         flip_test=True,
         crops=5,
+        centre=True,
         reranking='cross-modality',
         size=(128, 64),
         precision='bfloat16',
@@ -124,7 +125,7 @@ def test_every_setting_is_compared(result):
         learned_identities=3,
         versions={},
     )
-    assert set(others) == {field.name for field in dataclasses.fields(Report)} - {'protocols'}
+    assert set(others) == {field.name for field in dataclasses.fields(Report)} - {'protocols', 'calibration'}
     first = make_report({'all-single': result})
     for name, value in others.items():
         settings = compare(first, dataclasses.replace(first, **{name: value})).settings
@@ -138,7 +139,7 @@ def test_every_setting_is_compared(result):
         gallery_size=1,
         trials=result.trials[:1],
     )
-    results = {'mean', 'std', 'intervals', 'trials_fingerprint', 'queries', 'failures'}
+    results = {'mean', 'std', 'intervals', 'trials_fingerprint', 'queries', 'failures', 'decisions', 'calibration'}
     assert set(changed) | results == {field.name for field in dataclasses.fields(ProtocolResult)}
     for name, value in changed.items():
         other = make_report({'all-single': dataclasses.replace(result, **{name: value})})

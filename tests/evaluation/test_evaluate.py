@@ -19,7 +19,7 @@ from vireid_timm.evaluation import metrics
 from vireid_timm.evaluation.compare import compare
 from vireid_timm.evaluation.confidence import bootstrap_intervals
 from vireid_timm.evaluation.evaluate import evaluate, evaluate_features
-from vireid_timm.evaluation.features import weights_fingerprint
+from vireid_timm.evaluation.features import centred, weights_fingerprint
 from vireid_timm.evaluation.metrics import rank_metrics
 from vireid_timm.evaluation.protocols import draw_trials, protocol_trials, protocols_of
 from vireid_timm.evaluation.reranking import ReRanking
@@ -200,7 +200,7 @@ def test_several_trials_and_invalid_queries():
     assert report['indoor-multi'].gallery_size == 24
     lines = str(report).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('protocol'))
-    table = lines[start:-2]
+    table = lines[start : lines.index('', start)]
     assert len({len(line) for line in table if not line.lstrip().startswith('std')}) == 1, 'columns must align'
     assert '24 of 27' in table[1] and '10 seeded' in table[1]
     assert f'{100 * report["all-single"].mean["mAP"]:.2f}' in table[1]
@@ -475,3 +475,14 @@ def test_results_can_be_paired_where_the_images_are_the_same():
     )
     paired = compare(first, second)
     assert set(paired.protocols['all-single'].paired) == {'rank1', 'mAP', 'mINP'}
+
+
+def test_centring_does_not_depend_on_the_protocols(model, dataset, expected_features):
+    options = dict(size=SIZE, centre=True, cache='off')
+    everything = evaluate(model, dataset, **options)
+    one = evaluate(model, dataset, 'infrared-to-visible', **options)
+    assert one['infrared-to-visible'] == everything['infrared-to-visible'] and one.centre
+    moved = centred(expected_features, dataset.test.modality)
+    expected = evaluate_features(moved, dataset, 'infrared-to-visible')['infrared-to-visible']
+    assert one['infrared-to-visible'].mean == pytest.approx(expected.mean, abs=1e-6)
+    assert 'modalities centred' in str(one)

@@ -6,10 +6,19 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..constants import CROPS, DATASETS, DRAWS, FEATURES, GROUPINGS, RERANKINGS
+from ..constants import DATASETS, DRAWS, GROUPINGS, RERANKINGS
 from ..files import expanded_path
 from ..training.config import MODEL_HELP
-from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag, add_switch
+from .parser import (
+    Parser,
+    add_batch_size_flag,
+    add_data_flags,
+    add_decoding_flags,
+    add_device_flag,
+    add_feature_flags,
+    add_switch,
+    check_input_size,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -51,15 +60,8 @@ def _add_data(group: Any) -> None:
 
 
 def _add_features(group: Any) -> None:
-    text = 'compare features after or before the BN-neck (default: after-bn)'
-    group.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
-    text = 'average over each image and its mirror image (default: off)'
-    group.add_argument('--flip-test', action='store_true', help=text)
-    text = '5: average over the image and shifts into its corners (default: 1)'
-    group.add_argument('--crops', type=int, choices=CROPS, default=1, help=text)
+    add_feature_flags(group)
     group.add_argument('--reranking', choices=RERANKINGS, default='none', help='re-rank the results (default: none)')
-    text = "channels, height, width (default: the model's)"
-    group.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help=text)
     add_batch_size_flag(group)
     add_device_flag(group)
     add_switch(group, '--amp', 'mixed precision (default: off)', default=False)
@@ -90,11 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         print(compare(*map(Report.load, args.compare)))
         return
-    if args.input_size and (args.input_size[0] != 3 or min(args.input_size) < 1):
-        raise ValueError(
-            f'--input-size {" ".join(map(str, args.input_size))}: expected channels, height and width in this order, '
-            'and images have 3 channels, e.g. --input-size 3 288 144'
-        )
+    check_input_size(args.input_size)
     if is_rank_zero():
         for path in (args.report, args.results_file):
             if path is not None:
@@ -114,6 +112,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> tuple['Report
     from ..device import autocast_dtype
     from ..distributed import all_ranks
     from ..evaluation.evaluate import evaluate
+    from ..hub.folder import model_calibration
 
     dataset, model, learned = all_ranks(lambda: _load(args))
     report = evaluate(
@@ -124,9 +123,11 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> tuple['Report
         reranking=args.reranking,
         failures=args.failures,
         examples=0 if args.rank_list is None else EXAMPLES,
+        calibration=model_calibration(args.model) if args.pretrained else None,
         features=args.features,
         flip_test=args.flip_test,
         crops=args.crops,
+        centre=args.centre,
         size=args.input_size,
         batch_size=args.batch_size,
         amp_dtype=autocast_dtype(device, args.amp, args.amp_dtype),

@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from ..constants import CACHES
+from ..constants import CACHES, CROPS, FEATURES
 from ..files import expanded_path
 
 
@@ -66,6 +66,33 @@ def add_data_flags(group: Any) -> None:
     group.add_argument('--data-dir', type=expanded_path, default='', metavar='PATH', help=text)
     text = "reader's options, e.g. trial=3 for regdb (default: none)"
     group.add_argument('--dataset-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=text)
+
+
+def add_feature_flags(group: Any) -> None:
+    """Add what decides the features of an image."""
+    text = 'compare features after or before the BN-neck (default: after-bn)'
+    group.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
+    text = 'average over each image and its mirror image (default: off)'
+    group.add_argument('--flip-test', action='store_true', help=text)
+    text = '5: average over the image and shifts into its corners (default: 1)'
+    group.add_argument('--crops', type=int, choices=CROPS, default=1, help=text)
+    text = "subtract each modality's mean feature over the test images (default: off)"
+    group.add_argument('--centre', action='store_true', help=text)
+    text = "channels, height, width (default: the model's)"
+    group.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help=text)
+
+
+def check_input_size(size: Sequence[int] | None) -> None:
+    """Refuse a value of --input-size that is not 3 channels, height and width.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if size and (size[0] != 3 or min(size) < 1):
+        raise ValueError(
+            f'--input-size {" ".join(map(str, size))}: expected channels, height and width in this order, and images '
+            'have 3 channels, e.g. --input-size 3 288 144'
+        )
 
 
 def add_batch_size_flag(group: Any) -> None:

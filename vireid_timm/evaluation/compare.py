@@ -109,7 +109,7 @@ def compare(first: Report, second: Report) -> Comparison:
 def _settings(report: Report, protocols: list[str]) -> dict[str, str]:
     """Return all settings that affect the results of these protocols, as text."""
     values = {field.name: getattr(report, field.name) for field in fields(report)} | {'size': size_text(report)}
-    del values['protocols']
+    del values['protocols'], values['calibration']  # which changes no rank
     texts = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ from ..data.store import ImageStore
 from ..distributed import all_ranks
 from ..options import check_range
 from ..version import package_versions
+from .calibration import Calibration, Pairs, fit_calibration, reliability
 from .features import (
     Extraction,
     as_tensor,
     check_finite,
     extract,
+    feature_settings,
     image_size,
     open_store,
     require_dual_stream,
@@ -29,12 +32,16 @@ from .features import (
 )
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
-from .report import Report, relative_paths, summarise
+from .report import FEW_PEOPLE, Report, mean_decisions, relative_paths, summarise
 from .reranking import ReRanking
+from .verification import SHARES, PairFinder
+
+_logger = logging.getLogger(__name__)
 
 ANSWERS = 10  # gallery images listed for each query that a report describes
 
 Rows = tuple[np.ndarray, np.ndarray]  # rows of a trial's queries and of its gallery
+Found = tuple[RankMetrics, dict[str, float | None]]  # ranks and decisions of a trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +61,7 @@ def evaluate(
     reranking: str = 'none',
     failures: int = 0,
     examples: int = 0,
+    calibration: Calibration | None = None,
     store: ImageStore | None = None,
     **options: Any,
 ) -> Report:
@@ -70,6 +78,8 @@ def evaluate(
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
         failures: Number of worst queries to list for each protocol.
         examples: Number of best, of worst and of random queries to list for each protocol, one per person.
+        calibration: What predicts probabilities, to be compared with what is true; ignored, saying so, where it was
+            fitted with other settings.
         store: The decoded images of `dataset.test`, row by row; None decodes them.
         options: Fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`, `batch_size=64`, `device='cuda'`,
             `skip_broken=True`.
@@ -87,31 +97,76 @@ def evaluate(
             _plans(dataset, protocol, draw, reranking, failures, examples),
         )
     )
-    if store is None:  # decode the whole table, so that every choice of protocols shares the cache
-        store = open_store(model, dataset.test, extraction)
-    elif (len(store), store.size) != (len(dataset.test), image_size(model, extraction)):
-        raise ValueError(
-            f'the store has {len(store)} images of size {store.size}, but {dataset.name} needs {len(dataset.test)} of '
-            f'size {image_size(model, extraction)}; give the store of this table, or None'
-        )
-    if store.broken:
-        plans = [_only_intact(plan, store.intact()) for plan in plans]
-    rows = _rows_of(plans)
-    features = extract(model, dataset.test[rows], store, rows, extraction)
-    if len(rows) < len(dataset.test):  # rows that no trial needs are NaN
-        extracted, features = features, features.new_full((len(dataset.test), features.shape[1]), torch.nan)
-        features[_on_device(extracted, rows)] = extracted
+    calibration = _applicable(calibration, feature_settings(model, extraction), reranking)
+    features, plans, num_broken = _test_features(model, dataset, plans, store, extraction)
     return dataclasses.replace(
-        _report(features, dataset, plans, draw, reranking, failures, examples),
+        _report(features, dataset, plans, draw, reranking, failures, examples, calibration),
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         weights=weights_fingerprint(model),
         features=extraction.features,
         flip_test=extraction.flip_test,
         crops=extraction.crops,
+        centre=extraction.centre,
         size=image_size(model, extraction),
         precision=str(extraction.amp_dtype or next(model.parameters()).dtype).removeprefix('torch.'),
-        skipped_images=len(store.broken),
+        skipped_images=num_broken,
     )
+
+
+def calibrate(
+    model: nn.Module,
+    dataset: Dataset,
+    protocol: str | Sequence[str] | None = None,
+    *,
+    draw: str = 'seeded',
+    seed: int = 0,
+    store: ImageStore | None = None,
+    **options: Any,
+) -> Calibration:
+    """Fit a calibration to a dataset's test images, of people that the model was not trained on.
+
+    Args:
+        model: As for `evaluate`.
+        dataset: As for `evaluate`.
+        protocol: Protocols across the modalities whose pairs are used, those of all trials; None for the first of each
+            direction.
+        draw: As for `evaluate`.
+        seed: Of the sample of pairs, if there are many.
+        store: As for `evaluate`.
+        options: As for `evaluate`.
+
+    Raises:
+        ValueError: As for `evaluate`; there are too few people or queries; or the features do not tell people apart.
+    """
+    extraction, model, plans = all_ranks(
+        lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw))
+    )
+    features, plans, _ = _test_features(model, dataset, plans, store, extraction)
+    return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
+
+
+def calibrate_features(
+    features: torch.Tensor | np.ndarray,
+    dataset: Dataset,
+    protocol: str | Sequence[str] | None = None,
+    *,
+    draw: str = 'seeded',
+    seed: int = 0,
+) -> Calibration:
+    """Fit a calibration to given features: the second half of `calibrate`. It has no settings, so it fits any.
+
+    Args:
+        features: As for `evaluate_features`, L2-normalised.
+        dataset: As for `calibrate`.
+        protocol: As for `calibrate`.
+        draw: As for `calibrate`.
+        seed: As for `calibrate`.
+
+    Raises:
+        ValueError: The features do not fit the dataset, or as for `calibrate`.
+    """
+    features = _checked_features(features, dataset)
+    return _fit(features, dataset, _crossing_plans(dataset, protocol, draw), draw, {}, seed)
 
 
 def evaluate_features(
@@ -123,6 +178,7 @@ def evaluate_features(
     reranking: str = 'none',
     failures: int = 0,
     examples: int = 0,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Evaluate given features: the second half of `evaluate`.
 
@@ -136,19 +192,115 @@ def evaluate_features(
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which needs L2-normalised features.
         failures: Number of worst queries to list for each protocol.
         examples: Number of best, of worst and of random queries to list for each protocol, one per person.
+        calibration: As for `evaluate`, but whether it is about such features is not checked; not with re-ranking.
 
     Raises:
         ValueError: The features do not fit the dataset or are not finite, a protocol, draw or re-ranking is unknown, or
             the protocol cannot use the data.
     """
+    features = _checked_features(features, dataset)
+    plans = _plans(dataset, protocol, draw, reranking, failures, examples)
+    return _report(
+        features, dataset, plans, draw, reranking, failures, examples, calibration if reranking == 'none' else None
+    )
+
+
+def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> torch.Tensor:
     features = as_tensor(features, 'features')
     if features.ndim != 2 or len(features) != len(dataset.test):
         raise ValueError(
             f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
             f'got {list(features.shape)}'
         )
-    plans = _plans(dataset, protocol, draw, reranking, failures, examples)
-    return _report(features, dataset, plans, draw, reranking, failures, examples)
+    return features
+
+
+def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
+    """Return the protocols for a calibration: those given, or the first one of each direction."""
+    plans = _plans(dataset, protocol, draw, 'none', 0, 0)
+    if protocol is None:
+        plans = [plan for plan in plans if plan.protocol.crosses]
+        directions = [plan.protocol.direction for plan in plans]
+        plans = [plan for i, plan in enumerate(plans) if directions.index(directions[i]) == i]
+    same = [plan.protocol.name for plan in plans if not plan.protocol.crosses]
+    if same:
+        raise ValueError(
+            f'a calibration is about images of different modalities, but protocol {same[0]} also pairs images of one'
+        )
+    _count_people(dataset, plans)  # too few are found before the work
+    return plans
+
+
+def _count_people(dataset: Dataset, plans: Sequence[_Plan]) -> int:
+    """Count the people who are searched for; too few are an error."""
+    rows = np.concatenate([query for plan in plans for query, _ in plan.trials])
+    count = len(np.unique(dataset.test.identity[rows]))
+    if count < FEW_PEOPLE:
+        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {count}')
+    return count
+
+
+def _fit(
+    features: torch.Tensor,
+    dataset: Dataset,
+    plans: Sequence[_Plan],
+    draw: str,
+    settings: dict[str, Any],
+    seed: int,
+) -> Calibration:
+    people = _count_people(dataset, plans)
+    fitted_on = {
+        'dataset': dataset.name,
+        'options': plain_options(dataset),
+        'split': 'test',
+        'protocols': [plan.protocol.name for plan in plans],
+        'draw': draw,
+        'identities': people,
+    }
+    trials = [(plan, trial) for plan in plans for trial in plan.trials]
+    num_pairs = sum(len(query) * len(gallery) for _, (query, gallery) in trials)
+    parts = (part for plan, trial in trials for part in _pairs(features, dataset, plan.protocol, trial))
+    return fit_calibration(parts, num_pairs, settings, fitted_on, seed)
+
+
+def _test_features(
+    model: nn.Module,
+    dataset: Dataset,
+    plans: list[_Plan],
+    store: ImageStore | None,
+    extraction: Extraction,
+) -> tuple[torch.Tensor, list[_Plan], int]:
+    """Extract the features of the test images, at least of those that a trial needs.
+
+    Returns:
+        The features, NaN where they were not extracted, [N, D]; the trials without broken images; the number of these.
+    """
+    if store is None:  # decode the whole table, so that every choice of protocols shares the cache
+        store = open_store(model, dataset.test, extraction)
+    elif (len(store), store.size) != (len(dataset.test), image_size(model, extraction)):
+        raise ValueError(
+            f'the store has {len(store)} images of size {store.size}, but {dataset.name} needs {len(dataset.test)} of '
+            f'size {image_size(model, extraction)}; give the store of this table, or None'
+        )
+    if store.broken:
+        plans = [_only_intact(plan, store.intact()) for plan in plans]
+    # The mean that centring subtracts must not depend on the choice of protocols.
+    rows = store.intact() if extraction.centre else _rows_of(plans)
+    features = extract(model, dataset.test[rows], store, rows, extraction)
+    if len(rows) < len(dataset.test):  # rows that no trial needs are NaN
+        extracted, features = features, features.new_full((len(dataset.test), features.shape[1]), torch.nan)
+        features[_on_device(extracted, rows)] = extracted
+    return features, plans, len(store.broken)
+
+
+def _applicable(calibration: Calibration | None, settings: dict[str, Any], reranking: str) -> Calibration | None:
+    """Return the calibration if it is about these similarities; otherwise None, saying why."""
+    if calibration is None:
+        return None
+    reason = calibration.mismatch(settings) or ('' if reranking == 'none' else 'reranking')
+    if reason:
+        _logger.warning(f'The calibration of this model is ignored: it was fitted with other settings ({reason})')
+    return None if reason else calibration
 
 
 def _plans(
@@ -189,18 +341,19 @@ def _report(
     reranking: str,
     failures: int,
     examples: int,
+    calibration: Calibration | None = None,
 ) -> Report:
     if not torch.stack(features.aminmax()).isfinite().all():  # rows that no trial needs may be NaN
         rows = _rows_of(plans)
         check_finite(features[_on_device(features, rows)], dataset.test.path[rows])
-    metrics = _rank(features, dataset, plans, reranking)
+    found = _rank(features, dataset, plans, reranking)
     paths = relative_paths(dataset.root, dataset.test.path.tolist())
     images = hashlib.sha256('\n'.join(paths).encode('utf-8', 'surrogatepass'))  # names may be in another encoding
     results = {}
     for plan in plans:
         protocol, trials = plan.protocol, plan.trials
         result = summarise(
-            [(query, found) for (query, _), found in zip(trials, metrics[protocol.name], strict=True)],
+            [(query, metrics) for (query, _), (metrics, _) in zip(trials, found[protocol.name], strict=True)],
             dataset.test,
             root=dataset.root,
             direction=protocol.direction,
@@ -209,19 +362,61 @@ def _report(
             gallery_size=len(trials[0][1]),
             trials_fingerprint=_fingerprint(images.copy(), trials),
         )
+        listed = {}
         if failures or examples:
-            found = metrics[protocol.name][0]
-            chosen = _chosen(found, dataset.test.identity[trials[0][0]], failures, examples)
-            listed = _described(features, dataset, plan, found, reranking, chosen)
-            result = dataclasses.replace(result, failures=listed.pop('failures'), examples=listed)
-        results[protocol.name] = result
+            ranks = found[protocol.name][0][0]
+            chosen = _chosen(ranks, dataset.test.identity[trials[0][0]], failures, examples)
+            listed = _described(features, dataset, plan, ranks, reranking, chosen)
+        results[protocol.name] = dataclasses.replace(
+            result,
+            decisions=mean_decisions([decided for _, decided in found[protocol.name]]),
+            calibration=_reliability(features, dataset, plan, calibration),
+            failures=listed.pop('failures', []),
+            examples=listed,
+        )
     return Report(
         dataset=dataset.name,
-        options=json.loads(json.dumps(dataset.options, default=str)),  # as a saved report holds them
+        options=plain_options(dataset),
         protocols=results,
         reranking=reranking,
+        calibration=None if calibration is None else calibration.fitted_on,
         versions=package_versions(),
     )
+
+
+def plain_options(dataset: Dataset) -> dict[str, Any]:
+    """Return a dataset's options as JSON holds them."""
+    return json.loads(json.dumps(dataset.options, default=str))
+
+
+def _pairs(features: torch.Tensor, dataset: Dataset, protocol: Protocol, trial: Rows) -> Iterator[Pairs]:
+    """Yield the pairs of a trial, a chunk of queries at a time."""
+    query, gallery = trial
+    _, identities = np.unique(dataset.test.identity, return_inverse=True)
+    identities = _on_device(features, identities)
+    keys = ignore_keys(dataset.test, protocol.ignores)
+    keys = None if keys is None else _on_device(features, keys)
+    similarity = _similarity(features, dataset.test, query, gallery, 'none')
+    for rows in chunks(len(query), len(gallery)):
+        yield Pairs(
+            similarity(rows),
+            identities[query[rows]][:, None] == identities[gallery],
+            None if keys is None else keys[query[rows]][:, None] == keys[gallery],
+        )
+
+
+def _reliability(
+    features: torch.Tensor,
+    dataset: Dataset,
+    plan: _Plan,
+    calibration: Calibration | None,
+) -> dict[str, dict[str, Any]] | None:
+    """Compare a calibration with the first trial; None if there is none or it is not about such pairs."""
+    if calibration is None or not plan.protocol.crosses:
+        return None
+    gallery = plan.trials[0][1]
+    images_per_person = len(gallery) / len(np.unique(dataset.test.identity[gallery]))
+    return reliability(_pairs(features, dataset, plan.protocol, plan.trials[0]), calibration, images_per_person)
 
 
 def _rank(
@@ -229,29 +424,53 @@ def _rank(
     dataset: Dataset,
     plans: Sequence[_Plan],
     reranking: str,
-) -> dict[str, list[RankMetrics]]:
-    """Return the metrics of every trial, by the name of its protocol."""
+) -> dict[str, list[Found]]:
+    """Return what every trial gave, by the name of its protocol."""
     _, identities = np.unique(dataset.test.identity, return_inverse=True)  # integers are faster than names
-    results: dict[str, list[RankMetrics]] = {plan.protocol.name: [] for plan in plans}
+    results: dict[str, list[Found]] = {plan.protocol.name: [] for plan in plans}
     for group in _groups(plans, reranking):
-        query, gallery = (np.unique(np.concatenate(sides)) for sides in zip(*(trial for _, trial in group)))
-        similarity = _similarity(features, dataset.test, query, gallery, reranking)
-        keys = _ignore_keys(features, dataset, group[0][0])
-        ranker = Ranker(identities[gallery])
-        galleries = [
-            ranker.gallery(np.searchsorted(gallery, rows), plan.protocol.per_identity_cmc) for plan, (_, rows) in group
-        ]
-        parts = []
-        for rows in chunks(len(query), len(gallery)):
-            values = similarity(rows)
-            check_similarity(values, rows.start)
-            ignore = None if keys is None else keys[query[rows]][:, None] == keys[gallery]
-            parts.append(ranker.rank(values, identities[query[rows]], ignore, galleries))
-        for (plan, (trial_query, _)), found in zip(group, zip(*parts, strict=True), strict=True):
-            rows = np.searchsorted(query, trial_query)
-            values = (torch.cat(column).cpu().numpy()[rows] for column in zip(*found, strict=True))
-            results[plan.protocol.name].append(RankMetrics.of_queries(*values))
+        for (plan, _), found in zip(group, _rank_group(features, dataset, identities, group, reranking), strict=True):
+            results[plan.protocol.name].append(found)
     return results
+
+
+def _rank_group(
+    features: torch.Tensor,
+    dataset: Dataset,
+    identities: np.ndarray,
+    group: list[tuple[_Plan, Rows]],
+    reranking: str,
+) -> list[Found]:
+    """Return what the trials of a group gave, which share their similarities."""
+    query, gallery = (np.unique(np.concatenate(sides)) for sides in zip(*(trial for _, trial in group)))
+    similarity = _similarity(features, dataset.test, query, gallery, reranking)
+    keys = ignore_keys(dataset.test, group[0][0].protocol.ignores)
+    ranker = Ranker(identities[gallery])
+    galleries = [
+        ranker.gallery(np.searchsorted(gallery, rows), plan.protocol.per_identity_cmc) for plan, (_, rows) in group
+    ]
+    sides = None if keys is None else (_on_device(features, keys[query]), _on_device(features, keys[gallery]))
+    finder = PairFinder(ranker, identities[query], sides, features.device)
+    floor = finder.floor(similarity, SHARES[0])
+    ranked, near = [], []
+    for rows in chunks(len(query), len(gallery)):
+        values = similarity(rows)
+        check_similarity(values, rows.start)
+        ignore = None if sides is None else sides[0][rows, None] == sides[1]
+        ranked.append(ranker.rank(values, identities[query[rows]], ignore, galleries))
+        near.append(finder.find(values, rows.start, floor))
+    trials = [(np.searchsorted(query, rows), np.searchsorted(gallery, columns)) for _, (rows, columns) in group]
+    decisions = finder.decide(near, trials)
+    for share in SHARES[1:]:
+        if None in decisions:  # a gallery of people who are less similar than those of the others
+            floor = finder.floor(similarity, share)
+            near = [finder.find(similarity(rows), rows.start, floor) for rows in chunks(len(query), len(gallery))]
+            decisions = finder.decide(near, trials)
+    found = []
+    for (rows, _), parts, decided in zip(trials, zip(*ranked, strict=True), decisions, strict=True):
+        values = (torch.cat(column).cpu().numpy()[rows] for column in zip(*parts, strict=True))
+        found.append((RankMetrics.of_queries(*values), decided))
+    return found
 
 
 def _groups(plans: Sequence[_Plan], reranking: str) -> list[list[tuple[_Plan, Rows]]]:

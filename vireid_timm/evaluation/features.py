@@ -39,6 +39,8 @@ class Extraction:
         features: `after-bn` (after the BN-neck, as the model returns them) or `before-bn`.
         flip_test: Average over each image and its mirror image.
         crops: 1, or 5 to average over the image and its shifts into the four corners, see `views`.
+        centre: Subtract the mean of the modality's features, see `centred`. What an image's features are then depends
+            on which other images are extracted with it.
         size: Height and width that images are resized to, or (3, height, width) as timm has it; None for the model's
             own.
         batch_size: Images per forward pass.
@@ -54,6 +56,7 @@ class Extraction:
     features: str = 'after-bn'
     flip_test: bool = False
     crops: int = 1
+    centre: bool = False
     size: tuple[int, ...] | None = None
     batch_size: int = 128
     device: torch.device | str | None = None
@@ -227,7 +230,32 @@ def extract(
         _gather(table, [row for _, rows in batches for row in rows.tolist()])
     # Once at the end: a check after every batch would make the CPU wait for the GPU.
     all_ranks(lambda: check_finite(table, records.path))
-    return table
+    return all_ranks(lambda: centred(table, records.modality)) if extraction.centre else table
+
+
+def centred(features: torch.Tensor, modality: np.ndarray) -> torch.Tensor:
+    """Subtract each modality's mean feature and normalise again.
+
+    What all images of a modality have in common says nothing about who they show, and keeps the modalities apart.
+
+    Args:
+        features: L2-normalised features, [N, D].
+        modality: `visible` or `infrared` for each, [N].
+
+    Returns:
+        L2-normalised features, [N, D]; 0 where a modality's images all have the same.
+
+    Raises:
+        ValueError: A modality has a single image, which would be its own mean.
+    """
+    result = features.clone()
+    for name in np.unique(modality).tolist():
+        rows = torch.from_numpy(np.flatnonzero(modality == name)).to(features.device)
+        if len(rows) == 1:
+            raise ValueError(f'there is one {name} image, which cannot be centred; give more images, or do not centre')
+        own = features[rows]
+        result[rows] = F.normalize(own - own.double().mean(dim=0).to(own.dtype))
+    return result
 
 
 def views(images: torch.Tensor, flip_test: bool = False, crops: int = 1) -> Iterator[torch.Tensor]:
@@ -283,10 +311,32 @@ def as_tensor(features: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:
     return full_precision(features.detach())
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Return 12 digits of the SHA-256 of the state dict's names, shapes, types and values, on any device."""
+def feature_settings(model: nn.Module, extraction: Extraction) -> dict[str, object]:
+    """Return what decides the features of an image, as plain values: a calibration holds for the same ones only.
+
+    The precision is left out: it moves similarities by less than other images of the same kind do.
+    """
+    return {
+        'weights': weights_fingerprint(model, classifiers=False),
+        'features': extraction.features,
+        'flip_test': extraction.flip_test,
+        'crops': extraction.crops,
+        'centre': extraction.centre,
+        'size': list(image_size(model, extraction)),
+    }
+
+
+def weights_fingerprint(model: nn.Module, classifiers: bool = True) -> str:
+    """Return 12 digits of the SHA-256 of the state dict's names, shapes, types and values, on any device.
+
+    Args:
+        model: The model.
+        classifiers: Whether they count; without them it is the fingerprint of the model with `num_classes=0`.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not classifiers and name.endswith('_head.fc.weight'):
+            continue
         digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
@@ -473,6 +523,7 @@ def _check_agreement(model: nn.Module, records: Records, extraction: Extraction)
         'features': extraction.features,
         'flip_test': extraction.flip_test,
         'crops': extraction.crops,
+        'centre': extraction.centre,
         'size': image_size(model, extraction),
         'batch_size': extraction.batch_size,
         'amp_dtype': str(extraction.amp_dtype),

@@ -61,6 +61,11 @@ class Protocol:
         sides = (self.query_modalities, self.gallery_modalities)
         return ' to '.join('both' if len(modalities) > 1 else modalities[0] for modalities in sides)
 
+    @property
+    def crosses(self) -> bool:
+        """Whether query and gallery are always of different modalities."""
+        return not set(self.query_modalities) & set(self.gallery_modalities)
+
 
 @dataclass(frozen=True, eq=False)
 class Trial:

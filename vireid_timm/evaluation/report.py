@@ -16,6 +16,7 @@ from ..files import whole_file
 from ..text import aligned
 from .confidence import bootstrap_intervals
 from .metrics import RankMetrics
+from .verification import DECISIONS
 
 RANKS = (1, 5, 10, 20)
 MAX_RANK = RANKS[-1]  # of a CMC
@@ -24,6 +25,9 @@ METRICS = (*(f'rank{k}' for k in RANKS), 'mAP', 'mINP')
 COLUMN_OF = {'rank1': 'rank1', 'mAP': 'AP', 'mINP': 'INP'}
 QUERY_COLUMNS = ('path', 'identity', 'camera', 'modality', *COLUMN_OF.values())
 HEADER_OF = {'rank1': 'R1', 'rank5': 'R5', 'rank10': 'R10', 'rank20': 'R20', 'mAP': 'mAP', 'mINP': 'mINP'}
+DECISION_HEADERS = dict(zip(DECISIONS, ('TAR@FAR 1%', 'TAR@FAR 0.1%', 'FNIR@FPIR 1%', 'FNIR@FPIR 10%'), strict=True))
+# Parts of `ProtocolResult.calibration` whose error the table shows.
+CALIBRATION_HEADERS = {'pairs': 'ECE pairs', 'first': 'ECE first 10', 'nobody': 'ECE nobody'}
 ABSENT = '-'
 FEW_PEOPLE, FEW_QUERIES = 10, 30  # with fewer, a result says little about other people
 
@@ -50,6 +54,11 @@ class ProtocolResult:
         queries: Columns of equal length, one value per query image: `path` (relative to the dataset's root if the file
             is there), `identity`, `camera`, `modality`, and `rank1`, `AP` and `INP`, averaged over the trials in which
             the query is valid, None if there are none.
+        decisions: Mean over the trials of `tar_at_far_1e-2`, `tar_at_far_1e-3`, `fnir_at_fpir_1e-2` and
+            `fnir_at_fpir_1e-1`, as fractions, None where there is nothing to decide; see `verification`. Empty in
+            reports of earlier versions.
+        calibration: How far predicted probabilities are true in the first trial, see `reliability`; None without a
+            calibration, and where query and gallery share a modality.
         failures: The worst queries, if requested: `path`, `identity`, `camera`, `modality`, `AP`, `rank` of the first
             match, and `found`: `path`, `identity`, `camera` and `similarity` of the first answers.
         cmc: Share of the valid queries with a match among the first k, for k from 1 to 20: `mean` over the trials, and
@@ -70,6 +79,8 @@ class ProtocolResult:
     trials: list[dict[str, float]]
     trials_fingerprint: str
     queries: dict[str, list[Any]]
+    decisions: dict[str, float | None] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
     failures: list[dict[str, Any]] = field(default_factory=list)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     cmc: dict[str, list[float]] = field(default_factory=dict)
@@ -83,17 +94,19 @@ class Report:
         dataset: Name of the dataset.
         options: Resolved options of the dataset (RegDB's trial, SynthVI's seed, ...).
         protocols: Protocol name -> result.
-        model: Architecture. Empty if the features were given; the fields from here to `crops`, `size` and `precision`
+        model: Architecture. Empty if the features were given; the fields from here to `centre`, `size` and `precision`
             then have no meaning.
         weights: Fingerprint of the weights, see `weights_fingerprint`.
         features: `after-bn` or `before-bn`.
         flip_test: Whether features are averaged over each image and its mirror image.
         crops: Number of crops that features are averaged over.
+        centre: Whether each modality's mean feature over the test images is subtracted.
         reranking: `none`, `k-reciprocal` or `cross-modality`.
         size: Height and width of the input images.
         precision: Dtype that the network computed in, e.g. `float32`.
         skipped_images: Number of broken test images that were skipped.
         learned_identities: Number of test identities that the model was trained on, as far as `vireid eval` can tell.
+        calibration: What the calibration that predicts probabilities was fitted on, see `Calibration`; None without.
         versions: Versions of the packages.
     """
 
@@ -105,18 +118,20 @@ class Report:
     features: str = ''
     flip_test: bool = False
     crops: int = 1
+    centre: bool = False
     reranking: str = 'none'
     size: tuple[int, int] | None = None
     precision: str = ''
     skipped_images: int = 0
     learned_identities: int = 0
+    calibration: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
         return self.protocols[protocol]
 
     def __str__(self) -> str:
-        return '\n'.join([*_heading(self), '', *_table(self), *_notes(self)])
+        return '\n'.join([*_heading(self), '', *_table(self), *_decision_table(self), *_notes(self)])
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, atomically."""
@@ -238,6 +253,12 @@ def _cmc(trials: Trials, num_images: int) -> dict[str, list[float]]:
     return {name: values.round(6).tolist() for name, values in (('mean', mean), ('low', low), ('high', high))}
 
 
+def mean_decisions(trials: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """Return the means of `ProtocolResult.decisions` over those trials that have a value."""
+    known = {name: [found[name] for found in trials if found[name] is not None] for name in DECISIONS}
+    return {name: float(np.mean(values)) if values else None for name, values in known.items()}
+
+
 def _query_means(trials: Trials, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted rows of all queries, [Q], and their rank1, AP and INP averaged over their trials, [3, Q]."""
     sums, count = np.zeros((len(COLUMN_OF), num_images)), np.zeros(num_images, dtype=np.int64)
@@ -290,6 +311,9 @@ def _protocol_result(values: dict[str, Any]) -> ProtocolResult:
             raise ValueError(f'expected a number for each of {", ".join(METRICS)}, got {metrics}')
     if set(intervals) != set(COLUMN_OF):
         raise ValueError(f'expected intervals of {", ".join(COLUMN_OF)}, got {", ".join(intervals) or "none"}')
+    decisions = result.decisions
+    if decisions and not (set(decisions) == set(DECISIONS) and all(map(_is_number_or_none, decisions.values()))):
+        raise ValueError(f'expected a number or null for each of {", ".join(DECISIONS)}, got {decisions}')
     lengths = {name: len(column) for name, column in result.queries.items()}
     if set(lengths) != set(QUERY_COLUMNS) or len(set(lengths.values())) > 1:
         raise ValueError(f'expected query columns {", ".join(QUERY_COLUMNS)} of equal length, got {lengths}')
@@ -299,6 +323,10 @@ def _protocol_result(values: dict[str, Any]) -> ProtocolResult:
     ):
         raise ValueError(f'expected {MAX_RANK} ranks of the CMC, got {result.cmc}')
     return result
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def _check_types(instance: ProtocolResult | Report) -> None:
@@ -327,13 +355,17 @@ def _csv_row(report: Report, name: str, result: ProtocolResult) -> dict[str, Any
     height, width = report.size or ('', '')
     row = {'model': report.model, 'dataset': report.dataset, 'protocol': name}
     row |= {'direction': result.direction, 'draw': result.draw or ''}
-    row |= {key: getattr(report, key) for key in ('features', 'flip_test', 'crops', 'reranking')}
+    row |= {key: getattr(report, key) for key in ('features', 'flip_test', 'crops', 'centre', 'reranking')}
     row['trials'] = len(result.trials)
     row |= {key: getattr(result, key) for key in ('num_queries', 'num_valid_queries', 'gallery_size')}
     row |= {metric: _percent(result.mean[metric]) for metric in METRICS}
     row |= {f'{metric}_std': _percent(result.std[metric]) for metric in METRICS}
     for metric, (low, high) in result.intervals.items():
         row |= {f'{metric}_low': _percent(low), f'{metric}_high': _percent(high)}
+    row |= {name: '' if value is None else _percent(value) for name, value in result.decisions.items()}
+    for part in CALIBRATION_HEADERS:
+        error = result.calibration and result.calibration[part]['ece']
+        row[f'ece_{part}'] = '' if error is None else _percent(error)
     row |= {'per_identity_cmc': result.per_identity_cmc, 'img_height': height, 'img_width': width}
     row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images', 'learned_identities')}
     row |= {'options': _pairs(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
@@ -357,9 +389,13 @@ def _heading(report: Report) -> list[str]:
             f'{report.precision}'
         )
         flip_test = 'flip test' if report.flip_test else 'no flip test'
-        lines.append(f'{flip_test}, {report.crops} crop{"s" if report.crops > 1 else ""}, {reranking}')
+        centred = ', modalities centred' if report.centre else ''
+        lines.append(f'{flip_test}, {report.crops} crop{"s" if report.crops > 1 else ""}{centred}, {reranking}')
     else:
         lines.append(reranking)
+    if report.calibration:
+        count, split, dataset = (report.calibration.get(name) for name in ('identities', 'split', 'dataset'))
+        lines.append(f'probabilities fitted on {count} {split} identities of {dataset}')
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
     if report.learned_identities:
@@ -389,6 +425,18 @@ def _table(report: Report) -> list[str]:
         if len(result.trials) > 1:
             rows.append(['', '', '', 'std', *(f'{100 * result.std[metric]:.2f}' for metric in METRICS), ''])
     return aligned(rows)
+
+
+def _decision_table(report: Report) -> list[str]:
+    """Return the lines of the table of decisions, with an empty one before; none for reports without decisions."""
+    if not any(result.decisions for result in report.protocols.values()):
+        return []
+    rows = [['protocol', *DECISION_HEADERS.values(), *CALIBRATION_HEADERS.values()]]
+    for name, result in report.protocols.items():
+        values = [result.decisions.get(decision) for decision in DECISION_HEADERS]
+        values += [result.calibration and result.calibration[part]['ece'] for part in CALIBRATION_HEADERS]
+        rows.append([name, *(ABSENT if value is None else f'{100 * value:.2f}' for value in values)])
+    return ['', *aligned(rows)]
 
 
 def interval_text(interval: tuple[float, float], sign: str = '') -> str:

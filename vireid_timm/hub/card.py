@@ -17,7 +17,7 @@ to check. Expect more errors on people, clothes and cameras unlike those in the 
 
 DATASET_TITLES = {'sysu_mm01': 'SYSU-MM01', 'regdb': 'RegDB', 'llcm': 'LLCM', 'synthetic': 'SynthVI'}
 METRIC_TITLES = {'rank1': 'Rank-1 (%)', 'mAP': 'mAP (%)', 'mINP': 'mINP (%)'}
-SETTINGS = ('features', 'flip_test', 'crops', 'reranking')  # of an evaluation; each changes its numbers
+SETTINGS = ('features', 'flip_test', 'crops', 'centre', 'reranking')  # of an evaluation; each changes its numbers
 
 
 def evaluation_facts(report: Report) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def evaluation_facts(report: Report) -> dict[str, Any]:
         'skipped_images': report.skipped_images,
         'protocols': {
             name: {
-                **{key: getattr(result, key) for key in ('direction', 'draw', 'mean', 'std')},
+                **{key: getattr(result, key) for key in ('direction', 'draw', 'mean', 'std', 'decisions')},
                 'trials': len(result.trials),
                 'queries': result.num_valid_queries,
                 'gallery': result.gallery_size,
@@ -64,7 +64,7 @@ def model_card(
     """
     results = f'```\n{table}\n```' if table else 'These weights were not evaluated.'
     images = f'## Rendered people as such cameras see them\n\n![SynthVI]({sample})\n\n' if sample else ''
-    made = {name: value for name, value in facts.items() if name not in ('evaluation', 'data_terms')}
+    made = {name: value for name, value in facts.items() if name not in ('evaluation', 'data_terms', 'calibration')}
     return f"""---
 {_front_matter(architecture, facts, license)}
 ---
@@ -86,7 +86,7 @@ infrared_features = model(infrared=infrared)
 
 {results}
 
-## Intended use and limits
+{_probabilities(facts)}## Intended use and limits
 
 {INTENDED_USE}
 
@@ -107,6 +107,20 @@ infrared_features = model(infrared=infrared)
 def results_of(card: str) -> str:
     """Return the results in the text of a card, as they were given to `model_card`; empty if there are none."""
     return card.partition('## Results\n\n```\n')[2].partition('\n```')[0]
+
+
+def _probabilities(facts: dict[str, Any]) -> str:
+    calibration = facts.get('calibration')
+    if not calibration:
+        return ''
+    people = calibration['fitted_on']['identities']
+    dataset = calibration['fitted_on']['dataset']
+    return f"""## Probabilities
+
+`config.json` has a calibration from similarities to probabilities, fitted on {people} people of
+{DATASET_TITLES.get(dataset, dataset)} images. Other cameras need another one: `vireid calibrate`.
+
+"""
 
 
 def _default_data_terms(dataset: str) -> str:
@@ -151,7 +165,7 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             dataset_name=DATASET_TITLES.get(dataset, dataset),
             dataset_config=protocol,
             dataset_split='test',
-            dataset_args={name: evaluation[name] for name in SETTINGS},
+            dataset_args={name: evaluation[name] for name in SETTINGS if name in evaluation},
             metric_type=metric,
             metric_name=title,
             metric_value=_percent(result, metric),

@@ -1,10 +1,13 @@
 """Hub-ready folders: write them, verify them, and load a model by any of its names."""
 
 import copy
+import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,19 @@ from timm.utils import unwrap_model
 
 from ..constants import MODALITIES
 from ..data.records import Dataset
+from ..evaluation.calibration import Calibration
 from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
-from ..files import check_writable, whole_file, whole_folder
+from ..files import check_writable, save_json, whole_file, whole_folder
 from ..models.dual_stream import DualStreamResNet
 from ..run_folder import BEST, LAST, MODEL_CONFIG, PREVIOUS, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
 from ..text import format_list
 from ..version import package_versions
 from .card import evaluation_facts, model_card, results_of
-from .provenance import learned_identities
+from .provenance import known_facts, learned_identities
+
+_logger = logging.getLogger(__name__)
 
 CARD = 'README.md'
 WEIGHTS = 'model.safetensors'
@@ -80,6 +86,73 @@ def load_model(source: str | Path, pretrained: bool = True) -> nn.Module:
     model = _load(source, pretrained)
     model.reset_classifier(0)
     return model
+
+
+def model_calibration(source: str | Path) -> Calibration | None:
+    """Return the calibration that is kept with a model; None if there is none, or none that this version can read.
+
+    Whether it is about the weights and settings in use, `Calibration.mismatch` tells.
+
+    Args:
+        source: The model, as for `load_model`; one on the Hub has to be in the cache, where loading it puts it.
+    """
+    name, checkpoint = _locate(source)
+    values = None if checkpoint is not None else known_facts(name)[1].get('calibration')
+    try:
+        return Calibration.from_dict(values) if values else None
+    except ValueError as error:
+        _logger.warning(f'The calibration of {source} is ignored: {error}')
+        return None
+
+
+def save_calibration(calibration: Calibration, source: str | Path, output: str | Path | None = None) -> Path:
+    """Keep a calibration with its model: in the Hub-ready folder of the model, or in a copy of it.
+
+    Args:
+        calibration: The calibration.
+        source: The model, as for `load_model`.
+        output: Where to write a Hub-ready folder; needed for a model that is not in such a folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: There is no such folder to write to, or it has other weights.
+        OSError: It cannot be written.
+    """
+    name, checkpoint = _locate(source)
+    folder = calibration_target(source, output)
+    values = {'calibration': calibration.to_dict()}
+    if output is None:
+        config = read_config(folder)
+        config['vireid'] = {**(config.get('vireid') or {}), **values}
+        save_json(folder / MODEL_CONFIG, config)
+    elif name.startswith('local-dir:'):
+        save_run(source, folder, calibration=calibration)
+    else:
+        model = load_model(source)
+        facts = {key: value for key, value in known_facts(name)[1].items() if key not in ('weights', 'evaluation')}
+        license = model.pretrained_cfg.get('license') or ''
+        save_model_folder(model, folder, facts={**facts, **values}, license=license)
+    return folder
+
+
+def calibration_target(source: str | Path, output: str | Path | None) -> Path:
+    """Return the folder that `save_calibration` writes to.
+
+    Raises:
+        ValueError, OSError: As for `save_calibration`.
+    """
+    if output is not None:
+        return check_target(output)
+    name, checkpoint = _locate(source)
+    prefix, identifier = parse_model_name(name)
+    if prefix != 'local-dir' or checkpoint is not None or not (Path(identifier) / WEIGHTS).is_file():
+        raise ValueError(
+            f'{source} is not a Hub-ready folder that a calibration could be written to; give --output DIR for a copy'
+        )
+    check_writable(Path(identifier) / MODEL_CONFIG)
+    return Path(identifier)
 
 
 def split_problem(source: str | Path, dataset: Dataset) -> tuple[int, str]:
@@ -211,7 +284,7 @@ def save_model_folder(
         precision = 'float16' if half else str(next(model.parameters()).dtype).removeprefix('torch.')
         facts = {
             'versions': package_versions(),  # a model saved again keeps those that it was trained with
-            **_without_places(facts or {}),
+            **{name: value for name, value in _without_places(facts or {}).items() if value is not None},
             'weights': {'precision': precision, 'sha256': sha256_of(temporary / WEIGHTS)},
             **({'data_terms': data_terms} if data_terms else {}),
         }
@@ -224,8 +297,12 @@ def save_model_folder(
         (temporary / CARD).write_text(model_card(architecture, model.num_features, facts, **texts), encoding='utf-8')
 
 
-def check_target(folder: str | Path) -> Path:
-    """Return where to write a Hub-ready folder, if nothing else is lost there.
+def check_target(folder: str | Path, files: Sequence[str] = FILES) -> Path:
+    """Return where to write a folder, if nothing else is lost there.
+
+    Args:
+        folder: Where to write.
+        files: Names of the files that a new version replaces; those of a Hub-ready folder by default.
 
     Raises:
         ValueError: It is a file or a link, or a folder that holds other files.
@@ -235,7 +312,7 @@ def check_target(folder: str | Path) -> Path:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         kind = 'link' if folder.is_symlink() else 'file'
         raise ValueError(f'{folder} is a {kind}, which is not replaced; give a folder that does not exist yet')
-    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else []
     if others:
         raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
     check_writable(folder, is_folder=True)
@@ -247,6 +324,7 @@ def save_run(
     folder: str | Path,
     *,
     report: Report | None = None,
+    calibration: Calibration | None = None,
     note: str = '',
     half: bool = False,
     license: str = '',
@@ -258,6 +336,7 @@ def save_run(
         run: A run folder, a checkpoint in it, or a Hub-ready folder.
         folder: Where to write. A complete new version replaces an old one.
         report: An evaluation of exactly these weights, rounded by `round_to_half` if `half` is set.
+        calibration: A calibration of these weights, rounded or not; None for the one that the model has.
         note: Text for the card below the results, e.g. the scores of other runs of the same recipe.
         half: Store the weights in half precision.
         license: As for `save_model_folder`; what the saved model states if empty.
@@ -273,6 +352,9 @@ def save_run(
     model = _load(run)
     config = read_config(Path(source))
     facts = {name: value for name, value in config.get('vireid', {}).items() if name not in ('weights', 'evaluation')}
+    earlier = folder if (Path(folder) / MODEL_CONFIG).is_file() else None
+    known = [calibration, model_calibration(run), earlier and model_calibration(earlier)]
+    facts = {**facts, 'calibration': _kept_calibration([each for each in known if each], model, half)}
     if report is not None:
         _check_report(report, model, half)
         _check_split(report, f'{prefix}:{source}')
@@ -468,6 +550,20 @@ def _fingerprints(model: nn.Module, half: bool) -> tuple[str, str]:
     with_classifiers = weights_fingerprint(model)
     model.reset_classifier(0)
     return with_classifiers, weights_fingerprint(model)
+
+
+def _kept_calibration(known: list[Calibration], model: nn.Module, half: bool) -> dict[str, Any] | None:
+    """Return the first calibration that is about these weights, as it is kept with them as they are stored."""
+    stored = _fingerprints(model, half)[1]
+    weights = (stored, weights_fingerprint(model, classifiers=False))  # rounding changes similarities hardly
+    kept = next((each for each in known if each.settings.get('weights') in weights), None)
+    if kept is None:
+        if known:
+            _logger.warning(
+                'The calibration there is about other weights and is left out: run `vireid calibrate` again'
+            )
+        return None
+    return dataclasses.replace(kept, settings={**kept.settings, 'weights': stored}).to_dict()
 
 
 def _kept_results(folder: Path, model: nn.Module, half: bool) -> tuple[dict[str, Any] | None, str]:

@@ -1,4 +1,4 @@
-"""Whom a model was trained on: find test identities that it has already learned."""
+"""What is known about a model besides its weights; whom it was trained on: test identities that it has learned."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from timm.models import parse_model_name
@@ -37,7 +38,7 @@ def learned_identities(
     Returns:
         Their number, and a sentence about them that names the right options; 0 and an empty text if there are none.
     """
-    run, facts = _facts(name)
+    run, facts = known_facts(name)
     trained_with = facts.get('dataset_options')
     if facts.get('dataset') != dataset or trained_with is None:
         return 0, ''
@@ -62,15 +63,23 @@ def learned_identities(
     return count, f'{text}: it was trained on another split of these data, so test it on what that split left out'
 
 
-def _facts(name: str) -> tuple[Path | None, dict[str, Any]]:
-    """Return the run that a model belongs to, if it is here, and what is known about its training data."""
+def known_facts(name: str) -> tuple[Path | None, dict[str, Any]]:
+    """Return the run that a model belongs to, if it is here, and what its configuration tells, see `save_model_folder`.
+
+    Args:
+        name: The model's name for timm, or `local-dir:` and a run; a model on the Hub has to be in the cache.
+    """
     prefix, identifier = parse_model_name(name)
     if prefix == 'hf-hub':
         repo_id, _, revision = identifier.partition('@')
         path = try_to_load_from_cache(repo_id, MODEL_CONFIG, revision=revision or None)
         return None, _read(Path(path)).get('vireid') or {} if isinstance(path, str) else {}
+    if not prefix:  # weights in the package have their facts beside them
+        cfg = timm.get_pretrained_cfg(name)
+        path = Path(cfg.file).with_suffix('.json') if cfg is not None and cfg.file else None
+        return None, _read(path).get('vireid') or {} if path is not None and path.is_file() else {}
     folder = Path(identifier)
-    if prefix != 'local-dir' or not folder.is_dir():
+    if not folder.is_dir():
         return None, {}
     run = next((path for path in (folder, folder.absolute().parent) if (path / CLASS_MAP).is_file()), None)
     for place in (folder, folder / BEST):

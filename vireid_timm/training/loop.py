@@ -9,7 +9,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,18 @@ from ..distributed import (
     process_group,
     rank_and_world_size,
 )
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import calibrate, evaluate, plain_options
 from ..evaluation.report import Report
 from ..figures.curves import plot_curves
 from ..files import save_json, whole_file, whole_folder
-from ..hub.folder import read_config, save_model_config, save_model_folder
+from ..hub.folder import (
+    load_model,
+    model_calibration,
+    read_config,
+    save_calibration,
+    save_model_config,
+    save_model_folder,
+)
 from ..run_folder import BEST, CLASS_MAP, CONFIG, MODEL_CONFIG, SUMMARY, has_checkpoint, open_run_folder
 from .checkpoint import (
     AGAINST_NAN,
@@ -170,6 +177,8 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
             stop.check()
     if is_rank_zero():
         plot_curves(folder, state.summary)
+    with stop.immediate():
+        _calibrate_best(run)
     best = state.best
     _logger.info(f'Done: {folder} (best model in {folder / BEST}, from epoch {best["epoch"]})')
     return TrainResult(folder, folder / BEST, best['epoch'], best.get('eval_mAP'), state.summary)
@@ -381,6 +390,24 @@ def _validate(run: Run) -> Report:
         amp_dtype=run.amp_dtype,
         store=data.validation_store,
     )
+
+
+def _calibrate_best(run: Run) -> None:
+    """Fit a calibration to the validation identities and keep it with the best model, unless it has one. Collective."""
+    data, folder = run.data, run.folder / BEST
+    if data.validation is None or from_rank_zero(is_rank_zero() and model_calibration(folder) is not None):
+        return
+    model = from_rank_zero(load_model(folder) if is_rank_zero() else None)
+    try:
+        calibration = calibrate(
+            model, data.validation, device=run.device, size=run.input_size[1:], store=data.validation_store
+        )
+    except ValueError as error:
+        _logger.info(f'No calibration from similarities to probabilities: {error}')
+        return
+    source = {'dataset': data.dataset.name, 'options': plain_options(data.dataset), 'split': 'validation'}
+    if is_rank_zero():
+        save_calibration(replace(calibration, fitted_on={**calibration.fitted_on, **source}), folder)
 
 
 def _scores(report: Report) -> dict[str, float]:
