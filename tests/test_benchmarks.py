@@ -52,6 +52,22 @@ def test_startup_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
     assert '| `vireid --version` |' in done.stdout
 
 
+def test_inference_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
+    small = '--models vireid_dml_r10t.synthvi --size 64 32 --batches 1 2 --repeats 1 --people 3'
+    saved = tmp_path / 'result.json'
+    command = [sys.executable, str(BENCHMARKS / 'inference.py'), *small.split(), '--save', str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text())
+    measured = result['models']['vireid_dml_r10t.synthvi']
+    variants = {'eager', 'channels-last bf16', 'onnx', 'onnx --half', 'onnx int8'}
+    for values in (measured['bytes'], *measured['ms'].values(), measured['mAP']):
+        assert values.keys() == variants and all(value > 0 for value in values.values())
+    assert measured['mAP']['onnx'] == pytest.approx(measured['mAP']['eager'], abs=1e-3)
+    assert '| `vireid_dml_r10t.synthvi`, onnx int8 |' in done.stdout
+
+
 def test_the_standard_test_images_of_synthvi_never_change() -> None:
     """Results of SynthVI v1 are comparable as long as this holds; a change of the renderer needs a v2."""
     test = vireid_timm.create_dataset('synthetic', **synthvi_v1.SPLITS['test']).test

@@ -29,7 +29,7 @@ ROWS = (
     ('data',),
     ('evaluation',),
     ('hub',),
-    ('retrieval', 'figures'),
+    ('retrieval', 'figures', 'export'),
     ('training',),
     ('cli',),
     ('__init__', '__main__'),

@@ -123,6 +123,8 @@ COMPLETE = {
     'vireid index': 'index {folder} --output {folder}/index --modality visible --model vireid_dml_r10t.synthvi',
     'vireid search': 'search {folder} --index {folder}/index --modality infrared',
     'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
+    'vireid plot': f'plot --output {{folder}}/charts --model vireid_dml_r10t.synthvi {SMALL}',
+    'vireid export': 'export --model vireid_dml_r10t.synthvi {folder}/export',
     'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
 }
 
@@ -216,8 +218,8 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
         roots = lambda: {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)
         before = roots()
         for words in ('--version', '--help', 'train --help', 'train --help-all', 'train --epochz 3', 'eval --help',
-                      'eval --modle x', 'hub --help', 'hub save --help', 'index --help', 'search --help',
-                      'synth --help', 'demo --help'):
+                      'eval --modle x', 'hub --help', 'hub save --help', 'export --help', 'synth --help',
+                      'demo --help', 'explain --help', 'plot --help', 'index --help', 'search --help'):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 try:
                     vireid_timm.cli.main.main(words.split())

@@ -89,6 +89,7 @@ def test_nobody_follows_the_formula():
         previous = 1.0
         for top in (-0.5, 0.2, 0.5, 0.8, 1.0):
             usual = 0.5 * (1 + math.erf((top - found.best_mean) / found.best_deviation / math.sqrt(2)))
+            usual = found.uninformative + (1 - found.uninformative) * usual
             ratio = math.exp(found.ratio_slope * top + found.ratio_intercept) / size
             value = found.nobody(torch.tensor([top]), size).item()
             assert value == pytest.approx(1 / (1 + usual + ratio), rel=1e-6)
@@ -96,6 +97,22 @@ def test_nobody_follows_the_formula():
             previous = value
     top = torch.tensor([0.7, 0.7, 0.7])
     torch.testing.assert_close(found.nobody(top, torch.tensor(sizes))[1], found.nobody(top)[0])
+
+
+def test_the_share_that_says_nothing_is_the_most_likely_one():
+    parts = drawn_pairs()
+    found = fitted(parts)
+
+    def loss(calibration):
+        total = 0
+        for part in parts:
+            stranger = part.similarity.masked_fill(part.match, -1).amax(dim=1)
+            absent, present = (calibration.nobody(top) for top in (stranger, part.similarity.amax(dim=1)))
+            total -= ((1 - present).log() + absent.log())[part.match.any(dim=1)].sum().item()
+        return total
+
+    losses = [loss(dataclasses.replace(found, uninformative=share / 100)) for share in range(101)]
+    assert found.uninformative == int(np.argmin(losses)) / 100
 
 
 def test_a_sample_is_drawn_from_many_pairs_and_is_always_the_same(monkeypatch):

@@ -31,8 +31,11 @@ COMMANDS = {
     'eval': 'evaluate a model, or compare two reports',
     'index': 'index a gallery of images',
     'search': 'search an index',
+    'explain': 'show what a model looks at',
+    'plot': 'draw curves of runs, CMC of reports, and features',
     'calibrate': 'learn what similarities mean as probabilities',
     'hub': 'save, push, check and convert models',
+    'export': 'write a model as ONNX files or torch programs',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',
 }
