@@ -82,7 +82,7 @@ def exact_search(
         if mean is not None:
             block = F.normalize(block - mean)
         found = _search_block(queries, block, count)
-        best = _merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
+        best = merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
     return best
 
 
@@ -149,7 +149,7 @@ def _largest(similarity: torch.Tensor, count: int) -> Found:
     return Found(columns.gather(1, order), values)
 
 
-def _merged(first: Found, second: Found, count: int) -> Found:
+def merged(first: Found, second: Found, count: int) -> Found:
     """Return the best of two results of the same queries; all rows of the second one are higher."""
     rows, similarity = (torch.cat(parts, dim=1) for parts in zip(first, second, strict=True))
     similarity, order = similarity.sort(dim=1, descending=True, stable=True)
