@@ -1,4 +1,4 @@
-"""The benchmarks of training and of the start run from end to end in small; what they measure is not looked at."""
+"""The benchmarks run from end to end in small; what they measure is not looked at."""
 
 import json
 import subprocess
@@ -36,3 +36,18 @@ def test_startup_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
     assert result['over_import_timm'].keys() == result['cpu_s'].keys() - {'import timm'}
     assert all(ratio > 0 for ratio in result['over_import_timm'].values())
     assert '| `vireid --version` |' in done.stdout
+
+
+def test_retrieval_prints_a_table_and_keeps_earlier_results(tmp_path: Path) -> None:
+    saved = tmp_path / 'result.json'
+    command = [sys.executable, str(BENCHMARKS / 'retrieval.py'), '--folder', str(tmp_path / 'features')]
+    command += ['--dimensions', '16', '--queries', '3', '--save', str(saved)]
+    for images, times in (('40', ['--no-times']), ('1100', [])):
+        done = subprocess.run([*command, '--images', images, *times], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text())
+    assert result['rows'].keys() == {'40x16', '1100x16'}
+    assert all(row['recall'] == 1 for row in result['rows'].values())
+    assert result['rows']['40x16']['build_s'] is None and result['rows']['1100x16']['build_s'] > 0
+    assert '| 1,100 | 16 |' in done.stdout

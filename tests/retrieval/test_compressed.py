@@ -14,8 +14,6 @@ import torch
 from vireid_timm.retrieval import compressed
 from vireid_timm.retrieval.search import exact_search, rescored
 
-pytest.importorskip('faiss')
-
 TOP = 5
 FEWEST = compressed.FEW
 
