@@ -145,3 +145,18 @@ def test_paired_differences_are_those_of_people(smoke_runs: Path) -> None:
             aps.setdefault(identity, []).append(ap)
         means.append(sum(sum(values) / len(values) for values in aps.values()) / len(aps))
     assert line[4] == f'{100 * (means[0] - means[1]):+.1f}'
+
+
+def test_retrieval_prints_a_table_and_keeps_earlier_results(tmp_path: Path) -> None:
+    saved = tmp_path / 'result.json'
+    command = [sys.executable, str(BENCHMARKS / 'retrieval.py'), '--folder', str(tmp_path / 'features')]
+    command += ['--dimensions', '16', '--queries', '3', '--save', str(saved)]
+    for images, times in (('40', ['--no-times']), ('1100', [])):
+        done = subprocess.run([*command, '--images', images, *times], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text())
+    assert result['rows'].keys() == {'40x16', '1100x16'}
+    assert all(row['recall'] == 1 for row in result['rows'].values())
+    assert result['rows']['40x16']['build_s'] is None and result['rows']['1100x16']['build_s'] > 0
+    assert '| 1,100 | 16 |' in done.stdout

@@ -14,8 +14,6 @@ import torch
 from vireid_timm.retrieval import compressed
 from vireid_timm.retrieval.search import exact_search, rescored
 
-pytest.importorskip('faiss')
-
 TOP = 5
 FEWEST = compressed.FEW
 
@@ -68,6 +66,28 @@ def test_only_allowed_images_are_found(many: tuple[np.ndarray, Path], share: flo
     assert ((found >= 0).sum(axis=1) >= min(TOP, allowed.sum())).all()
     if allowed.any():
         check_equal_to_exact(features, folder, allowed)
+
+
+@pytest.mark.parametrize('added', [0, 3, 500])
+def test_later_images_are_found_and_removed_ones_are_not(
+    many: tuple[np.ndarray, Path], added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, folder = many
+    monkeypatch.setattr(compressed, 'CANDIDATES', len(features))
+    grown = np.concatenate([features, clustered(500, 96, seed=1)[:added]])
+    kept = np.random.default_rng(2).random(len(grown)) < 0.7
+    rows, gallery = torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(grown)
+    queries = torch.cat([queries_like(features), queries_like(grown[-added:] if added else grown)])
+    found, expected = (
+        compressed.open(folder).nearest(queries, gallery, TOP, rows),
+        exact_search(queries, gallery, TOP, rows),
+    )
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-5)
+    assert (found.rows == expected.rows).float().mean() > 0.99
+    only_late = rows[rows >= len(features)]
+    late = compressed.open(folder).nearest(queries, gallery, TOP, only_late)
+    assert late.rows.shape == (len(queries), min(TOP, len(only_late)))
+    assert torch.isin(late.rows, only_late).all()
 
 
 def test_few_lists_still_fill_the_results(many: tuple[np.ndarray, Path], monkeypatch: pytest.MonkeyPatch) -> None:

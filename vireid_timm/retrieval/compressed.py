@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..files import check_writable, whole_folder
+from .search import Found, exact_search, merged, rescored
 
 INDEX = 'index.faiss'
 FEW = 10_000  # images below which features stay in half precision: k-means would have too few of them
-DIMENSIONS = 192  # that features are projected to
+DIMENSIONS = 256  # that features are projected to
 BYTES = 64  # of an image's code
 PROBED = 384  # lists that a query is compared with
 CANDIDATES = 400  # at least, for a query
@@ -52,6 +54,28 @@ class Compressed:
         # Threads that read ahead cost each query more than they save.
         self._faiss.downcast_InvertedLists(lists.invlists).prefetch_nthread = 0
         self.count = self._index.ntotal
+
+    def nearest(self, queries: torch.Tensor, gallery: torch.Tensor, count: int, rows: torch.Tensor) -> Found:
+        """Return the most similar gallery images as `exact_search` does, but for the few that a candidate list misses.
+
+        Images that were added since `build` are compared exactly, and removed ones are not found.
+
+        Args:
+            queries: L2-normalised features [Q, D]; their type and device are computed in.
+            gallery: The features that were compressed, and any number of later ones, [G, D] on the CPU.
+            count: Number of images K; fewer if there are fewer rows.
+            rows: Rows of the gallery to search, ascending [R] int64.
+        """
+        total = int(torch.searchsorted(rows, self.count))  # of them are compressed
+        allowed = None
+        if total < self.count:
+            allowed = np.zeros(self.count, bool)
+            allowed[rows[:total].numpy()] = True
+        candidates = torch.from_numpy(self.search(queries.float().cpu().numpy(), count, allowed))
+        found = rescored(queries, gallery, candidates, min(count, total))
+        if total < len(rows):
+            found = merged(found, exact_search(queries, gallery, count, rows[total:]), count)
+        return found
 
     def search(self, queries: np.ndarray, count: int, allowed: np.ndarray | None = None) -> np.ndarray:
         """Return candidates for the most similar images, to be compared exactly.
@@ -123,10 +147,15 @@ def _learned(faiss: ModuleType, features: np.ndarray, seed: int) -> Any:
         return faiss.IndexPreTransform(one_list)
     random = np.random.default_rng(seed)
     size = min(BYTES, width)
-    projection = faiss.PCAMatrix(width, min(DIMENSIONS, width) // size * size)
-    projection.train(features[_sample(total, _SAMPLE, random)].astype(np.float32))
-    # Inner products must not lose the mean.
-    faiss.copy_array_to_vector(np.zeros(projection.d_out, np.float32), projection.b)
+    components = faiss.PCAMatrix(width, min(DIMENSIONS, width) // size * size)
+    components.train(features[_sample(total, _SAMPLE, random)].astype(np.float32))
+    # Strong directions share a byte with weak ones, so that no byte has to tell more than the others.
+    order = np.arange(components.d_out).reshape(-1, size)
+    order[1::2] = order[1::2, ::-1]
+    directions = faiss.vector_to_array(components.A).reshape(-1, width)[order.T.ravel()]
+    projection = faiss.LinearTransform(width, len(directions), False)  # inner products must not lose the mean
+    faiss.copy_array_to_vector(directions.ravel(), projection.A)
+    projection.is_trained = True
     lists = 2 ** int(math.log2(min(4.2 * math.sqrt(total), total / _FEWEST_PER_LIST)))
     inner = faiss.index_factory(projection.d_out, f'IVF{lists},PQ{size}np', faiss.METRIC_INNER_PRODUCT)
     inner.cp.seed = inner.pq.cp.seed = seed

@@ -35,7 +35,7 @@ from ..evaluation.features import (
 from ..hub.folder import load_model, model_calibration
 from ..options import check_range
 from .index import About, Changed, Index, View
-from .search import candidate_search, exact_search, mean_features
+from .search import exact_search, mean_features
 
 _logger = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ class Gallery:
         if compressed is None:
             found = exact_search(queries, gallery, count, rows, mean)
         else:
-            found = candidate_search(queries, gallery, count, rows, compressed)
+            found = compressed.nearest(queries, gallery, count, rows)
         images = self.index.images(view, found.rows.cpu().numpy())
         columns = zip(found.rows.tolist(), found.similarity.tolist(), strict=True)
         return [[(images[row], value) for row, value in zip(*pair, strict=True)] for pair in columns]

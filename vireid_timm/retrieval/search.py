@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from ..evaluation.features import as_tensor, check_finite
-from .compressed import Compressed
 
 _BLOCK = 1 << 24  # numbers of the gallery, or similarities, that are computed with at once
 
@@ -83,7 +82,7 @@ def exact_search(
         if mean is not None:
             block = F.normalize(block - mean)
         found = _search_block(queries, block, count)
-        best = _merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
+        best = merged(best, Found(numbers.to(queries.device)[found.rows], found.similarity), count)
     return best
 
 
@@ -110,25 +109,6 @@ def rescored(queries: torch.Tensor, gallery: torch.Tensor, candidates: torch.Ten
     similarity[candidates < 0] = -torch.inf
     similarity, order = similarity.sort(dim=1, descending=True, stable=True)
     return Found(candidates.gather(1, order)[:, :count], similarity[:, :count])
-
-
-def candidate_search(
-    queries: torch.Tensor, gallery: torch.Tensor, count: int, rows: torch.Tensor, compressed: Compressed
-) -> Found:
-    """Compare queries with candidates that compressed features find, and with all images that these do not cover.
-
-    Similarities are exact; an image that was no candidate may be missing. Arguments as for `exact_search`.
-    """
-    covered, added = rows[rows < compressed.count], rows[rows >= compressed.count]
-    found = exact_search(queries, gallery, count, added)
-    if not len(covered):
-        return found
-    allowed = None
-    if len(covered) < compressed.count:
-        allowed = np.zeros(compressed.count, bool)
-        allowed[covered.numpy()] = True
-    candidates = torch.from_numpy(compressed.search(queries.cpu().numpy(), count, allowed))
-    return _merged(rescored(queries, gallery, candidates, min(count, len(covered))), found, count)
 
 
 def mean_features(gallery: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -169,7 +149,7 @@ def _largest(similarity: torch.Tensor, count: int) -> Found:
     return Found(columns.gather(1, order), values)
 
 
-def _merged(first: Found, second: Found, count: int) -> Found:
+def merged(first: Found, second: Found, count: int) -> Found:
     """Return the best of two results of the same queries; all rows of the second one are higher."""
     rows, similarity = (torch.cat(parts, dim=1) for parts in zip(first, second, strict=True))
     similarity, order = similarity.sort(dim=1, descending=True, stable=True)
