@@ -177,7 +177,7 @@ def test_centring_subtracts_both_means(gallery: Gallery) -> None:
 
 def calibration(**changes: object) -> Calibration:
     settings = {'weights': 'w', 'features': 'after-bn', 'size': [4, 2], 'flip_test': False, 'crops': 1, 'centre': False}
-    curve = dict(slope=9.0, intercept=-5.0, prior=0.1, gallery_size=10.0, best_mean=0.8, best_deviation=0.1)
+    curve = dict(slope=9.0, intercept=-5.0, prior=0.1, gallery_size=10.0, best_mean=0.8, best_deviation=0.1, uninformative=0.1)
     curve |= dict(ratio_slope=5.0, ratio_intercept=-1.0, thresholds={'0.01': 0.9}, fitted_on={})
     return Calibration(**curve, settings=settings | changes)
 
@@ -212,6 +212,11 @@ def test_probabilities_come_from_the_calibration_and_only_where_it_holds(
         for answer in answers
     )
     assert 'the calibration was fitted with another centre' in caplog.text
+    Index.create(tmp_path / 'older', about(calibration={'slope': 9.0})).close()
+    older = Gallery.open(tmp_path / 'older', device='cpu')
+    fill(older, 2)
+    assert older.search_features(queries[:1], 'infrared')[0].nobody is None
+    assert 'the calibration in it cannot be read' in caplog.text
     (nothing,) = gallery.search_features(queries[:1], 'infrared', where='camera = 3')
     assert nothing == ('query 0', None, [])
 

@@ -331,7 +331,11 @@ class Gallery:
         about = self.index.about
         if about.calibration is None or modality == about.modality:
             return None
-        calibration = Calibration.from_dict(about.calibration)
+        try:
+            calibration = Calibration.from_dict(about.calibration)
+        except ValueError as error:  # of another version
+            _logger.warning(f'{self.index.folder}: the calibration in it cannot be read; index again ({error})')
+            return None
         settings = {name: getattr(about, name) for name in ('weights', 'features')}
         settings |= {'size': list(about.size), 'flip_test': False, 'crops': 1, 'centre': centre}
         differing = calibration.mismatch(settings)
