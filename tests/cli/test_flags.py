@@ -125,6 +125,7 @@ COMPLETE = {
     'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
     'vireid plot': f'plot --output {{folder}}/charts --model vireid_dml_r10t.synthvi {SMALL}',
     'vireid export': 'export --model vireid_dml_r10t.synthvi {folder}/export',
+    'vireid calibrate': f'calibrate vireid_dml_r10t.synthvi --output {{folder}}/model {SMALL}',
     'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
 }
 

@@ -16,7 +16,7 @@ from ..constants import RERANKINGS
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
 from ..distributed import all_ranks
-from ..options import check_range
+from ..options import LARGEST_SEED, check_range
 from ..version import package_versions
 from .calibration import Calibration, Pairs, fit_calibration, reliability
 from .features import (
@@ -139,7 +139,7 @@ def calibrate(
         ValueError: As for `evaluate`; there are too few people or queries; or the features do not tell people apart.
     """
     extraction, model, plans = all_ranks(
-        lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw))
+        lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw, seed))
     )
     features, plans, _ = _test_features(model, dataset, plans, store, extraction)
     return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
@@ -166,7 +166,7 @@ def calibrate_features(
         ValueError: The features do not fit the dataset, or as for `calibrate`.
     """
     features = _checked_features(features, dataset)
-    return _fit(features, dataset, _crossing_plans(dataset, protocol, draw), draw, {}, seed)
+    return _fit(features, dataset, _crossing_plans(dataset, protocol, draw, seed), draw, {}, seed)
 
 
 def evaluate_features(
@@ -215,8 +215,9 @@ def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> 
     return features
 
 
-def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
-    """Return the protocols for a calibration: those given, or the first one of each direction."""
+def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str, seed: int) -> list[_Plan]:
+    """Return the protocols for a calibration: those given, or the first one of each direction; check the seed."""
+    check_range('seed', seed, maximum=LARGEST_SEED)
     plans = _plans(dataset, protocol, draw, 'none', 0, 0)
     if protocol is None:
         plans = [plan for plan in plans if plan.protocol.crosses]
