@@ -177,7 +177,9 @@ def test_centring_subtracts_both_means(gallery: Gallery) -> None:
 
 def calibration(**changes: object) -> Calibration:
     settings = {'weights': 'w', 'features': 'after-bn', 'size': [4, 2], 'flip_test': False, 'crops': 1, 'centre': False}
-    curve = dict(slope=9.0, intercept=-5.0, prior=0.1, gallery_size=10.0, best_mean=0.8, best_deviation=0.1, uninformative=0.1)
+    curve = dict(
+        slope=9.0, intercept=-5.0, prior=0.1, gallery_size=10.0, best_mean=0.8, best_deviation=0.1, uninformative=0.1
+    )
     curve |= dict(ratio_slope=5.0, ratio_intercept=-1.0, thresholds={'0.01': 0.9}, fitted_on={})
     return Calibration(**curve, settings=settings | changes)
 
