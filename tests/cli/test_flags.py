@@ -121,6 +121,7 @@ COMPLETE = {
     'vireid data': 'data {folder} --dataset-kwargs test_share=0',
     'vireid demo': 'demo --output {folder}/demo',
     'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
+    'vireid plot': f'plot --output {{folder}}/charts --model vireid_dml_r10t.synthvi {SMALL}',
     'vireid export': 'export --model vireid_dml_r10t.synthvi {folder}/export',
     'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
 }
@@ -216,7 +217,7 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
         before = roots()
         for words in ('--version', '--help', 'train --help', 'train --help-all', 'train --epochz 3', 'eval --help',
                       'eval --modle x', 'hub --help', 'hub save --help', 'export --help', 'synth --help',
-                      'demo --help'):
+                      'demo --help', 'explain --help', 'plot --help'):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 try:
                     vireid_timm.cli.main.main(words.split())

@@ -119,7 +119,7 @@ def _score(model: 'nn.Module', dataset: 'Dataset', device: 'torch.device', image
 def _draw(model: 'nn.Module', dataset: 'Dataset', path: Path) -> None:
     """Draw an infrared query of each of the first identities, with the ten nearest visible images (paper, fig. 6)."""
     from ..evaluation.features import embed
-    from ..figures.rank_list import rank_list_image
+    from ..figures.rank_list import RankRow, Result, rank_list_image
     from ..files import whole_file
     from ..retrieval.search import nearest
 
@@ -128,12 +128,12 @@ def _draw(model: 'nn.Module', dataset: 'Dataset', path: Path) -> None:
     visible = test[test.modality == VISIBLE]
     people = infrared.identities()[:ROWS]
     queries = infrared[[infrared.identity.tolist().index(person) for person in people]]
-    order = nearest(embed(model, queries)[0], embed(model, visible)[0], 10).rows.numpy()
-    image = rank_list_image(
-        queries.path.tolist(),
-        [visible.path[row].tolist() for row in order],
-        [(visible.identity[row] == person).tolist() for person, row in zip(people, order, strict=True)],
-    )
+    found = nearest(embed(model, queries)[0], embed(model, visible)[0], 10).rows.numpy()
+    rows = [
+        RankRow(Result(query), [Result(visible.path[i], hit=bool(visible.identity[i] == person)) for i in results])
+        for query, person, results in zip(queries.path.tolist(), people, found, strict=True)
+    ]
+    image = rank_list_image(rows)
     with whole_file(path) as temporary:
         image.save(temporary, format='PNG')
 

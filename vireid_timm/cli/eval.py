@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..constants import DATASETS, DRAWS, GROUPINGS, RERANKINGS
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from ..data.records import Dataset
     from ..evaluation.report import Report
+
+EXAMPLES = 5  # queries of each kind in a rank list
 
 
 def add_arguments(parser: Parser) -> None:
@@ -71,6 +74,8 @@ def _add_output(group: Any) -> None:
     group.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help=text)
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
+    text = 'draw the best, worst and random queries of each protocol with what they found (default: none)'
+    group.add_argument('--rank-list', type=expanded_path, metavar='DIR', help=text)
     text = 'save the report (default: only print it)'
     group.add_argument('--report', type=expanded_path, metavar='FILE.json', help=text)
     text = 'append one row per protocol to this table (default: none)'
@@ -92,15 +97,18 @@ def run(args: argparse.Namespace) -> None:
         for path in (args.report, args.results_file):
             if path is not None:
                 check_writable(path)
+        if args.rank_list is not None:
+            check_writable(os.path.join(args.rank_list, 'rank-list'))
         if args.results_file is not None:
             read_results(args.results_file)
     with process_group(args.device) as device:
-        report = _evaluate(args, device)
+        report, root = _evaluate(args, device)
     if is_rank_zero():
-        _show(report, args)
+        _show(report, root, args)
 
 
-def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
+def _evaluate(args: argparse.Namespace, device: 'torch.device') -> tuple['Report', str]:
+    """Return the report and the root of the dataset."""
     from ..device import autocast_dtype
     from ..distributed import all_ranks
     from ..evaluation.evaluate import evaluate
@@ -114,6 +122,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         draw=args.draw,
         reranking=args.reranking,
         failures=args.failures,
+        examples=0 if args.rank_list is None else EXAMPLES,
         calibration=model_calibration(args.model) if args.pretrained else None,
         features=args.features,
         flip_test=args.flip_test,
@@ -127,7 +136,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         workers=args.workers,
         progress=True,
     )
-    return dataclasses.replace(report, learned_identities=learned)
+    return dataclasses.replace(report, learned_identities=learned), dataset.root
 
 
 def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module', int]:
@@ -143,8 +152,9 @@ def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module', int]:
     return dataset, model, learned
 
 
-def _show(report: 'Report', args: argparse.Namespace) -> None:
+def _show(report: 'Report', root: str, args: argparse.Namespace) -> None:
     from ..evaluation.breakdown import breakdown_table, failures_table
+    from ..figures.examples import save_rank_lists
 
     print(report)
     for name, result in report.protocols.items():
@@ -156,3 +166,6 @@ def _show(report: 'Report', args: argparse.Namespace) -> None:
         report.save(args.report)
     if args.results_file is not None:
         report.save_csv(args.results_file)
+    if args.rank_list is not None:
+        save_rank_lists(report, root, args.rank_list)
+        print(f'\nRank lists: {args.rank_list}')

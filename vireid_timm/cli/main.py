@@ -29,6 +29,8 @@ COMMANDS = {
     'data': 'check images before you use them',
     'train': 'train or fine-tune a model',
     'eval': 'evaluate a model, or compare two reports',
+    'explain': 'show what a model looks at',
+    'plot': 'draw curves of runs, CMC of reports, and features',
     'calibrate': 'learn what similarities mean as probabilities',
     'hub': 'save, push, check and convert models',
     'export': 'write a model as ONNX files or torch programs',

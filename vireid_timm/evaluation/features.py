@@ -488,19 +488,29 @@ def _forward(model: nn.Module, modality: str, images: torch.Tensor, features: st
 
 
 @contextmanager
-def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run without gradients, in evaluation mode, on a device; restore the model afterwards."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
-    home = next(model.parameters()).device
     try:
-        model.eval().to(device)
-        with torch.inference_mode():
-            yield
+        model.eval()
+        yield
     finally:
-        model.to(home)
         # Module by module: `model.train()` would also switch those that the caller keeps in evaluation mode.
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run without gradients, in evaluation mode, on a device; restore the model afterwards."""
+    home = next(model.parameters()).device
+    with evaluation_mode(model):
+        try:
+            model.to(device)
+            with torch.inference_mode():
+                yield
+        finally:
+            model.to(home)
 
 
 def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:
