@@ -33,6 +33,8 @@ TESTS = {f's{seed}': dict(seed=seed, test_identities=200) for seed in range(20, 
 MANY = {'m28': dict(seed=28, test_identities=400, **MANY_CAMERAS)}
 PROTOCOLS = ('visible-to-infrared', 'infrared-to-visible')
 VARIANTS = {f'{name}{", centred" if centre else ""}': (name, centre) for name in FEATURES for centre in (False, True)}
+PARTS = ('pairs', 'first', 'nobody')
+CURVE = ('count', 'probability', 'share')
 PEOPLE = (12, 50)  # in smaller galleries
 
 
@@ -55,9 +57,8 @@ def features_of(name: str, options: dict[str, Any], output: Path, device: torch.
     return torch.load(path, weights_only=True)['features']
 
 
-def scores(features: torch.Tensor, dataset: vireid_timm.Dataset, calibration: Calibration) -> dict[str, float]:
+def scores(report: vireid_timm.Report) -> dict[str, float]:
     """Return the mean over both directions of everything that is measured in a world."""
-    report = evaluate_features(features, dataset, PROTOCOLS, calibration=calibration)
     values: dict[str, list[float]] = {}
     for result in report.protocols.values():
         found = {name: result.mean[name] for name in ('rank1', 'mAP')} | result.decisions
@@ -66,6 +67,19 @@ def scores(features: torch.Tensor, dataset: vireid_timm.Dataset, calibration: Ca
         for name, value in found.items():
             values.setdefault(name, []).append(value)
     return {name: float(np.mean(value)) for name, value in values.items()}
+
+
+def pooled_bins(reports: list[vireid_timm.Report]) -> dict[str, dict[str, list[float]]]:
+    """Return the reliability curves over all worlds and both directions: count, mean probability, share of truths."""
+    curves = {}
+    for part in PARTS:
+        bins = [result.calibration[part]['bins'] for report in reports for result in report.protocols.values()]
+        count, *sums = (
+            np.array([each[name] for each in bins], dtype=float) for name in ('count', 'probability', 'share')
+        )
+        means = [np.nan_to_num(values * count).sum(axis=0) / np.maximum(1, count.sum(axis=0)) for values in sums]
+        curves[part] = dict(zip(CURVE, [count.sum(axis=0).tolist(), *map(list, means)]))
+    return curves
 
 
 def smaller_galleries(
@@ -101,12 +115,15 @@ def measure(output: Path, device: torch.device) -> dict[str, Any]:
     for variant, (kind, centre) in VARIANTS.items():
         calibration = calibrate_features(prepared(fitted_features[kind], fit, centre), fit, PROTOCOLS)
         found = {'calibration': calibration.to_dict(), 'worlds': {}, 'smaller': {}}
+        reports = []
         for name, options in {**TESTS, **MANY}.items():
             dataset = world(options)
             features = prepared(features_of(name, options, output, device)[kind], dataset, centre)
-            found['worlds'][name] = scores(features, dataset, calibration)
+            reports.append(evaluate_features(features, dataset, PROTOCOLS, calibration=calibration))
+            found['worlds'][name] = scores(reports[-1])
             if name in TESTS:
                 found['smaller'][name] = smaller_galleries(features, options, calibration)
+        found['bins'] = pooled_bins(reports[: len(TESTS)])
         result['variants'][variant] = found
     return result
 
@@ -133,15 +150,23 @@ def table(result: dict[str, Any]) -> str:
             cells.append(f'{values.mean():.2f} ± {values.std():.2f}')
         lines.append(f'| {title} | {" | ".join(cells)} |')
     variants = result['variants'].values()
-    for part in ('pairs', 'first', 'nobody'):
-        names = (f'log_loss_{part}', f'constant_log_loss_{part}')
-        means = [np.mean([[v['worlds'][w][name] for name in names] for w in TESTS], axis=0) for v in variants]
+    for part in PARTS:
+        losses = (f'log_loss_{part}', f'constant_log_loss_{part}')
+        means = [np.mean([[v['worlds'][w][name] for name in losses] for w in TESTS], axis=0) for v in variants]
         cells = ' | '.join(f'{own:.4f} ({constant:.4f})' for own, constant in means)
         lines.append(f'| log loss, {part} (of a constant) | {cells} |')
     for people in map(str, PEOPLE):
         means = [100 * np.mean([list(v['smaller'][w][people].values()) for w in TESTS], axis=0) for v in variants]
         cells = ' | '.join(f'{share:.1f}, {own:.1f}, {fixed:.1f}' for share, own, fixed in means)
         lines.append(f'| first ten answers of {people} people: right, predicted, at the prior of the fit | {cells} |')
+    for part in PARTS:
+        lines += ['', f'Reliability, {part}, {names[0]}', '', '| predicted | true | count |', '|---|---|---|']
+        curve = result['variants'][names[0]]['bins'][part]
+        lines += [
+            f'| {100 * predicted:.1f} | {100 * true:.1f} | {count:,.0f} |'
+            for count, predicted, true in zip(*curve.values())
+            if count
+        ]
     return '\n'.join(lines)
 
 

@@ -8,8 +8,8 @@
 Everything is written to output/release/<name of the recipe>: the run, report.json, and model/, the folder to push. A
 stage is skipped if its result exists; delete the result to repeat the stage. With `--trials` each trial has its own
 folder with run and report, mean.json holds their mean scores, and model/ is the model of the first trial. `--embed`
-writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (the scores) and .md (the
-card).
+writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (the scores, whom it was
+trained on, and with `--calibrate-kwargs` its calibration) and .md (the card).
 """
 
 import argparse
@@ -27,9 +27,10 @@ from timm.utils import ParseKwargs
 
 import vireid_timm
 from vireid_timm.device import resolve_device
+from vireid_timm.evaluation.evaluate import calibrate
 from vireid_timm.evaluation.features import weights_fingerprint
 from vireid_timm.evaluation.report import HEADER_OF, METRICS, Report
-from vireid_timm.files import save_json, whole_file
+from vireid_timm.files import expanded_path, save_json, whole_file
 from vireid_timm.hub.card import evaluation_facts, model_card
 from vireid_timm.hub.folder import CARD, WEIGHTS, load_model, round_to_half, save_run, sha256_of
 from vireid_timm.hub.publish import check_model, push_folder
@@ -46,7 +47,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     settings = load_yaml(args.recipe)
     settings |= {'data_dir': args.data_dir} if args.data_dir else {}
-    work = args.output / args.recipe.stem
+    work = Path(args.output) / args.recipe.stem
     _keep_recipe(args.recipe, work)
     if args.embed:
         embed(args, settings, work)
@@ -172,7 +173,16 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     }
     save_json(
         target.with_suffix('.json'),
-        {'dataset': _test_options(settings, args), 'weights': report.weights, 'protocols': scores},
+        {
+            'dataset': _test_options(settings, args),
+            'weights': report.weights,
+            'protocols': scores,
+            'vireid': {
+                'dataset': settings['dataset'],
+                'dataset_options': settings.get('dataset_kwargs', {}),
+                **({'calibration': _calibration(model, settings, args)} if args.calibrate_kwargs else {}),
+            },
+        },
     )
     card = model_card(name, model.num_features, facts, table=str(report), license=LICENSE, name=name)
     with whole_file(target.with_suffix('.md')) as temporary:
@@ -194,6 +204,12 @@ def _report(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace
     options = _test_options(settings, args)
     dataset = vireid_timm.create_dataset(settings['dataset'], settings.get('data_dir') or None, **options)
     return vireid_timm.evaluate(model.to(resolve_device(args.device)), dataset, args.protocol, progress=True)
+
+
+def _calibration(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    data = settings['dataset'], settings.get('data_dir') or None
+    dataset = vireid_timm.create_dataset(*data, **args.calibrate_kwargs)
+    return calibrate(model.to(resolve_device(args.device)), dataset, progress=True).to_dict()
 
 
 def _test_options(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -227,7 +243,7 @@ def _keep_recipe(recipe: Path, work: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', metavar='RECIPE', help='recipe of the package, by name, or a YAML file of settings')
-    parser.add_argument('--data-dir', default='', help='root of the data')
+    parser.add_argument('--data-dir', type=expanded_path, default='', help='root of the data')
     parser.add_argument(
         '--test-kwargs',
         nargs='*',
@@ -235,6 +251,14 @@ def _arguments() -> argparse.Namespace:
         action=ParseKwargs,
         metavar='KEY=VALUE',
         help="options of the evaluation dataset (default: the recipe's)",
+    )
+    parser.add_argument(
+        '--calibrate-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='with --embed: options of the dataset to fit a calibration on (default: none is fitted)',
     )
     parser.add_argument(
         '--trials', type=_trials, metavar='A-B', help="RegDB's trials, each trained and tested separately"
@@ -246,7 +270,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument('--push', metavar='OWNER/NAME', help='publish on the Hub')
     parser.add_argument('--private', action='store_true', help='create a private repository')
     parser.add_argument('--embed', action='store_true', help='write the files that the package ships')
-    parser.add_argument('--output', type=Path, default=Path('output/release'), help='default: output/release')
+    parser.add_argument('--output', type=expanded_path, default='output/release', help='default: output/release')
     parser.add_argument('--device', default='cuda', help='default: cuda; the CPU if there is no GPU')
     return parser.parse_args()
 

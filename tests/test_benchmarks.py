@@ -1,11 +1,25 @@
 """The benchmarks run from end to end in small; what they measure is not looked at."""
 
+import argparse
+import hashlib
+import importlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import PIL
+import pytest
+
+import vireid_timm
+from vireid_timm.synthvi.render import render_address
+
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+sys.path.insert(0, str(BENCHMARKS))
+
+paper, synthvi_v1 = importlib.import_module('paper'), importlib.import_module('synthvi_v1')
 
 
 def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
@@ -36,6 +50,101 @@ def test_startup_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
     assert result['over_import_timm'].keys() == result['cpu_s'].keys() - {'import timm'}
     assert all(ratio > 0 for ratio in result['over_import_timm'].values())
     assert '| `vireid --version` |' in done.stdout
+
+
+def test_inference_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
+    small = '--models vireid_dml_r10t.synthvi --size 64 32 --batches 1 2 --repeats 1 --people 3'
+    saved = tmp_path / 'result.json'
+    command = [sys.executable, str(BENCHMARKS / 'inference.py'), *small.split(), '--save', str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text())
+    measured = result['models']['vireid_dml_r10t.synthvi']
+    variants = {'eager', 'channels-last bf16', 'onnx', 'onnx --half', 'onnx int8'}
+    for values in (measured['bytes'], *measured['ms'].values(), measured['mAP']):
+        assert values.keys() == variants and all(value > 0 for value in values.values())
+    assert measured['mAP']['onnx'] == pytest.approx(measured['mAP']['eager'], abs=1e-3)
+    assert '| `vireid_dml_r10t.synthvi`, onnx int8 |' in done.stdout
+
+
+def test_the_standard_test_images_of_synthvi_never_change() -> None:
+    """Results of SynthVI v1 are comparable as long as this holds; a change of the renderer needs a v2."""
+    test = vireid_timm.create_dataset('synthetic', **synthvi_v1.SPLITS['test']).test
+    pixels = [render_address(path) for path in test.path.tolist()]
+    means = np.asarray([image.mean() for image in pixels])
+    by_camera = [means[test.camera == camera].mean() for camera in range(1, 7)]
+    np.testing.assert_allclose(by_camera, [95.040, 83.390, 135.720, 66.572, 144.123, 87.378], atol=0.01)
+    if np.lib.NumpyVersion(np.__version__) >= '2.0.0' and int(PIL.__version__.partition('.')[0]) >= 12:
+        # Older ones round some pixels differently.
+        digest = hashlib.sha256(b''.join(image.tobytes() for image in pixels)).hexdigest()
+        assert digest == '43fcd21ea6ab3af6ecc75cdd4e5302f95402095560722476621ab9d260561d99'
+
+
+def test_nobody_is_in_two_parts_of_synthvi_v1() -> None:
+    train = vireid_timm.create_dataset('synthetic', **synthvi_v1.TRAINING).train
+    parts = {name: vireid_timm.create_dataset('synthetic', **part).test for name, part in synthvi_v1.SPLITS.items()}
+    people = {name: set(part.identities()) for name, part in parts.items()}
+    assert len(train.identities()) == 2000 and {len(names) for names in people.values()} == {200}
+    assert not set(train.identities()) & set().union(*people.values())
+    assert not people['validation'] & people['test']
+    cameras = {name: set(part.camera.tolist()) for name, part in parts.items()} | {'train': set(train.camera.tolist())}
+    assert cameras['test'] == cameras['validation'] == cameras['train']
+    new = (cameras['test, new cameras'], cameras['validation, new cameras'])
+    assert not new[0] & new[1] and not cameras['train'] & (new[0] | new[1])
+
+
+@pytest.fixture(scope='module')
+def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every cell of the paper's tables but one, trained at the budget `smoke`."""
+    output = tmp_path_factory.mktemp('paper')
+    args = argparse.Namespace(budget='smoke', dataset='synthetic', data_dir='', output=output)
+    for cell in paper.CELLS:
+        if cell != 'joint-to-fusion':
+            paper.run_cell(cell, 0, args)
+    return output
+
+
+def test_every_table_of_the_paper_is_one_command(smoke_runs: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / 'paper.py'), *paper.TABLES, '--budget', 'smoke']
+    stopped = subprocess.run([*command, '--output', str(smoke_runs), '--minutes', '1e-9'], capture_output=True)
+    assert stopped.returncode == 1, 'one cell is missing, and there is no time for it'
+    done = subprocess.run([*command, '--output', str(smoke_runs)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])['complete']
+    for table, rows in paper.TABLES.items():
+        text = done.stdout.partition(f'### {table}: ')[2].partition('###')[0]
+        lines = [line.split(' | ') for line in text.splitlines() if line.startswith('| ')]
+        for label, _, _ in rows:
+            (line,) = (line for line in lines if line[0] == f'| {label}')
+            assert line[1] == '0' and float(line[4]) > 0, line
+        assert sum(' > ' in line[0] for line in lines) == len(paper.CLAIMS[table])
+
+
+def test_results_are_appended_once(smoke_runs: Path) -> None:
+    args = argparse.Namespace(output=smoke_runs)
+    first = paper.collect(args)
+    assert first == paper.collect(args)
+    by_cell = Counter(line['cell'] for line in first)
+    # Two protocols and sets of people, with features after and before BN and, of three branches, two slices.
+    assert by_cell['rcc+cre'] == 8 and by_cell['teacher constant'] == 16
+    assert {line['parameters'] for line in first if line['cell'] == 'width 256'} != {
+        line['parameters'] for line in first if line['cell'] == 'full'
+    }
+
+
+def test_paired_differences_are_those_of_people(smoke_runs: Path) -> None:
+    args = argparse.Namespace(output=smoke_runs, budget='smoke', dataset='synthetic', data_dir='')
+    (line,) = paper.paired(('full', 'rcc'), ['test'], paper.collect(args), 'smoke', 'infrared-to-visible', args)
+    means = []
+    for cell in ('full', 'rcc'):
+        report = vireid_timm.Report.load(paper.folder_of(cell, 0, args) / 'test, after BN.json')
+        queries = report['infrared-to-visible'].queries
+        aps = {}
+        for identity, ap in zip(queries['identity'], queries['AP'], strict=True):
+            aps.setdefault(identity, []).append(ap)
+        means.append(sum(sum(values) / len(values) for values in aps.values()) / len(aps))
+    assert line[4] == f'{100 * (means[0] - means[1]):+.1f}'
 
 
 def test_retrieval_prints_a_table_and_keeps_earlier_results(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from processes import start_two
 from torch import distributed
 
+from vireid_timm.cli.main import main
 from vireid_timm.distributed import (
     all_ranks,
     any_rank,
@@ -79,6 +80,60 @@ def _work(folder: Path) -> None:
         found['gathered'] = gather(torch.tensor([[rank, 2 * rank, 3]]).T).tolist()  # not contiguous
     found['left'] = list(rank_and_world_size())
     (folder / f'{rank}.json').write_text(json.dumps(found))
+
+
+# Mistakes that every rank makes, before the ranks join and afterwards; and the exit status.
+MISTAKES = {
+    'train --epochz 3': 2,
+    'train --epochs many': 2,
+    'eval': 2,
+    'train --resume nowhere': 1,
+    'train --config nowhere.yaml': 1,
+    'train --dry-run --epochs 0': 1,
+    'train --device xpu': 1,
+    'train --device meta --data-dir nowhere': 1,
+    'train --device cpu --data-dir nowhere': 1,
+    'eval --device cpu --model vireid_dml_r10t.synthvi --input-size 32 64 3': 1,
+    'eval --device cpu --model nobody --dataset synthetic': 1,
+    'eval --device cpu --model vireid_dml_r10t.synthvi --data-dir nowhere': 1,
+    'eval --device cpu --model vireid_dml_r10t.synthvi --dataset synthetic --protocol all-single': 1,
+    'eval --device cpu --model vireid_dml_r10t.synthvi --dataset synthetic --failures -1': 1,
+}
+
+
+def _mistakes() -> int:
+    for words, status in MISTAKES.items():
+        try:
+            assert main(words.split()) == status, words
+        except SystemExit as stopped:
+            assert stopped.code == status, words
+    return 0
+
+
+@pytest.mark.parametrize('slurm', [False, True])
+def test_a_mistake_of_every_rank_is_one_line(slurm: bool, tmp_path: Path) -> None:
+    statuses, said = start_two(_mistakes, folder=tmp_path, slurm=slurm)
+    assert statuses == [0, 0], said
+    errors = [
+        [line for line in path.read_text().splitlines() if ': error: ' in line] for path in sorted(tmp_path.iterdir())
+    ]
+    assert [len(lines) for lines in errors] == [len(MISTAKES), 0], said
+
+
+@pytest.mark.parametrize(('local_rank', 'processes'), [(0, '3'), (2, '3'), (2, None)])
+def test_more_ranks_than_gpus(local_rank: int, processes: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('vireid_timm.distributed.resolve_device', torch.device)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for name, value in {'RANK': local_rank, 'LOCAL_RANK': local_rank, 'WORLD_SIZE': 3, 'MASTER_ADDR': 'here'}.items():
+        monkeypatch.setenv(name, str(value))
+    if processes:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+    else:
+        monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    with pytest.raises(ValueError, match='there are 2 GPUs for (3|more) processes') as raised, process_group():
+        pass
+    # torchrun tells every rank how many there are, so the first one knows.
+    assert is_reported_here(raised.value) == (local_rank == 0 or processes is None)
 
 
 def _die(folder: Path) -> None:

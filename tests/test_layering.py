@@ -22,14 +22,14 @@ MODULES = sorted(
 
 # A package imports from the rows above its own, or from its own row but never in a circle. A new one gets a place here.
 ROWS = (
-    ('version', 'constants', 'text', 'files', 'device', 'distributed', 'run_folder'),
+    ('version', 'constants', 'text', 'options', 'files', 'device', 'distributed', 'run_folder'),
     ('layers', 'loss'),
     ('models',),
     ('synthvi',),
     ('data',),
     ('evaluation',),
     ('hub',),
-    ('retrieval', 'figures'),
+    ('retrieval', 'figures', 'export'),
     ('training',),
     ('cli',),
     ('__init__', '__main__'),

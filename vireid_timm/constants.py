@@ -15,5 +15,6 @@ FEATURES = ('after-bn', 'before-bn')
 CROPS = (1, 5)
 RERANKINGS = ('none', 'k-reciprocal', 'cross-modality')
 GROUPINGS = ('camera', 'identity', 'modality')  # of a breakdown
+EXPORT_FORMATS = ('onnx', 'pt2')  # ONNX, and programs of torch.export
 SOURCES = ('agw', 'caj')  # whose checkpoints can be converted
 DIST_BN = ('reduce', 'broadcast')  # running statistics of batch norm: the mean over the ranks, or those of rank 0

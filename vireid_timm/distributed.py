@@ -32,11 +32,7 @@ def process_group(name: str = 'cuda') -> Iterator[torch.device]:
     device = resolve_device(named_device(name).type if _is_rank() else name)
     if device.type == 'cuda' and _is_rank():
         local_rank = world_info_from_env()[0]
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f'rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start at most '
-                'one process per GPU (--nproc-per-node), or use the CPU (--device cpu)'
-            )
+        _check_gpus(local_rank, torch.cuda.device_count())
         device = torch.device('cuda', local_rank)
     if _has_joined() or not _is_rank():
         yield device
@@ -46,8 +42,24 @@ def process_group(name: str = 'cuda') -> Iterator[torch.device]:
     device = init_distributed_device(Namespace(device=device.type, dist_backend=backend))
     try:
         yield device
+    except BaseException as error:
+        error.known_to_all = getattr(error, 'known_to_all', False)
+        raise
     finally:
         distributed.destroy_process_group()
+
+
+def _check_gpus(local_rank: int, count: int) -> None:
+    """Check that every rank of this machine has a GPU."""
+    known = os.environ.get('LOCAL_WORLD_SIZE')  # SLURM tells no rank how many others there are
+    if int(known or local_rank + 1) > count:
+        error = ValueError(
+            f'there are {count} GPUs for {known or "more"} processes on this machine. Start at most one process per '
+            'GPU (--nproc-per-node), or use the CPU (--device cpu)'
+        )
+        if not known:
+            error.known_to_all = False
+        raise error
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -60,6 +72,11 @@ def is_rank_zero() -> bool:
     if _has_joined():
         return distributed.get_rank() == 0
     return not _is_rank() or world_info_from_env()[1] == 0
+
+
+def is_local_rank_zero() -> bool:
+    """Return whether this is the first rank of its machine, or runs alone."""
+    return not _is_rank() or world_info_from_env()[0] == 0
 
 
 def any_rank(flag: bool) -> bool:
@@ -143,8 +160,12 @@ def known_to_all(error: BaseException) -> BaseException:
 
 
 def is_reported_here(error: BaseException) -> bool:
-    """Return whether this rank prints the error: rank 0 always does, others if rank 0 may not know of it."""
-    return is_rank_zero() or not getattr(error, 'known_to_all', False)
+    """Return whether this rank prints the error: rank 0 always does, others if rank 0 may not know of it.
+
+    Before ranks join, all those of a machine make the same mistakes, such as a wrong setting: its first rank tells.
+    """
+    known = getattr(error, 'known_to_all', False if _has_joined() else None)
+    return is_rank_zero() or (is_local_rank_zero() if known is None else not known)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -18,6 +18,11 @@ STALE_AFTER = 6 * 3600  # seconds without a write after which a temporary file b
 _LEFTOVER = re.compile(r'\.(.+)\.[0-9a-f]{8}\.(part|old)')
 
 
+def expanded_path(path: str) -> str:
+    """Replace a leading ~, which no shell does after `=`, after `local-dir:`, or in a YAML file."""
+    return re.sub('^(local-dir:)?(~[^/]*)', lambda found: (found[1] or '') + os.path.expanduser(found[2]), path)
+
+
 @contextmanager
 def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it takes its place when the block ends without an error.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from processes import start_two
@@ -14,6 +15,7 @@ from processes import start_two
 import vireid_timm
 from vireid_timm.cli.main import main
 from vireid_timm.evaluation.report import Report
+from vireid_timm.figures.rank_list import HIT, MISS
 
 TINY = (
     '--input-size 3 64 32 --identities-per-batch 3 --images-per-modality 2 --epochs 1 --val-share 0 --workers 0 '
@@ -122,6 +124,27 @@ def test_two_reports_are_compared(data: Path, run: Path, tmp_path: Path, capsys:
     assert 'flip' in printed and 'infrared-to-visible' in printed and 'mAP' in printed
     assert main(['eval', '--compare', files[0], str(run / 'summary.csv')]) == 1
     assert 'summary.csv is not a report' in capsys.readouterr().err
+
+
+def test_rank_lists_show_every_kind_of_query(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / 'new' / 'lists'
+    command = _eval_command(data, run, '--protocol', 'mixed', 'infrared-to-visible', '--rank-list', str(folder))
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert str(folder) in said.out and 'not shown' not in said.err
+    kinds = ('best', 'worst', 'random')
+    for protocol in ('mixed', 'infrared-to-visible'):
+        page = (folder / f'{protocol}.html').read_text(encoding='utf-8')
+        assert all(f'{kind}: AP' in page for kind in kinds) and 'similarity' in page and 'camera' in page
+        for kind in kinds:
+            pixels = np.asarray(Image.open(folder / f'{protocol}-{kind}.png'))
+            assert (pixels == HIT).all(axis=2).any() and (pixels == MISS).all(axis=2).any()
+    assert sum(1 for _ in folder.iterdir()) == 2 * 4
+    (tmp_path / 'file').touch()
+    assert main([*command[:-1], str(tmp_path / 'file')]) == 1
+    assert str(tmp_path / 'file') in capsys.readouterr().err
 
 
 def test_official_galleries_of_a_written_tree(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from timm.utils import ParseKwargs
 
 from vireid_timm.cli.demo import FINE_TUNING
 from vireid_timm.cli.main import COMMANDS, main
@@ -112,6 +114,76 @@ def test_other_mistakes_show_the_usage_in_one_line(words: str, capsys: pytest.Ca
     assert usage.startswith('usage: vireid') and message.startswith('vireid') and ': error: ' in message
 
 
+SMALL = '--dataset synthetic --dataset-kwargs identities=0 test_identities=4'
+# A complete command line of every parser that has flags with whole numbers; of `train` they are settings.
+COMPLETE = {
+    'vireid synth': 'synth {folder}/images --identities 2 --test-identities 2 --size 32 16',
+    'vireid data': 'data {folder} --dataset-kwargs test_share=0',
+    'vireid demo': 'demo --output {folder}/demo',
+    'vireid index': 'index {folder} --output {folder}/index --modality visible --model vireid_dml_r10t.synthvi',
+    'vireid search': 'search {folder} --index {folder}/index --modality infrared',
+    'vireid hub save': f'hub save vireid_dml_r10t.synthvi {{folder}}/model {SMALL}',
+    'vireid plot': f'plot --output {{folder}}/charts --model vireid_dml_r10t.synthvi {SMALL}',
+    'vireid export': 'export --model vireid_dml_r10t.synthvi {folder}/export',
+    'vireid calibrate': f'calibrate vireid_dml_r10t.synthvi --output {{folder}}/model {SMALL}',
+    'vireid eval': f'eval --model vireid_dml_r10t.synthvi {SMALL} --input-size 3 32 16',
+}
+
+
+@pytest.mark.parametrize(
+    ('prog', 'flag', 'count'),
+    [
+        (parser.prog, action.option_strings[-1], action.nargs or 1)
+        for command in sorted(set(COMMANDS) - {'train'})
+        for parser in _parsers(command)
+        for action in parser._actions
+        if action.type is int and not action.choices
+    ],
+)
+def test_whole_numbers_out_of_range_are_named(
+    prog: str, flag: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for modality in ('visible', 'infrared'):
+        (tmp_path / 'train' / modality / 'anna').mkdir(parents=True)
+        Image.new('RGB', (8, 16)).save(tmp_path / 'train' / modality / 'anna' / 'a.png')
+    for value in (-1, 10**30):
+        values = ['3'] * (count == 3) + [str(value)] * min(count, 2)
+        assert main([*COMPLETE[prog].format(folder=tmp_path).split(), flag, *values]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith('vireid: error: ') and str(value) in error and 'fault of' not in error
+
+
+# Texts that name no file or folder, as do those of a setting.
+NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol', 'where'}
+
+
+@pytest.mark.parametrize('command', sorted(set(COMMANDS) - {'train'}))
+def test_a_tilde_is_the_home_folder_in_every_path(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for parser in _parsers(command):
+        for action in parser._actions:
+            is_text = action.nargs != 0 and action.type is not int and action.choices is None
+            if not is_text or action.dest in NO_PATHS or isinstance(action, ParseKwargs):
+                continue
+            assert action.type('~/a') == f'{tmp_path}/a', f'{parser.prog} {action.dest}'
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main('synth ~/images --identities 2 --test-identities 2 --size 32 16 --workers 0'.split()) == 0
+    words = 'eval --data-dir=~/images --model vireid_dml_r10t.synthvi --device=cpu --report=~/a.json --cache=off'
+    assert main([*words.split(), '--results-file=~/a.csv', '--input-size', '3', '32', '16']) == 0
+    assert main(['eval', '--compare', '~/a.json', '~/a.json']) == 0
+    assert main('eval --data-dir=~/images --checkpoint=~/no --device=cpu'.split()) == 1
+    assert f'{tmp_path}/no' in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.csv', 'a.json', 'images']
+
+
 def test_short_flags_stay() -> None:
     (parser,) = _parsers('eval')
     assert parser.parse_args(['--model', 'any', '-b', '3']).batch_size == 3
@@ -147,8 +219,8 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
         roots = lambda: {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)
         before = roots()
         for words in ('--version', '--help', 'train --help', 'train --help-all', 'train --epochz 3', 'eval --help',
-                      'eval --modle x', 'hub --help', 'hub save --help', 'index --help', 'search --help',
-                      'synth --help', 'demo --help'):
+                      'eval --modle x', 'hub --help', 'hub save --help', 'export --help', 'synth --help',
+                      'demo --help', 'explain --help', 'plot --help', 'index --help', 'search --help'):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 try:
                     vireid_timm.cli.main.main(words.split())
@@ -163,7 +235,20 @@ def test_questions_import_nothing_that_timm_does_not() -> None:
     assert done.returncode == 0, done.stderr
     roots, packages, training = map(eval, done.stdout.splitlines())
     assert not roots
-    light = {'cli', 'constants', 'device', 'distributed', 'layers', 'loss', 'models', 'text', 'training', 'version'}
+    light = {
+        'cli',
+        'constants',
+        'device',
+        'distributed',
+        'files',
+        'layers',
+        'loss',
+        'models',
+        'options',
+        'text',
+        'training',
+        'version',
+    }
     assert set(packages) <= light
     assert set(training) <= {'vireid_timm.training.config', 'vireid_timm.training.interrupt'}
 

@@ -51,8 +51,8 @@ def found(capsys: pytest.CaptureFixture, home: Path, *words: object, index: str 
     assert search(home, *words, '--json', index=index) == 0
     answers = json.loads(capsys.readouterr().out)
     for answer in answers:
-        assert list(answer) == ['query', 'nobody', 'results'] and answer['nobody'] is None
-        assert all(list(result) == KEYS and result['probability'] is None for result in answer['results'])
+        assert list(answer) == ['query', 'nobody', 'results']
+        assert all(list(result) == KEYS for result in answer['results'])
     return answers
 
 
@@ -78,6 +78,19 @@ def test_json_is_what_a_comparison_of_all_images_finds(home: Path, capsys: pytes
             assert result['camera'] == int(path.name[1]) and result['time'] is None and result['identity'] is None
 
 
+def test_probabilities_are_null_without_calibration(
+    home: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = str(tmp_path / 'index')
+    words = ['index', str(home / 'visible'), '--output', output, '--modality', 'visible', '--model', str(saved)]
+    assert main([*words, '--device', 'cpu']) == 0
+    capsys.readouterr()
+    for index, is_known in (('index', True), (output, False)):
+        for answer in found(capsys, home, home / 'infrared' / '00001', index=index):
+            values = [answer['nobody'], *(result['probability'] for result in answer['results'])]
+            assert all(0 < value < 1 if is_known else value is None for value in values)
+
+
 def test_columns_of_a_csv_file_filter_and_come_back(home: Path, capsys: pytest.CaptureFixture) -> None:
     query = home / 'infrared' / '00002'
     where = "camera != 3 and time > '2026-11-01T08:30'"
@@ -86,8 +99,8 @@ def test_columns_of_a_csv_file_filter_and_come_back(home: Path, capsys: pytest.C
         for result in answer['results']:
             assert result['camera'] != 3 and result['time'] > '2026-11-01T08:30:00' and result['identity'] != ''
     everything = found(capsys, home, query, '--top', 99)[0]['results']
-    kept = [r for r in everything if r['camera'] != 3 and r['time'] > '2026-11-01T08:30:00']
-    assert found(capsys, home, query, '--where', where, '--top', 99)[0]['results'] == kept
+    kept = [r['path'] for r in everything if r['camera'] != 3 and r['time'] > '2026-11-01T08:30:00']
+    assert [r['path'] for r in found(capsys, home, query, '--where', where, '--top', 99)[0]['results']] == kept
     by_identity = found(capsys, home, query, '--by-identity', '--top', 99)[0]['results']
     best, seen = [], set()
     for result in everything:
@@ -103,6 +116,7 @@ def test_a_folder_may_be_one_query(home: Path, capsys: pytest.CaptureFixture, mo
     monkeypatch.chdir(home)
     answers = found(capsys, home, 'infrared/00001', 'infrared/00004/', '--tracklet', '--top', 3)
     assert [answer['query'] for answer in answers] == ['infrared/00001', 'infrared/00004/']
+    assert answers[0]['nobody'] is None and answers[0]['results'][0]['probability'] is None
     mean = brute_force(sorted((home / 'infrared' / '00001').iterdir()), sorted((home / 'visible').rglob('*.png')))
     assert answers[0]['results'][0]['similarity'] > mean.mean(axis=0).max()  # averaged features are normalised again
     assert [answer['query'] for answer in found(capsys, home, 'infrared/00001')] == sorted(
@@ -116,12 +130,15 @@ def test_a_table_for_people(home: Path, capsys: pytest.CaptureFixture) -> None:
     query = next((home / 'infrared' / '00003').iterdir())
     assert search(home, query, '--top', 2) == 0
     name, header, *lines = capsys.readouterr().out.splitlines()
-    assert name == str(query) and header.split() == ['rank', 'similarity', 'camera', 'time', 'identity', 'path']
+    assert name.startswith(f'{query} (not in the gallery: ')
+    assert header.split() == ['rank', 'similarity', 'probability', 'camera', 'time', 'identity', 'path']
     assert len(lines) == 2 and str(home / 'visible') in lines[0]
     assert search(home, query, '--where', 'camera = 99') == 0
     assert 'no result' in capsys.readouterr().out
     assert search(home, query, '--top', 2, index='plain') == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ['rank', 'similarity', 'camera', 'path']
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        *('rank', 'similarity', 'probability', 'camera', 'path'),
+    ]
 
 
 def test_pages_and_pictures(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -167,7 +184,7 @@ def test_unreadable_queries(home: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (['infrared', '--index', 'visible'], 'there is no index in visible'),
         (['nowhere.jpg'], 'there is no query nowhere.jpg: no such image, folder or CSV file'),
         (['index'], 'index has no image'),
-        (['infrared', '--top', '0'], 'the number of results must be at least 1, got 0'),
+        (['infrared', '--top', '0'], '--top must be at least 1, got 0'),
         (['infrared', '--where', 'camra = 3'], 'no such column: camra'),
         (['infrared', '--where', '1; DROP TABLE images'], 'expected an SQL expression over path, camera, time'),
         (['infrared', '--model', 'vireid_dml_r10t.unknown'], 'vireid_dml_r10t.unknown'),
@@ -198,7 +215,7 @@ def test_mistakes_of_index_are_one_line(
         ('infrared --output plain', 'none of the 18 images in plain is in the gallery given'),
         ('visible --output plain --modality infrared', 'it has modality visible, not infrared'),
         ('visible --output plain --input-size 3 32 16', 'it has size (128, 64), not (32, 16)'),
-        ('visible --output plain --input-size 32 16 3', 'the size must be 3 channels, height and width'),
+        ('visible --output plain --input-size 32 16 3', '--input-size 32 16 3: expected channels, height and width'),
         ('visible --output infrared --modality visible --model vireid_dml_r10t.synthvi', 'holds other files'),
         (f'visible --output {tmp_path}/file/x --modality visible --model {MODEL}', 'file'),
         ('visible --output plain --batch-size 0', 'batch_size must be at least 1'),

@@ -1,5 +1,6 @@
 """Decoding of images of every format and in every condition."""
 
+import base64
 import copy
 import math
 import struct
@@ -10,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from image_files import noise, write_broken, write_images
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from vireid_timm.constants import INFRARED
 from vireid_timm.data.images import ImageError, image_suffixes, load_image, read_image, readable_formats
@@ -226,8 +227,13 @@ def test_heic_is_read_with_its_plugin(tmp_path, monkeypatch):
 
 
 def write_deep(path, values):
-    """Write [H, W, C] uint16 as PNG or TIFF of grey and alpha, colour, or colour and alpha; Pillow cannot."""
+    """Write [H, W, C] uint16 as PNG, TIFF or PPM of grey and alpha, colour, or colour and alpha; Pillow cannot."""
     height, width, channels = values.shape
+    if path.suffix == '.ppm':
+        is_plain = path.stem == 'plain'
+        content = ' '.join(map(str, values.ravel())).encode() if is_plain else values.astype('>u2').tobytes()
+        path.write_bytes(f'P{3 if is_plain else 6}\n{width} {height}\n65535\n'.encode() + content)
+        return
     if path.suffix == '.png':
         kind = {2: 4, 3: 2, 4: 6}[channels]
         rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
@@ -256,6 +262,7 @@ def write_deep(path, values):
 
 
 DEEP_FILES = [('a.png', 2), ('a.png', 3), ('a.png', 4), ('a.tif', 3), ('big.tif', 3), ('a.tif', 4), ('big.tif', 4)]
+DEEP_FILES += [('a.ppm', 3), ('plain.ppm', 3)]
 
 
 @pytest.mark.parametrize('name, channels', DEEP_FILES)
@@ -281,10 +288,36 @@ def test_deep_colour_keeps_its_hue_and_is_not_black(tmp_path, name, channels, bi
     pixels = np.asarray(read_image(str(tmp_path / name)))
     colour = values[..., :3]
     if bits == 16:
-        assert np.array_equal(pixels, colour >> 8)
+        assert np.abs(pixels - (colour >> 8).astype(int)).max() <= (1 if name.endswith('.ppm') else 0)
     else:
         low, high = np.percentile(colour, (0.1, 99.9))
         assert np.abs(pixels - np.clip((colour - low) / (high - low), 0, 1) * 255).max() <= 0.51
+
+
+def test_a_ppm_of_ten_bits_uses_all_of_them(tmp_path):
+    values = np.random.default_rng(0).integers(0, 1024, (40, 20, 3))
+    (tmp_path / 'a.ppm').write_bytes(b'P6 20 40 1023\n' + values.astype('>u2').tobytes())
+    assert np.abs(np.asarray(read_image(str(tmp_path / 'a.ppm'))) - values / 1023 * 255).max() <= 0.51
+
+
+# 8x4 pixels of colour with values below 1024 of 16 bits, losslessly, by OpenJPEG 2.5.4.
+DARK_JPEG2000 = base64.b64decode(
+    '/0//UQAvAAAAAAAEAAAACAAAAAAAAAAAAAAABAAAAAgAAAAAAAAAAAADDwEBDwEBDwEB/1IADAAAAAEBAAQEAAH/XAAEQID/ZAAlAAFDcmVhdG'
+    'VkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAACnAAH/k8/8MMQRUFLDjNACzpJZEDMohn9tmD5PjfeBfM0rCf4dAl+hUltCFq1Y'
+    '39BLsAd2z3ZZ7I4vwH7FwBsHFFNEQhNagrceljoz9apYYjSwYBPAFe7rH6YHxVXKKu5hpppWUWPOJQxGOr/AfsXAGJGwM+0GolOpF2xW+3QD9k'
+    'hPtr7dk8ynd0GcslocvXCyNmOWctf6V6kL9h5VPf/Z'
+)
+
+
+@pytest.mark.skipif(not features.check('jpg_2000'), reason='this Pillow has no JPEG 2000')
+def test_deep_jpeg_2000_that_would_be_black_is_refused(tmp_path):
+    (tmp_path / 'a.j2k').write_bytes(DARK_JPEG2000)
+    with pytest.raises(ImageError, match='a.j2k: .*of its 16 bits per channel only the upper 8 can be read'):
+        read_image(str(tmp_path / 'a.j2k'))
+    for mode in ('L', 'RGB', 'RGBA'):  # 8 bits may be as dark
+        for suffix in ('j2k', 'jp2'):
+            Image.new(mode, (8, 4)).save(tmp_path / f'black.{suffix}')
+            assert not np.asarray(read_image(str(tmp_path / f'black.{suffix}'))).any()
 
 
 @pytest.mark.parametrize('channels', [2, 4])

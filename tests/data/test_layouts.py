@@ -286,7 +286,7 @@ def test_folder_that_cannot_be_created(tmp_path):
     'layout, options, message',
     [
         ('market1501', {'identities': 1}, 'unknown layout .*folder, sysu_mm01, regdb, llcm'),
-        ('sysu_mm01', {}, 'number of identities must be at least 1, got None'),
+        ('sysu_mm01', {}, 'number of identities must be a whole number, got None'),
         ('sysu_mm01', {'identities': 0}, 'number of identities must be at least 1, got 0'),
         ('llcm', {'identities': 2, 'test_identities': 0}, 'number of test identities must be at least 1, got 0'),
         ('folder', {'full_size': True}, 'layout folder has none'),

@@ -444,7 +444,7 @@ def test_synthetic():
 
 
 def test_synthetic_errors():
-    with pytest.raises(ValueError, match='identities must not be negative, got -1'):
+    with pytest.raises(ValueError, match='identities must be at least 0, got -1'):
         create_dataset('synthetic', identities=-1)
     with pytest.raises(ValueError, match="takes no root folder, got '/somewhere'"):
         create_dataset('synthetic', '/somewhere')

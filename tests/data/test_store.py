@@ -218,6 +218,8 @@ def test_repaired_image_is_noticed_without_a_new_time(tmp_path, files):
         lambda folder: (folder / 'about.json').write_text('{'),
         lambda folder: os.truncate(folder / 'pixels.bin', 100),
         lambda folder: (folder / 'pixels.bin').unlink(),
+        lambda folder: (folder / 'digests.bin').unlink(),
+        lambda folder: os.truncate(folder / 'digests.bin', 16),
     ],
 )
 def test_damaged_store_is_rebuilt(tmp_path, files, damage):
@@ -626,6 +628,33 @@ def test_copies_are_named_once_for_each_kind(tmp_path, cache, kind, caplog):
     add_copies(findings, Records.from_rows(rows), [[0, 2, 3]])
     (finding,) = findings
     assert (finding.kind, finding.count, finding.is_serious) == (kind.strip(), 1, 'copy' != kind.strip())
+
+
+@pytest.mark.parametrize('cache', ['disk', 'ram', 'off'])
+def test_images_both_to_train_and_to_test_on(tmp_path, cache, caplog):
+    write_noise(
+        tmp_path, ['train1.png', 'train2.png', 'train3.png', 'test2.png', 'test3.png', 'test4.png', 'test5.png']
+    )
+    os.unlink(tmp_path / 'test4.png')  # evaluation will name it
+    os.link(tmp_path / 'train2.png', tmp_path / 'test6.png')
+    train, test = (
+        Records.from_rows([(str(path), split, 1, 'visible', split) for path in paths])
+        for split, paths in (
+            ('train', [*sorted(tmp_path.glob('train*')), *synthetic_records([0], split='train').path]),
+            ('test', [*sorted(tmp_path.glob('test*')), tmp_path / 'test4.png']),
+        )
+    )
+    for _ in range(2):  # the second time the store is found, if it is on disk
+        caplog.clear()
+        image_store(train, SIZE, cache=cache, cache_dir=tmp_path / 'cache', others=test)
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        if cache == 'off':
+            assert not said
+            continue
+        pairs = ', '.join(
+            f'{tmp_path}/train{first}.png = {tmp_path}/test{second}.png' for first, second in ((2, 2), (3, 3), (2, 6))
+        )
+        assert said == [f'3 images are both in the training and the test set, which inflates the result: {pairs}']
 
 
 def test_one_path_or_address_twice_is_no_copy(tmp_path, caplog):

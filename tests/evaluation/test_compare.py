@@ -139,7 +139,8 @@ def test_every_setting_is_compared(result):
         gallery_size=1,
         trials=result.trials[:1],
     )
-    results = {'mean', 'std', 'intervals', 'trials_fingerprint', 'queries', 'failures', 'decisions', 'calibration'}
+    results = {'mean', 'std', 'intervals', 'trials_fingerprint', 'queries', 'failures', 'examples', 'cmc'}
+    results |= {'decisions', 'calibration'}
     assert set(changed) | results == {field.name for field in dataclasses.fields(ProtocolResult)}
     for name, value in changed.items():
         other = make_report({'all-single': dataclasses.replace(result, **{name: value})})

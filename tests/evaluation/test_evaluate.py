@@ -19,7 +19,7 @@ from vireid_timm.evaluation import metrics
 from vireid_timm.evaluation.compare import compare
 from vireid_timm.evaluation.confidence import bootstrap_intervals
 from vireid_timm.evaluation.evaluate import evaluate, evaluate_features
-from vireid_timm.evaluation.features import weights_fingerprint
+from vireid_timm.evaluation.features import centred, weights_fingerprint
 from vireid_timm.evaluation.metrics import rank_metrics
 from vireid_timm.evaluation.protocols import draw_trials, protocol_trials, protocols_of
 from vireid_timm.evaluation.reranking import ReRanking
@@ -200,7 +200,7 @@ def test_several_trials_and_invalid_queries():
     assert report['indoor-multi'].gallery_size == 24
     lines = str(report).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('protocol'))
-    table = lines[start:-2]
+    table = lines[start : lines.index('', start)]
     assert len({len(line) for line in table if not line.lstrip().startswith('std')}) == 1, 'columns must align'
     assert '24 of 27' in table[1] and '10 seeded' in table[1]
     assert f'{100 * report["all-single"].mean["mAP"]:.2f}' in table[1]
@@ -339,8 +339,9 @@ def test_unknown_names_and_empty_choices(model, dataset):
 def test_unknown_settings(model, dataset):
     with pytest.raises(ValueError, match='unknown reranking .magic.; expected one of none, k-reciprocal'):
         evaluate(model, dataset, reranking='magic')
-    with pytest.raises(ValueError, match='failures must be at least 0'):
-        evaluate_features(random_features(dataset), dataset, failures=-1)
+    for name in ('failures', 'examples'):
+        with pytest.raises(ValueError, match=f'{name} must be at least 0'):
+            evaluate_features(random_features(dataset), dataset, **{name: -1})
     with pytest.raises(TypeError, match='colour'):
         evaluate(model, dataset, colour=True)
 
@@ -420,12 +421,41 @@ def test_failures_are_the_worst_queries_and_what_they_found(reranking):
         assert (failure['identity'], failure['camera']) == (identity[query], dataset.test.camera[query])
         assert (failure['rank'], failure['modality']) == (found.rank[row], INFRARED)
         seen = [column for column in similarity[row].argsort(descending=True).tolist() if not trial.ignore[row, column]]
-        best = trial.gallery[seen[:5]]
+        best = trial.gallery[seen[:10]]
         assert [answer['identity'] for answer in failure['found']] == identity[best].tolist()
         assert [answer['path'] for answer in failure['found']] == dataset.test.path[best].tolist()
+        assert [answer['camera'] for answer in failure['found']] == dataset.test.camera[best].tolist()
+        values = similarity[row][seen[:10]].tolist()
+        assert [answer['similarity'] for answer in failure['found']] == pytest.approx(values, abs=1e-6)
     everything = evaluate_features(features, dataset, 'all-multi', failures=1000)['all-multi']
     assert len(everything.failures) == everything.num_valid_queries
     assert not evaluate_features(features, dataset, 'all-multi')['all-multi'].failures
+
+
+def test_examples_are_the_best_and_worst_query_of_different_people_and_random_ones():
+    dataset = sysu_like()
+    features = random_features(dataset)
+    result = evaluate_features(features, dataset, 'all-single', examples=3, failures=1)['all-single']
+    everyone = evaluate_features(features, dataset, 'all-single', failures=1000)['all-single'].failures
+    extreme = {'best': {}, 'worst': {}}
+    for query in everyone:
+        extreme['worst'].setdefault(query['identity'], query)
+        extreme['best'][query['identity']] = max(query, extreme['best'].get(query['identity'], query), key=_precision)
+    assert list(result.examples) == ['best', 'worst', 'random'] and len(result.failures) == 1
+    best = sorted(extreme['best'].values(), key=_precision, reverse=True)[:3]
+    assert [query['AP'] for query in result.examples['best']] == [query['AP'] for query in best]
+    worst = sorted(extreme['worst'].values(), key=_precision)[:3]
+    assert [query['AP'] for query in result.examples['worst']] == [query['AP'] for query in worst]
+    for listed in result.examples.values():
+        assert len({query['identity'] for query in listed}) == 3 and all(query in everyone for query in listed)
+    all_people = len(extreme['worst'])
+    everything = evaluate_features(features, dataset, 'all-single', examples=1000)['all-single'].examples
+    assert {len(listed) for listed in everything.values()} == {all_people}
+    assert not evaluate_features(features, dataset, 'all-single')['all-single'].examples
+
+
+def _precision(query):
+    return query['AP']
 
 
 def test_results_can_be_paired_where_the_images_are_the_same():
@@ -445,3 +475,14 @@ def test_results_can_be_paired_where_the_images_are_the_same():
     )
     paired = compare(first, second)
     assert set(paired.protocols['all-single'].paired) == {'rank1', 'mAP', 'mINP'}
+
+
+def test_centring_does_not_depend_on_the_protocols(model, dataset, expected_features):
+    options = dict(size=SIZE, centre=True, cache='off')
+    everything = evaluate(model, dataset, **options)
+    one = evaluate(model, dataset, 'infrared-to-visible', **options)
+    assert one['infrared-to-visible'] == everything['infrared-to-visible'] and one.centre
+    moved = centred(expected_features, dataset.test.modality)
+    expected = evaluate_features(moved, dataset, 'infrared-to-visible')['infrared-to-visible']
+    assert one['infrared-to-visible'].mean == pytest.approx(expected.mean, abs=1e-6)
+    assert 'modalities centred' in str(one)

@@ -25,6 +25,7 @@ from vireid_timm.distributed import process_group, rank_and_world_size
 from vireid_timm.evaluation.features import (
     Extraction,
     _gather,
+    centred,
     check_finite,
     embed,
     extract,
@@ -320,8 +321,8 @@ def test_embed_rejects(model, images, modality, options, message):
         ({'size': (1, 3, 128, 64)}, r'height and width in pixels, got \(1, 3, 128, 64\)'),
         ({'size': (32, 64, 3)}, '3 channels, height and width, in this order, got 32 64 3'),
         ({'size': (1, 64, 32)}, '3 channels, height and width, in this order, got 1 64 32'),
-        ({'size': [3, 64, 0]}, 'height and width in pixels'),
-        ({'size': (128, 0)}, r'height and width in pixels, got \(128, 0\)'),
+        ({'size': [3, 64, 0]}, 'size must be at least 1, got 0'),
+        ({'size': (128, 0)}, 'size must be at least 1, got 0'),
         ({'device': 'gpu'}, "unknown device 'gpu'"),
     ],
 )
@@ -530,3 +531,17 @@ def test_one_process_decodes_for_all(by_two_processes):
     stores = re.findall('Storing 24 images of 64x32 once: .* in (.*)', by_two_processes[2])
     (whole,) = {path for path in stores if Path(path).is_dir()}  # the damaged table has no store
     assert stores.count(whole) == 1
+
+
+def test_centring_subtracts_the_mean_of_each_modality():
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(7, 5, generator=generator) + 2)
+    modality = np.array(['visible', 'infrared', 'visible', 'visible', 'infrared', 'infrared', 'visible'])
+    found = centred(features, modality)
+    for name in ('visible', 'infrared'):
+        rows = torch.from_numpy(modality == name)
+        expected = torch.stack([F.normalize(row - features[rows].mean(dim=0), dim=0) for row in features[rows]])
+        torch.testing.assert_close(found[rows], expected)
+    assert (centred(features[:1].expand(3, -1), np.array(['visible'] * 3)) == 0).all(), 'all the same'
+    with pytest.raises(ValueError, match='there is one infrared image'):
+        centred(features[:3], modality[:3])

@@ -68,6 +68,27 @@ def test_summary_of_the_trials(images, result):
     assert result.failures == []
 
 
+def test_cmc_is_counted_query_by_query(images, result):
+    trials = make_trials(images, drop=4)
+    found = {}
+    for rows, metrics in trials:
+        for i, row in enumerate(rows.tolist()):
+            if metrics.valid[i]:
+                found.setdefault(row, []).append([float(metrics.rank[i] <= k) for k in range(1, 21)])
+    per_query = np.array([np.mean(values, axis=0) for _, values in sorted(found.items())])
+    assert result.cmc['mean'] == pytest.approx(np.mean([metrics.cmc for _, metrics in trials], axis=0), abs=1e-6)
+    for name, values in zip(('low', 'high'), bootstrap_intervals(per_query.T).T, strict=True):
+        assert result.cmc[name] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize('cmc', [{'mean': [1.0] * 20}, {'mean': [1.0], 'low': [1.0], 'high': [1.0]}, 3])
+def test_a_broken_cmc_is_no_report(cmc, tmp_path, result):
+    report = make_report({'all-single': dataclasses.replace(result, cmc=cmc)})
+    report.save(tmp_path / 'report.json')
+    with pytest.raises(ValueError, match='is not a report'):
+        Report.load(tmp_path / 'report.json')
+
+
 def test_every_value_is_plain(result):
     json.dumps(dataclasses.asdict(result), allow_nan=False)
     for column in result.queries.values():
@@ -174,7 +195,7 @@ def test_file_has_a_line_for_every_list(tmp_path, result):
     result = dataclasses.replace(result, failures=[FAILURE])
     make_report({'all-single': result}).save(tmp_path / 'report.json')
     lines = (tmp_path / 'report.json').read_text(encoding='utf-8').splitlines()
-    assert len(lines) < 70
+    assert len(lines) < 80
     assert f'        "AP": {json.dumps(result.queries["AP"])},' in lines
     assert f'      "mean": {json.dumps(result.mean)},' in lines
     assert '  "dataset": "sysu_mm01",' in lines

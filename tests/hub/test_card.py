@@ -61,7 +61,8 @@ def test_the_hub_reads_the_metrics_as_they_were_measured(report: Report) -> None
     assert results['indoor-single', 'rank1'].metric_value == 70.0
     entry = results['all-single', 'rank1']
     assert (entry.dataset_name, entry.dataset_type, entry.metric_name) == ('SYSU-MM01', 'sysu_mm01', 'Rank-1 (%)')
-    assert entry.dataset_args == {'features': 'after-bn', 'flip_test': False, 'crops': 1, 'reranking': 'none'}
+    settings = {'features': 'after-bn', 'flip_test': False, 'crops': 1, 'centre': False, 'reranking': 'none'}
+    assert entry.dataset_args == settings
     data = card.data.to_dict()
     assert (data['library_name'], data['license']) == ('timm', 'mit')
     assert data['pipeline_tag'] == 'image-feature-extraction' and 'visible-infrared' in data['tags']

@@ -4,7 +4,7 @@ import pytest
 import torch
 from losses import assert_compiles, random_features, three_branches, value_and_gradient
 
-from vireid_timm.loss.mutual_learning import MUTUAL_LEARNING_MODES, MutualLearningLoss, symmetric_kl
+from vireid_timm.loss.mutual_learning import MUTUAL_CONSTANTS, MUTUAL_LEARNING_MODES, MutualLearningLoss, symmetric_kl
 
 
 def naive_symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
@@ -29,6 +29,28 @@ def test_symmetric_kl_equals_the_loop_with_gradients_into_both(shape: tuple[int,
     torch.testing.assert_close(symmetric_kl(q, p), loss)
     assert symmetric_kl(p, p) == 0
     assert torch.autograd.gradcheck(symmetric_kl, (p.double().requires_grad_(), q.double().requires_grad_()))
+
+
+@pytest.mark.parametrize('constant', MUTUAL_CONSTANTS)
+def test_what_is_held_constant_changes_the_gradients_alone(constant: str) -> None:
+    def naive(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
+        p, q = logits_p.softmax(dim=1), logits_q.softmax(dim=1)
+        if constant == 'teacher':
+            p = p.detach()
+        still_p, still_q = (p.detach(), q.detach()) if constant == 'partner' else (p, q)
+        return 0.5 * (still_p * (still_p / q).log() + still_q * (still_q / p).log()).sum(dim=1).mean()
+
+    p, q = (2 * random_features(5, 7, seed=seed).requires_grad_() for seed in (1, 2))
+    loss = symmetric_kl(p, q, constant)
+    torch.testing.assert_close(loss, symmetric_kl(p, q), rtol=0, atol=0)
+    learners = (q,) if constant == 'teacher' else (p, q)
+    gradients = torch.autograd.grad(symmetric_kl(p, q, constant), learners)
+    expected = torch.autograd.grad(naive(p.double(), q.double()), learners)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
+    (untaught,) = torch.autograd.grad(symmetric_kl(p, q, constant), [p], allow_unused=True)
+    assert (untaught is None) == (constant == 'teacher')
 
 
 def test_symmetric_kl_is_finite_for_confident_predictions_in_half_precision() -> None:
@@ -65,6 +87,16 @@ def test_mutual_learning_modes_are_the_rows_of_table_4(
         + between * naive_symmetric_kl(logits['global'], logits['fusion'])
     )
     torch.testing.assert_close(MutualLearningLoss(mode)(logits).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_joint_branch_teaches_and_is_not_taught() -> None:
+    logits = {branch: values.requires_grad_() for branch, values in three_branches().items()}
+    loss = MutualLearningLoss(constant='teacher')(logits)
+    gradients = torch.autograd.grad(loss, list(logits.values()), allow_unused=True)
+    reached = {branch for branch, gradient in zip(logits, gradients, strict=True) if gradient is not None}
+    assert reached == {'global', 'fusion'}
+    with pytest.raises(ValueError, match='none, partner, teacher'):
+        MutualLearningLoss(constant='student')
 
 
 def test_mutual_learning_weights_and_default() -> None:

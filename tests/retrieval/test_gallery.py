@@ -110,6 +110,27 @@ def test_of_equal_images_the_one_added_first_is_first(gallery: Gallery, monkeypa
         assert found(answer)[:7] == [1, 2, 4, 6, 7, 8, 11][:top]
 
 
+def test_candidates_are_compared_exactly_with_whatever_was_added_since(gallery: Gallery) -> None:
+    pytest.importorskip('faiss')
+    table = fill(gallery, 40, cameras=[number % 5 for number in range(40)])
+    gallery.save()
+    gallery.index.compress()
+    more = features(30, seed=5)
+    more[3] = table[8]  # equal to one that is compressed
+    gallery.add([f'/{number:03}.jpg' for number in range(40, 70)], features=more, cameras=[9] * 30)
+    gallery.remove(['/003.jpg', '/050.jpg'])
+    everything, queries = torch.cat([table, more]), torch.cat([features(6, seed=1), table[8:9]])
+    assert gallery.index.candidates(gallery.index.view()).count == 40
+    for where, allowed in (
+        (None, [row for row in range(70) if row not in (3, 50)]),
+        ('camera = 2', [2, 7, 12, 17, 22, 27, 32, 37]),
+        ('camera = 9', [row for row in range(40, 70) if row != 50]),
+        ('camera = 99', []),
+    ):
+        for query, answer in zip(queries, gallery.search_features(queries, 'infrared', top=9, where=where)):
+            assert found(answer) == ranked(query, everything, allowed)[:9]
+
+
 @pytest.mark.parametrize('names', [['a', 'b', 'c'], ['a'] * 6 + ['b', None], [None], ['a']])
 def test_one_result_per_identity(gallery: Gallery, names: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('vireid_timm.retrieval.gallery._PER_IDENTITY', 1)
@@ -156,7 +177,9 @@ def test_centring_subtracts_both_means(gallery: Gallery) -> None:
 
 def calibration(**changes: object) -> Calibration:
     settings = {'weights': 'w', 'features': 'after-bn', 'size': [4, 2], 'flip_test': False, 'crops': 1, 'centre': False}
-    curve = dict(slope=9.0, intercept=-5.0, prior=0.1, gallery_size=10.0, best_mean=0.8, best_deviation=0.1)
+    curve = dict(
+        slope=9.0, intercept=-5.0, prior=0.1, gallery_size=10.0, best_mean=0.8, best_deviation=0.1, uninformative=0.1
+    )
     curve |= dict(ratio_slope=5.0, ratio_intercept=-1.0, thresholds={'0.01': 0.9}, fitted_on={})
     return Calibration(**curve, settings=settings | changes)
 
@@ -173,6 +196,15 @@ def test_probabilities_come_from_the_calibration_and_only_where_it_holds(
             values = torch.tensor([match.similarity for match in answer.results])
             assert [match.probability for match in answer.results] == calibration().probability(values, size).tolist()
             assert answer.nobody == calibration().nobody(values[:1], size).item()
+    # Where all identities are known, so is the mean number of a person's images.
+    gallery.add(['/000.jpg'], features=features(1), identities=['anna'], cameras=[2])
+    gallery.remove([f'/{number:03}.jpg' for number in range(1, 12)])
+    gallery.add([f'/{number:03}.jpg' for number in range(12, 20)], features=features(8), identities=[*'aaabbbbc'])
+    for where, size, mean in ((None, 9, 9 / 4), ("identity IN ('b', 'c')", 5, 5 / 2)):
+        for answer in gallery.search_features(queries, 'infrared', where=where):
+            values = torch.tensor([match.similarity for match in answer.results])
+            expected = calibration().probability(values, size, mean).tolist()
+            assert [match.probability for match in answer.results] == expected
     assert all(
         answer.nobody is None and answer.results[0].probability is None
         for answers in (
@@ -182,6 +214,11 @@ def test_probabilities_come_from_the_calibration_and_only_where_it_holds(
         for answer in answers
     )
     assert 'the calibration was fitted with another centre' in caplog.text
+    Index.create(tmp_path / 'older', about(calibration={'slope': 9.0})).close()
+    older = Gallery.open(tmp_path / 'older', device='cpu')
+    fill(older, 2)
+    assert older.search_features(queries[:1], 'infrared')[0].nobody is None
+    assert 'the calibration in it cannot be read' in caplog.text
     (nothing,) = gallery.search_features(queries[:1], 'infrared', where='camera = 3')
     assert nothing == ('query 0', None, [])
 
@@ -296,7 +333,7 @@ def test_an_index_by_a_model_in_memory_asks_for_it(model: nn.Module, tmp_path: P
         (lambda g: g.add(['a.jpg'], features=torch.full((1, 8), math.nan)), 'features 0: .* not finite'),
         (lambda g: g.search_features(features(1, width=9), 'visible'), r'expected features \[Q, 8\], got \[1, 9\]'),
         (lambda g: g.search_features(features(1)[0], 'visible'), r'expected features \[Q, 8\], got \[8\]'),
-        (lambda g: g.search_features(features(1), 'visible', top=0), 'must be at least 1, got 0'),
+        (lambda g: g.search_features(features(1), 'visible', top=0), 'top must be at least 1, got 0'),
         (lambda g: g.search_features(features(1), 'ultraviolet'), "visible, infrared, got 'ultraviolet'"),
         (lambda g: g.search_features(features(1), 'visible', where='camra'), 'no such column: camra'),
         (lambda g: g.search('a.jpg', 'visible'), 'expected a list of queries, got a single one'),

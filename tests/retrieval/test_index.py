@@ -48,6 +48,9 @@ def test_others_see_changes_after_the_commit_and_all_at_once(index: Index) -> No
 def test_what_was_not_committed_is_gone_and_its_place_is_used_again(index: Index) -> None:
     index.append(listed(['f.jpg']), features(1, 1).numpy())
     index.close()
+    index.close()  # once more does no harm
+    with pytest.raises(ValueError, match='was it closed'):
+        index.remove(['a.jpg'])
     again = Index(index.folder)
     assert len(again) == 5
     again.append(listed(['g.jpg']), features(1, 2).numpy())

@@ -1,5 +1,6 @@
 """`vireid index` in processes of its own: killed and resumed, two at once, ranks; and what a second call changes."""
 
+import json
 import os
 import shutil
 import signal
@@ -261,3 +262,36 @@ def test_what_a_first_call_needs(images: Path, saved: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match=f'making one needs {missing}$'):
             update_index(tmp_path / 'index', images, **options)
     assert not (tmp_path / 'index').exists()
+
+
+def test_compressed_features_follow_the_index(
+    images: Path, saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip('faiss')
+    output, words = tmp_path / 'index', [str(images), '--index', str(tmp_path / 'index'), '--modality', 'infrared']
+
+    def results() -> list[list[str]]:
+        capfd.readouterr()
+        assert main(['search', *words, '--device', 'cpu', '--json', '--top', '5']) == 0
+        answers = json.loads(capfd.readouterr().out)  # FAISS prints nothing in between
+        return [[result['path'] for result in answer['results']] for answer in answers]
+
+    assert main(command(images, output, saved)) == 0
+    exact = results()
+    assert main(command(images, output, saved, '--compress')) == 0
+    assert (output / 'compressed-0').is_dir() and results() == exact
+    write_images(images, 'new/0.png', 'new/1.png')
+    assert updated(images, saved, output) == {'new': 2, 'unchanged': 24}
+    index = Index(output)
+    assert index.about.compress and index.candidates(index.view()).count == 24  # two more do not pay
+    index.close()
+    found = results()
+    assert main(command(images, output, saved, '--no-compress')) == 0
+    assert not list(output.glob('compressed*')) and results() == found
+    assert main(command(images, output, saved, '--compress')) == 0
+    for number in (0, 1, 2):
+        shutil.rmtree(images / str(number))
+    assert updated(images, saved, output) == {'dropped': 18, 'unchanged': 8}
+    assert [path.name for path in output.glob('compressed*')] == ['compressed-1']
+    found = results()
+    assert main(command(images, output, saved, '--no-compress')) == 0 and results() == found

@@ -1,10 +1,11 @@
 """Settings: one dataclass behind the command line, YAML files and `train()`."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from vireid_timm.training.config import RECIPES, TrainConfig, find_config, load_yaml, recipe_names
+from vireid_timm.training.config import RECIPES, SETTINGS, TrainConfig, find_config, kind_of, load_yaml, recipe_names
 
 
 def test_defaults_are_the_papers_recipe() -> None:
@@ -31,31 +32,32 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
     [
         ('learning_rate: 1', "no setting 'learning_rate'"),
         ('epoch: 3', "did you mean 'epochs'"),
-        ('epochs: many', 'epochs must be of type int'),
-        ('epochs: 2.5', 'epochs must be of type int'),
-        ('epochs: true', 'epochs must be of type int'),
+        ('epochs: many', 'epochs must be a whole number'),
+        ('epochs: 2.5', 'epochs must be a whole number'),
+        ('epochs: true', 'epochs must be a whole number'),
         ('epochs:', 'epochs needs a value'),
-        ('lr: fast', 'lr must be of type float'),
-        ('amp: 1', 'amp must be of type bool'),
+        ('lr: fast', 'lr must be a number'),
+        ('amp: 1', 'amp must be True or False'),
         ('val_interval: 0', 'val_interval must be at least 1, got 0'),
         ('checkpoint_interval: 10 min', "checkpoint_interval must be 500, 10m, or nothing for none, got '10 min'"),
         ('checkpoint_interval: 0', "got '0'"),
         ('checkpoint_interval: 0.0m', "got '0.0m'"),
         ('smoothing: 2', 'smoothing must be at most 1, got 2.0'),
         ('clip_grad: 0', 'clip_grad must be above 0, got 0.0'),
-        ('lr: .nan', 'lr must be at least 0, got nan'),
+        ('lr: .nan', 'lr must be a finite number, got nan'),
         ('workers: -3', 'workers must be at least 0, got -3'),
-        ('input_size: [288, 144]', r'input_size must be a list of 3 int values, got \[288, 144\]'),
+        ('input_size: [288, 144]', r'input_size must be 3 values, got \[288, 144\]'),
         ('input_size: [3, 288, -144]', 'input_size must be at least 1, got -144'),
-        ('input_size: 288', 'input_size must be a list of 3 int values, got 288'),
-        ('decay_milestones: [a]', "decay_milestones must be of type int, got 'a'"),
-        ('id_branches: joint', "id_branches must be a list of str values, got 'joint'"),
-        ('erasing_fill: [0, zero, 0]', "erasing_fill must be of type float, got 'zero'"),
-        ('model_kwargs: static', "model_kwargs must be of type dict, got 'static'"),
-        ('model_kwargs: {1: 2}', r'model_kwargs must have names as keys, got \{1: 2\}'),
+        ('input_size: 288', 'input_size must be a list, got 288'),
+        ('decay_milestones: [a]', "decay_milestones must be a whole number, got 'a'"),
+        ('id_branches: joint', "id_branches must be a list, got 'joint'"),
+        ('erasing_fill: [0, zero, 0]', "erasing_fill must be a number, got 'zero'"),
+        ('model_kwargs: static', "model_kwargs must be names with values, got 'static'"),
+        ('model_kwargs: {1: 2}', r'model_kwargs must be names with values, got \{1: 2\}'),
         (f'seed: {2**63}', f'seed must be at most {2**63 - 1}, got {2**63}'),
         (f'epochs: {"9" * 5000}', 'cannot read|epochs must be at most'),
-        (f'lr: {"9" * 400}', 'lr must be of type float'),
+        ('lr: .inf', 'lr must be a finite number, got inf'),
+        (f'lr: {"9" * 400}', 'lr must be a finite number, got inf'),
         ('dist_bn: none', 'dist_bn must be one of reduce, broadcast'),
         ('mutual: all', 'mutual must be one of none, global-to-fusion'),
         ('- a\n- b', 'setting: value'),
@@ -69,6 +71,16 @@ def test_bad_yaml_names_file_setting_and_fix(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=message) as caught:
         load_yaml(path)
     assert str(path) in str(caught.value)
+
+
+def test_every_whole_number_has_a_largest_value() -> None:
+    names = [name for name, setting in SETTINGS.items() if int in (kind_of(setting)[0], *get_args(kind_of(setting)[0]))]
+    assert {'epochs', 'seed', 'input_size', 'workers'} < set(names)
+    for name in names:
+        is_list = 'nargs' in SETTINGS[name].metadata
+        for value, bound in ((-1, 'at least'), (10**30, 'at most')):
+            with pytest.raises(ValueError, match=f'configuration: {name} must be {bound} [0-9]+, got {value}'):
+                TrainConfig.from_mapping({name: [value] * 3 if is_list else value})
 
 
 def test_numbers_can_be_text(tmp_path: Path) -> None:

@@ -169,6 +169,16 @@ def test_a_resumed_run_is_told_what_is_left(images: Path, here: Path, capsys: py
     assert '--resume' in capsys.readouterr().err
 
 
+def test_images_both_to_train_and_to_test_on_are_named(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(images, here / 'leak')
+    copied = sorted((here / 'leak/gallery/visible').glob('*/*'))[0]
+    shutil.copy(sorted((here / 'leak/train/visible').glob('*/*'))[3], copied)
+    # All images are read to find the broken ones, as in training.
+    assert main(['train', '--dry-run', *SMALL, '--data-dir', str(here / 'leak'), '--skip-broken']) == 0
+    said = capsys.readouterr().err
+    assert re.search(rf'1 images are both in the training and the test set.* = {copied}\n', said)
+
+
 def test_broken_images_are_named(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     copy = here / 'broken'
     for path in images.rglob('*.*'):

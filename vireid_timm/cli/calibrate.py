@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..constants import DATASETS, DRAWS
+from ..files import expanded_path
 from .parser import (
     Parser,
     add_batch_size_flag,
@@ -16,7 +17,9 @@ from .parser import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from ..data.records import Dataset
     from ..evaluation.calibration import Calibration
 
 
@@ -27,9 +30,14 @@ def add_arguments(parser: Parser) -> None:
         'Learn what similarities mean as probabilities, from the test images of people whom the model has not seen, '
         'and keep it with the model. With several GPUs: torchrun --nproc-per-node N -m vireid_timm calibrate ...'
     )
-    parser.add_argument('model', metavar='MODEL', help='run, Hub-ready folder, or with --output the name of any model')
+    parser.add_argument(
+        'model',
+        type=expanded_path,
+        metavar='MODEL',
+        help='run, Hub-ready folder, or with --output the name of any model',
+    )
     text = 'write a Hub-ready folder there instead of changing that of the model (default: none)'
-    parser.add_argument('--output', metavar='DIR', help=text)
+    parser.add_argument('--output', type=expanded_path, metavar='DIR', help=text)
     _add_data(parser.add_argument_group('data'))
     group = parser.add_argument_group('features')
     add_feature_flags(group)
@@ -67,8 +75,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _fit(args: argparse.Namespace, device: 'torch.device') -> 'Calibration':
-    from ..data.readers import create_dataset
+    from ..distributed import all_ranks
     from ..evaluation.evaluate import calibrate
+
+    dataset, model = all_ranks(lambda: _load(args))
+    names = ('features', 'flip_test', 'crops', 'centre', 'batch_size', 'cache', 'skip_broken', 'workers')
+    options = {'size': args.input_size, 'progress': True, **{name: getattr(args, name) for name in names}}
+    return calibrate(model.to(device), dataset, args.protocol, draw=args.draw, seed=args.seed, **options)
+
+
+def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module']:
+    from ..data.readers import create_dataset
     from ..hub.folder import load_model, split_problem
 
     dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
@@ -76,9 +93,7 @@ def _fit(args: argparse.Namespace, device: 'torch.device') -> 'Calibration':
     learned, problem = split_problem(args.model, dataset)
     if learned:
         raise ValueError(f'no probability follows from people whom the model knows: {problem}')
-    names = ('features', 'flip_test', 'crops', 'centre', 'batch_size', 'cache', 'skip_broken', 'workers')
-    options = {'size': args.input_size, 'progress': True, **{name: getattr(args, name) for name in names}}
-    return calibrate(model.to(device), dataset, args.protocol, draw=args.draw, seed=args.seed, **options)
+    return dataset, model
 
 
 def _show(calibration: 'Calibration') -> None:

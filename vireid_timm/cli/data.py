@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from timm.utils import ParseKwargs
-
 from ..constants import DATASETS
-from .parser import Parser
+from ..files import expanded_path
+from .parser import KeyValues, Parser
 
 
 def add_arguments(parser: Parser) -> None:
@@ -20,12 +19,12 @@ def add_arguments(parser: Parser) -> None:
         'Check images before you use them: read every one, count people and images, and list all that is odd. '
         'The exit status is 1 if something makes results meaningless.'
     )
-    parser.add_argument('directory', metavar='DIR', help='root folder; the file itself for csv')
+    parser.add_argument('directory', metavar='DIR', type=expanded_path, help='root folder; the file itself for csv')
     names = ', '.join(name for name in DATASETS if name != 'synthetic')
     text = f'reader: {names} (default: folder, or csv for a file)'
     parser.add_argument('--dataset', metavar='NAME', help=text)
     text = "reader's options, e.g. trial=3 for regdb (default: none)"
-    parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=text)
+    parser.add_argument('--dataset-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=text)
     parser.add_argument('--json', action='store_true', help='print JSON (default: off)')
     text = 'images decoded at once (default: one per core, at most 8)'
     parser.add_argument('--workers', type=int, metavar='N', help=text)

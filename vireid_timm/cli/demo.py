@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..constants import INFRARED, VISIBLE
+from ..files import expanded_path
 from .parser import Parser, add_device_flag
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         'draw what the model finds, on rendered images. Takes about four minutes on two CPU cores.'
     )
     text = 'folder for the model, demo.json and ranking.png (default: output/demo)'
-    parser.add_argument('--output', type=Path, default=Path('output/demo'), metavar='DIR', help=text)
+    parser.add_argument('--output', type=expanded_path, default='output/demo', metavar='DIR', help=text)
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the fine-tuning (default: 0)')
     add_device_flag(parser)
     parser.set_defaults(run=lambda args: run_demo(args.output, args.seed, args.device))
@@ -64,12 +65,15 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
     from ..files import save_json
     from ..hub.folder import load_model
     from ..run_folder import LAST
-    from ..training.config import load_yaml
+    from ..training.config import TrainConfig, load_yaml
     from ..training.loop import train
 
     output = Path(output)
     images = output / 'images'  # decoded images: nothing is left outside the output folder
     options = dict(identities=IDENTITIES, test_identities=TEST_IDENTITIES, seed=WORLD)
+    places = dict(dataset='synthetic', dataset_kwargs=options, output=str(output), cache='ram')
+    settings = {**load_yaml(RECIPE), **FINE_TUNING, **places, 'seed': seed, 'device': device}
+    config = TrainConfig.from_mapping(settings)  # before minutes of work
     _logger.info(f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people and cameras that no weights here have seen')
     dataset = create_dataset('synthetic', **options)
     where = resolve_device(device)
@@ -80,8 +84,7 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
         results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, images)
     results['embedded'] = _score(timm.create_model(WEIGHTS, pretrained=True), dataset, where, images)
     _logger.info(f'3/5 Fine-tuning on the other {IDENTITIES} people')
-    places = dict(dataset='synthetic', dataset_kwargs=options, output=str(output), cache='ram')
-    run = train({**load_yaml(RECIPE), **FINE_TUNING, **places, 'seed': seed, 'device': device})
+    run = train(config)
     results['fine_tuned'] = _score(load_model(run.folder / LAST), dataset, where, images)
     _logger.info('4/5 Reloading the saved model with timm')
     model = timm.create_model(f'local-dir:{run.best}', pretrained=True, num_classes=0)

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..constants import DATASETS, DRAWS, GROUPINGS, RERANKINGS
+from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import (
     Parser,
@@ -20,8 +22,12 @@ from .parser import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from ..data.records import Dataset
     from ..evaluation.report import Report
+
+EXAMPLES = 5  # queries of each kind in a rank list
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,8 +38,9 @@ def add_arguments(parser: Parser) -> None:
         'Or compare two reports. With several GPUs: torchrun --nproc-per-node N -m vireid_timm eval ...'
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--model', '--checkpoint', metavar='NAME', help=MODEL_HELP)
-    which.add_argument('--compare', nargs=2, metavar='FILE.json', help='compare two reports instead')
+    which.add_argument('--model', '--checkpoint', type=expanded_path, metavar='NAME', help=MODEL_HELP)
+    text = 'compare two reports instead'
+    which.add_argument('--compare', nargs=2, type=expanded_path, metavar='FILE.json', help=text)
     add_switch(parser, '--pretrained', 'load the weights (default: on)', default=True)
     _add_data(parser.add_argument_group('data'))
     _add_features(parser.add_argument_group('features'))
@@ -67,9 +74,12 @@ def _add_output(group: Any) -> None:
     group.add_argument('--breakdown', nargs='+', choices=GROUPINGS, default=(), help=text)
     text = 'list the N worst queries of each protocol (default: 0)'
     group.add_argument('--failures', type=int, default=0, metavar='N', help=text)
-    group.add_argument('--report', metavar='FILE.json', help='save the report (default: only print it)')
+    text = 'draw the best, worst and random queries of each protocol with what they found (default: none)'
+    group.add_argument('--rank-list', type=expanded_path, metavar='DIR', help=text)
+    text = 'save the report (default: only print it)'
+    group.add_argument('--report', type=expanded_path, metavar='FILE.json', help=text)
     text = 'append one row per protocol to this table (default: none)'
-    group.add_argument('--results-file', metavar='FILE.csv', help=text)
+    group.add_argument('--results-file', type=expanded_path, metavar='FILE.csv', help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -87,25 +97,24 @@ def run(args: argparse.Namespace) -> None:
         for path in (args.report, args.results_file):
             if path is not None:
                 check_writable(path)
+        if args.rank_list is not None:
+            check_writable(os.path.join(args.rank_list, 'rank-list'))
         if args.results_file is not None:
             read_results(args.results_file)
     with process_group(args.device) as device:
-        report = _evaluate(args, device)
+        report, root = _evaluate(args, device)
     if is_rank_zero():
-        _show(report, args)
+        _show(report, root, args)
 
 
-def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
-    from ..data.readers import create_dataset
+def _evaluate(args: argparse.Namespace, device: 'torch.device') -> tuple['Report', str]:
+    """Return the report and the root of the dataset."""
     from ..device import autocast_dtype
+    from ..distributed import all_ranks
     from ..evaluation.evaluate import evaluate
-    from ..hub.folder import load_model, model_calibration, split_problem
+    from ..hub.folder import model_calibration
 
-    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
-    model = load_model(args.model, pretrained=args.pretrained)
-    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
-    if problem:
-        logging.getLogger(__name__).warning(problem)
+    dataset, model, learned = all_ranks(lambda: _load(args))
     report = evaluate(
         model.to(device),
         dataset,
@@ -113,6 +122,7 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         draw=args.draw,
         reranking=args.reranking,
         failures=args.failures,
+        examples=0 if args.rank_list is None else EXAMPLES,
         calibration=model_calibration(args.model) if args.pretrained else None,
         features=args.features,
         flip_test=args.flip_test,
@@ -126,11 +136,25 @@ def _evaluate(args: argparse.Namespace, device: 'torch.device') -> 'Report':
         workers=args.workers,
         progress=True,
     )
-    return dataclasses.replace(report, learned_identities=learned)
+    return dataclasses.replace(report, learned_identities=learned), dataset.root
 
 
-def _show(report: 'Report', args: argparse.Namespace) -> None:
+def _load(args: argparse.Namespace) -> tuple['Dataset', 'nn.Module', int]:
+    """Return the dataset, the model, and how many test identities it was trained on."""
+    from ..data.readers import create_dataset
+    from ..hub.folder import load_model, split_problem
+
+    dataset = create_dataset(args.dataset, args.data_dir or None, **args.dataset_kwargs)
+    model = load_model(args.model, pretrained=args.pretrained)
+    learned, problem = split_problem(args.model, dataset) if args.pretrained else (0, '')
+    if problem:
+        logging.getLogger(__name__).warning(problem)
+    return dataset, model, learned
+
+
+def _show(report: 'Report', root: str, args: argparse.Namespace) -> None:
     from ..evaluation.breakdown import breakdown_table, failures_table
+    from ..figures.examples import save_rank_lists
 
     print(report)
     for name, result in report.protocols.items():
@@ -142,3 +166,6 @@ def _show(report: 'Report', args: argparse.Namespace) -> None:
         report.save(args.report)
     if args.results_file is not None:
         report.save_csv(args.results_file)
+    if args.rank_list is not None:
+        save_rank_lists(report, root, args.rank_list)
+        print(f'\nRank lists: {args.rank_list}')

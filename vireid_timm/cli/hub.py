@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import DATASETS, SOURCES
+from ..files import expanded_path
 from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag
 
 
@@ -26,12 +27,12 @@ def _add_save(actions: Any) -> None:
         help='make a Hub-ready folder from a run',
         description='Write a folder to publish: weights, configuration, reference features, and a card with results.',
     )
-    parser.add_argument('source', metavar='RUN', help='run folder, or a Hub-ready one')
-    parser.add_argument('folder', metavar='DIR', help='where to write')
+    parser.add_argument('source', type=expanded_path, metavar='RUN', help='run folder, or a Hub-ready one')
+    parser.add_argument('folder', type=expanded_path, metavar='DIR', help='where to write')
     _add_publication(parser)
     measured = parser.add_mutually_exclusive_group()
     text = 'results for the card: a report of `vireid eval` on these weights (default: validation results)'
-    measured.add_argument('--report', metavar='FILE.json', help=text)
+    measured.add_argument('--report', type=expanded_path, metavar='FILE.json', help=text)
     text = f'or evaluate on all protocols of this dataset first: {", ".join(DATASETS)} (default: none)'
     measured.add_argument('--dataset', metavar='NAME', help=text)
     add_data_flags(parser)
@@ -93,7 +94,7 @@ def _add_push(actions: Any) -> None:
         help='upload a Hub-ready folder',
         description='Check a folder, then upload it to the Hub in one commit. Log in first: hf auth login.',
     )
-    parser.add_argument('folder', metavar='DIR', help='folder that `vireid hub save` made')
+    parser.add_argument('folder', type=expanded_path, metavar='DIR', help='folder that `vireid hub save` made')
     parser.add_argument('repo_id', metavar='OWNER/NAME', help='repository on the Hub; created if missing')
     text = 'only you, or your organisation, can see the repository (default: off)'
     parser.add_argument('--private', action='store_true', help=text)
@@ -121,7 +122,7 @@ def _add_check(actions: Any) -> None:
         description='Load a model from the Hub or a folder; verify files, configuration, weights, reference features.',
     )
     text = 'OWNER/NAME or hf-hub:OWNER/NAME, with @REVISION or without, or a folder'
-    parser.add_argument('name', metavar='NAME', help=text)
+    parser.add_argument('name', type=expanded_path, metavar='NAME', help=text)
     parser.set_defaults(run=check)
 
 
@@ -140,8 +141,8 @@ def _add_convert(actions: Any) -> None:
         help="turn others' checkpoints into a Hub-ready folder",
         description='Read a checkpoint safely, load it into a network of this library, and list what is not used.',
     )
-    parser.add_argument('file', metavar='FILE', help='checkpoint')
-    parser.add_argument('folder', metavar='DIR', help='where to write')
+    parser.add_argument('file', type=expanded_path, metavar='FILE', help='checkpoint')
+    parser.add_argument('folder', type=expanded_path, metavar='DIR', help='where to write')
     text = 'library that wrote the checkpoint (required)'
     parser.add_argument('--from', dest='source', choices=SOURCES, required=True, help=text)
     _add_publication(parser)

@@ -1,10 +1,10 @@
 """`vireid index`."""
 
 import argparse
-import os
 
 from ..constants import FEATURES, MODALITIES
-from .parser import Parser, add_batch_size_flag, add_device_flag, add_switch
+from ..files import expanded_path
+from .parser import Parser, add_batch_size_flag, add_device_flag, add_switch, check_input_size
 
 
 def add_arguments(parser: Parser) -> None:
@@ -16,15 +16,17 @@ def add_arguments(parser: Parser) -> None:
         'GPUs: torchrun --nproc-per-node N -m vireid_timm index ...'
     )
     text = 'folder of images at any depth, or a CSV file with columns path and, if known, camera, time, identity'
-    parser.add_argument('gallery', metavar='GALLERY', help=text)
+    parser.add_argument('gallery', type=expanded_path, metavar='GALLERY', help=text)
     text = 'folder of the index'
-    parser.add_argument('-o', '--output', type=os.path.expanduser, required=True, metavar='INDEX', help=text)
+    parser.add_argument('-o', '--output', type=expanded_path, required=True, metavar='INDEX', help=text)
     text = 'registered model, hf-hub:NAME, run or model folder (default: that of the index)'
-    parser.add_argument('--model', metavar='NAME', help=text)
+    parser.add_argument('--model', type=expanded_path, metavar='NAME', help=text)
     text = 'modality of the gallery (default: that of the index)'
     parser.add_argument('--modality', choices=MODALITIES, help=text)
     text = "the name of an image's own folder is the person's identity (default: as in the index, or off)"
     add_switch(parser, '--folders-are-identities', text)
+    text = 'also compress the features, to search millions of images (default: as in the index, or off)'
+    add_switch(parser, '--compress', text)
     text = 'features after or before the BN-neck (default: those of the index, or after-bn)'
     parser.add_argument('--features', choices=FEATURES, help=text)
     text = "channels, height, width (default: the index's, or the model's)"
@@ -41,15 +43,17 @@ def run(args: argparse.Namespace) -> None:
     from ..distributed import is_rank_zero, process_group
     from ..retrieval.update import update_index
 
+    check_input_size(args.input_size)
     with process_group(args.device) as device:
         update = update_index(
             args.output,
-            os.path.expanduser(args.gallery),
+            args.gallery,
             model=args.model,
             modality=args.modality,
             size=args.input_size,
             features=args.features,
             folders_are_identities=args.folders_are_identities,
+            compress=args.compress,
             batch_size=args.batch_size,
             device=device,
             workers=args.workers,

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import TextIO
 
 from .startup import interrupt_ends_command
@@ -19,7 +19,7 @@ with interrupt_ends_command():
     import torch
 
     from ..device import keep_memory
-    from ..distributed import is_lost_rank, is_rank_zero, is_reported_here
+    from ..distributed import is_local_rank_zero, is_lost_rank, is_rank_zero, is_reported_here
     from ..training.interrupt import Stopped
     from ..version import __version__
     from .parser import Parser
@@ -31,8 +31,11 @@ COMMANDS = {
     'eval': 'evaluate a model, or compare two reports',
     'index': 'index a gallery of images',
     'search': 'search an index',
+    'explain': 'show what a model looks at',
+    'plot': 'draw curves of runs, CMC of reports, and features',
     'calibrate': 'learn what similarities mean as probabilities',
     'hub': 'save, push, check and convert models',
+    'export': 'write a model as ONNX files or torch programs',
     'synth': 'write rendered images to disk',
     'demo': 'see it work in four minutes',
 }
@@ -62,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stopped.status
     except (KeyboardInterrupt, Exception) as error:
         if _is_interrupt(error):
-            print('vireid: stopped', file=sys.stderr)
+            if is_reported_here(error):
+                print('vireid: stopped', file=sys.stderr)
             return 130
         if is_lost_rank(error):
             if is_rank_zero():
@@ -145,7 +149,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=text)
         if arguments[:1] == [name]:
             importlib.import_module(f'.{name}', __package__).add_arguments(command)
-    return parser.parse_args(arguments)
+    # Every rank finds the same mistake.
+    with nullcontext() if is_local_rank_zero() else redirect_stderr(io.StringIO()):
+        return parser.parse_args(arguments)
 
 
 @contextmanager

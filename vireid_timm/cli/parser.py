@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
@@ -11,6 +10,7 @@ from typing import Any
 from timm.utils import ParseKwargs
 
 from ..constants import CACHES, CROPS, FEATURES
+from ..files import expanded_path
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -63,8 +63,7 @@ def add_switch(group: Any, flag: str, text: str, **argument: Any) -> None:
 def add_data_flags(group: Any) -> None:
     """Add where the data is, and the options of its reader."""
     text = 'root folder; the file itself for csv (default: none)'
-    # The shell leaves the ~ of --data-dir=~/images alone.
-    group.add_argument('--data-dir', type=os.path.expanduser, default='', metavar='PATH', help=text)
+    group.add_argument('--data-dir', type=expanded_path, default='', metavar='PATH', help=text)
     text = "reader's options, e.g. trial=3 for regdb (default: none)"
     group.add_argument('--dataset-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=text)
 

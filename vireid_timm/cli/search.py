@@ -3,12 +3,12 @@
 import argparse
 import json
 import logging
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..constants import MODALITIES
+from ..files import expanded_path
 from .parser import Parser, add_batch_size_flag, add_device_flag
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = '%(prog)s QUERY... --index INDEX --modality infrared [flags]'
     parser.description = 'Search an index: find the images that show the same person as each query.'
     text = 'images, folders of images, or CSV files with a column path'
-    parser.add_argument('queries', nargs='+', type=os.path.expanduser, metavar='QUERY', help=text)
+    parser.add_argument('queries', nargs='+', type=expanded_path, metavar='QUERY', help=text)
     text = 'folder that `vireid index` has written'
-    parser.add_argument('--index', type=os.path.expanduser, required=True, metavar='INDEX', help=text)
+    parser.add_argument('--index', type=expanded_path, required=True, metavar='INDEX', help=text)
     parser.add_argument('--modality', choices=MODALITIES, required=True, help='modality of the queries')
     _add_search(parser.add_argument_group('search'))
     _add_output(parser.add_argument_group('output'))
@@ -47,7 +47,7 @@ def _add_search(group: Any) -> None:
     text = "subtract the mean of the queries' features, and from gallery images the gallery's mean (default: off)"
     group.add_argument('--centre', action='store_true', help=text)
     text = 'where the model of the index is now (default: where it was)'
-    group.add_argument('--model', metavar='NAME', help=text)
+    group.add_argument('--model', type=expanded_path, metavar='NAME', help=text)
     add_batch_size_flag(group)
     add_device_flag(group)
 
@@ -55,17 +55,19 @@ def _add_search(group: Any) -> None:
 def _add_output(group: Any) -> None:
     group.add_argument('--json', action='store_true', help='print JSON (default: off)')
     text = 'write a web page with the images (default: none)'
-    group.add_argument('--page', type=os.path.expanduser, metavar='FILE.html', help=text)
+    group.add_argument('--page', type=expanded_path, metavar='FILE.html', help=text)
     text = 'draw queries and results (default: none)'
-    group.add_argument('--picture', type=os.path.expanduser, metavar='FILE.png', help=text)
+    group.add_argument('--picture', type=expanded_path, metavar='FILE.png', help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Search an index."""
     from ..files import check_writable
+    from ..options import check_range
     from ..retrieval.gallery import Gallery
     from ..retrieval.queries import list_queries
 
+    check_range('--top', args.top, 1)
     if args.picture and not args.picture.lower().endswith('.png'):
         raise ValueError(f'--picture {args.picture}: expected the name of a PNG file, e.g. found.png')
     for path in (args.page, args.picture):
@@ -124,7 +126,7 @@ def _table(answer: 'Answer') -> str:
     """Return a query and its results as lines; columns of which nothing is known are left out."""
     from ..text import aligned
 
-    nobody = '' if answer.nobody is None else f' (not in the gallery: {answer.nobody:.0%})'
+    nobody = '' if answer.nobody is None else f' (not in the gallery: {answer.nobody:.1%})'
     if not answer.results:
         return f'{answer.query}{nobody}\n  no result'
     rows = [
@@ -156,7 +158,7 @@ def _rank_row(query: 'ListedQuery', answer: 'Answer') -> 'RankRow':
     if len(query.images) > 1:
         notes.append(f'tracklet of {len(query.images)} images')
     if answer.nobody is not None:
-        notes.append(f'not in the gallery: {answer.nobody:.0%}')
+        notes.append(f'not in the gallery: {answer.nobody:.1%}')
     return RankRow(Result(first.path, wanted, first.camera, first.time), results, ', '.join(notes))
 
 

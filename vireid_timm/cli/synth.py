@@ -1,9 +1,9 @@
 """`vireid synth`."""
 
 import argparse
-from pathlib import Path
 
 from ..constants import LAYOUT_NAMES, SPECTRA
+from ..files import expanded_path
 from .parser import Parser
 
 
@@ -11,7 +11,7 @@ def add_arguments(parser: Parser) -> None:
     """Add the flags."""
     parser.usage = '%(prog)s DIR [flags]'
     parser.description = 'Render SynthVI images in the layout of a real dataset or of your own folders.'
-    parser.add_argument('directory', metavar='DIR', type=Path, help='folder to create')
+    parser.add_argument('directory', metavar='DIR', type=expanded_path, help='folder to create')
     parser.add_argument('--layout', choices=LAYOUT_NAMES, default='folder', help='layout to write (default: folder)')
     text = 'training identities (default: 100)'
     parser.add_argument('--identities', type=int, metavar='N', help=text)

@@ -13,14 +13,15 @@ import numpy as np
 from ..constants import MODALITIES, SPLITS, UNKNOWN_CAMERA
 from ..text import aligned
 from .findings import Finding, Findings
-from .images import ImageError, read_image
+from .images import ADDRESS_PREFIX, ImageError, read_image
 from .records import Dataset, Records
-from .workers import map_chunks
+from .workers import in_order, map_chunks
 
 _DARK_MEAN, _FLAT_DEVIATION = 8, 2  # of 255; an image below either shows nobody
 _REDUCED = 64  # the shorter side on which brightness and contrast are measured
 _ZEROS = re.compile(r'(?<!\d)0+(?=\d)|\s+')  # leading zeros of a number, and spaces
 _COLUMNS = ('path', 'identity', 'camera', 'modality', 'split')
+DIGEST_SIZE = 16  # bytes
 
 # In order of severity: kind, what is said about it.
 _COPY_KINDS = {
@@ -35,7 +36,7 @@ _COPY_KINDS = {
 def file_digest(path: str) -> bytes:
     """Return a hash of a file's bytes."""
     with open(path, 'rb') as file:
-        return hashlib.blake2b(file.read(), digest_size=16).digest()
+        return hashlib.blake2b(file.read(), digest_size=DIGEST_SIZE).digest()
 
 
 def equal_rows(paths: Sequence[str], digests: Sequence[bytes | None]) -> list[list[int]]:
@@ -43,10 +44,10 @@ def equal_rows(paths: Sequence[str], digests: Sequence[bytes | None]) -> list[li
 
     Args:
         paths: Path of every image, [N]. Only the first row of a path counts.
-        digests: Hash of every file, None if there is none, [N].
+        digests: Hash of every file, None if there is none, [N]; none at all if nothing was read.
     """
     rows_of: dict[bytes, dict[str, int]] = {}
-    for row, (path, digest) in enumerate(zip(paths, digests, strict=True)):
+    for row, (path, digest) in enumerate(zip(paths, digests)):
         if digest is not None:
             rows_of.setdefault(digest, {}).setdefault(path, row)
     return [list(rows.values()) for rows in rows_of.values() if len(rows) > 1]
@@ -65,6 +66,32 @@ def add_copies(findings: Findings, records: Records, copies: Sequence[Sequence[i
         found[_copy_kind(records, rows)].append(' = '.join(records.path[list(rows[:2])].tolist()))
     for kind, what in _COPY_KINDS.items():
         findings.add(kind, what, found[kind], is_serious=kind != 'copy')
+
+
+def add_shared(
+    findings: Findings, train: Records, digests: Sequence[bytes | None], test: Records, workers: int | None
+) -> None:
+    """Add which test images have the bytes of a training image.
+
+    Args:
+        findings: Where to add.
+        train: The training images.
+        digests: Hash of each of their files.
+        test: The test images, whose files are read here.
+        workers: Files read at once, as for `in_order`.
+    """
+    path_of = {digest: path for path, digest in zip(train.path.tolist(), digests) if digest is not None}
+    paths = [path for path in test.path.tolist() if not path.startswith(ADDRESS_PREFIX)]
+    found = zip(paths, in_order(_digest_or_none, paths, workers=workers))
+    shared = [f'{path_of[digest]} = {path}' for path, digest in found if digest in path_of]
+    findings.add('train-test-copy', _COPY_KINDS['train-test-copy'], shared, is_serious=True)
+
+
+def _digest_or_none(path: str) -> bytes | None:
+    try:
+        return file_digest(path)
+    except OSError:  # reported by what needs the image
+        return None
 
 
 def _copy_kind(records: Records, rows: Sequence[int]) -> str:

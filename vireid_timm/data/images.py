@@ -18,6 +18,7 @@ MAX_PIXELS = 64 * 1024 * 1024  # twice an 8K frame; a file that claims more is r
 STRETCH_PERCENTILES = (0.1, 99.9)
 
 _DEEP_PACKING = re.compile('(LA|RGB|RGBA|RGBX);16([BLN])')
+_CODESTREAM = b'\xff\x4f\xff\x51'  # where JPEG 2000's begins
 _DARK = 1 << 12  # 16-bit values below this have an upper byte below 16
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -63,7 +64,8 @@ def read_image(path: str) -> Image.Image:
     0.1 and 99.9 percentiles to 0..255. Raw counts use a small part of their range, and that part moves with the
     camera's temperature: scaling the full range would leave the image almost black. The same holds for 16-bit grey with
     transparency, for 16-bit colour whose three channels are equal, and, with all channels scaled alike, for 16-bit
-    colour that uses at most 12 of its bits. Other 16-bit colour keeps its upper 8 bits.
+    colour that uses at most 12 of its bits. Other 16-bit colour keeps its upper 8 bits. Of JPEG 2000's colour Pillow
+    has only these: where they are nearly black the file is refused.
 
     Args:
         path: A file, or the address of a rendered image (`synthvi:...`).
@@ -81,12 +83,12 @@ def read_image(path: str) -> Image.Image:
                 raise Image.DecompressionBombError(f'it has {width}x{height} pixels')
             if not width or not height:
                 raise ValueError(f'it is empty: {width}x{height} pixels')
-            packing = _deep_packing(image)
+            tile = image.tile[0] if image.tile else None
             image.load()
             # Pillow rotates TIFFs itself, and leaves other formats to the caller.
             turn = None if image.format == 'TIFF' else _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
-            dark = None if packing is None else _dark_values(image, packing, file)
-            upright = _to_rgb(image) if dark is None else _stretch(dark)
+            values = _deep_values(image, tile, file) if tile else None
+            upright = _to_rgb(image) if values is None else _stretch(values)
             return upright if turn is None else upright.transpose(turn)
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise ImageError(f'{path}: this image cannot be read ({_reason(error)})') from error
@@ -119,23 +121,58 @@ def _reason(error: Exception) -> str:
     return getattr(error, 'strerror', None) or str(error) or type(error).__name__
 
 
-def _deep_packing(image: Image.Image) -> re.Match | None:
-    """Return how the values of a 16-bit colour image are packed, e.g. `RGB;16B`; None for other images."""
-    arguments = image.tile[0][3] if image.tile else None
-    return _DEEP_PACKING.fullmatch(str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments))
-
-
-def _dark_values(image: Image.Image, packing: re.Match, file: BinaryIO) -> np.ndarray | None:
-    """Return the values of a 16-bit image of several channels that its upper 8 bits would show nearly black, else None.
+def _deep_values(image: Image.Image, tile: tuple, file: BinaryIO) -> np.ndarray | None:
+    """Return the values of a 16-bit image of several channels that is grey or nearly black in 8 bits, else None.
 
     Args:
         image: The decoded image. Pillow keeps the upper byte of every value.
-        packing: How its values are packed.
+        tile: How its pixels are packed, as Pillow has it.
         file: Its file, to decode the lower bytes too.
 
     Returns:
         One channel [H, W] or three [H, W, 3], float64; NaN where the image is transparent.
+
+    Raises:
+        ValueError: It is nearly black in 8 bits, and nothing here decodes the lower bytes.
     """
+    arguments = tile[3]
+    packing = _DEEP_PACKING.fullmatch(str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments))
+    if packing is not None:
+        values = _packed_values(image, packing, file)
+    elif tile[0] in ('ppm', 'ppm_plain') and image.mode == 'RGB' and arguments[-1] > 255:
+        file.seek(tile[2])
+        count = 3 * image.width * image.height
+        if tile[0] == 'ppm':
+            numbers = np.frombuffer(file.read(), '>u2', count)
+        else:
+            numbers = np.array(file.read().split()[:count], np.float64)
+        values = numbers.reshape(image.height, image.width, 3) * (65535 / arguments[-1])
+    else:
+        _check_jpeg2000(image, file)
+        return None
+    if np.isnan(values).all():
+        return None
+    if values.shape[2] == 1 or (np.ptp(values, axis=2)[np.isfinite(values[..., 0])] == 0).all():
+        return values[..., 0]
+    return values if np.nanpercentile(values, STRETCH_PERCENTILES[1]) < _DARK else None
+
+
+def _check_jpeg2000(image: Image.Image, file: BinaryIO) -> None:
+    """Refuse a JPEG 2000 file of more than 8 bits that is nearly black in the upper 8, which Pillow keeps."""
+    if image.format != 'JPEG2000' or len(image.getbands()) == 1:
+        return
+    file.seek(0)
+    header = file.read(1 << 16).partition(_CODESTREAM)[2]
+    bits = (header[38] & 0x7F) + 1 if len(header) > 38 else 8
+    if bits > 8 and np.percentile(np.asarray(image)[..., :3], STRETCH_PERCENTILES[1]) < _DARK >> 8:
+        raise ValueError(
+            f'of its {bits} bits per channel only the upper 8 can be read, and these are nearly black; convert it to '
+            'PNG or TIFF'
+        )
+
+
+def _packed_values(image: Image.Image, packing: re.Match, file: BinaryIO) -> np.ndarray:
+    """Return the values [H, W, C] of a 16-bit PNG or TIFF, NaN where it is transparent."""
     channels, order = packing.groups()
     upper = np.asarray(image)
     opposite = {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}[order]
@@ -152,11 +189,7 @@ def _dark_values(image: Image.Image, packing: re.Match, file: BinaryIO) -> np.nd
     values = 256.0 * upper[..., :3] + lower
     if image.mode == 'RGBA':
         values[upper[..., 3] == 0] = np.nan
-    if np.isnan(values).all():
-        return None
-    if channels == 'LA' or (np.ptp(values, axis=2)[np.isfinite(values[..., 0])] == 0).all():
-        return values[..., 0]
-    return values if np.nanpercentile(values, STRETCH_PERCENTILES[1]) < _DARK else None
+    return values[..., :1] if channels == 'LA' else values
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..constants import INFRARED, LAYOUT_NAMES, MODALITIES, SPECTRA, VISIBLE
+from ..options import check_range
 from ..synthvi.render import render
 from .readers import PERMUTATION_FILE, PERMUTATION_VARIABLE, REGDB_TRIALS, SYSU_CAMERAS
 from .workers import map_chunks
@@ -181,12 +182,10 @@ def plan_layout(
         if layout == 'regdb':
             return _plan_regdb(206, 206)
         return _plan_full_sysu_mm01() if layout == 'sysu_mm01' else _plan_full_llcm()
-    if identities is None or identities < 1:
-        raise ValueError(f'the number of identities must be at least 1, got {identities}')
+    check_range('the number of identities', identities, 1)
     if test_identities is None:
         test_identities = identities if layout == 'regdb' else max(8, identities // 5)
-    if test_identities < 1:
-        raise ValueError(f'the number of test identities must be at least 1, got {test_identities}')
+    check_range('the number of test identities', test_identities, 1)
     planner = {'folder': _plan_folder, 'sysu_mm01': _plan_sysu_mm01, 'regdb': _plan_regdb, 'llcm': _plan_llcm}[layout]
     return planner(identities, test_identities)
 

@@ -17,11 +17,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 
 import numpy as np
 
 from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
+from ..options import MANY, check_kinds, check_range
 from ..synthvi.render import camera_numbers, camera_order, image_address
 from ..text import format_list
 from .findings import Findings
@@ -91,18 +91,13 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
         raise ValueError(f'unknown dataset {name!r}{_hint(name, READERS)}; available: {", ".join(sorted(READERS))}')
     reader = READERS[name]
     accepted = {option: entry for option, entry in inspect.signature(reader).parameters.items() if option != 'root'}
-    for option, value in options.items():
+    for option in options:
         if option not in accepted:
             raise ValueError(
                 f'dataset {name!r} has no option {option!r}{_hint(option, accepted)}; '
                 f'its options: {", ".join(accepted) or "none"}'
             )
-        if not _is_of_kind(value, accepted[option].annotation):
-            kind = {int: 'a whole number', float: 'a number', str: 'a word'}.get(accepted[option].annotation)
-            raise ValueError(
-                f'dataset {name!r}: option {option!r} must be {kind or "two whole numbers, such as (128, 64)"}, '
-                f'got {value!r}'
-            )
+    check_kinds(options, [reader], f'dataset {name!r}: option ')
     root = os.fspath(root or '')
     if name == 'synthetic':
         if root:
@@ -113,14 +108,6 @@ def create_dataset(name: str, root: str | os.PathLike | None = None, **options: 
     findings = Findings(dataset.findings)
     _check(dataset, findings)
     return replace(dataset, findings=findings)
-
-
-def _is_of_kind(value: object, kind: type) -> bool:
-    """Return whether an option's value is of the type that its reader declares."""
-    if kind == tuple[int, int]:
-        return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_of_kind(one, int) for one in value)
-    number = {int: Integral, float: Real}.get(kind)
-    return isinstance(value, number or kind) and not isinstance(value, bool)
 
 
 def split_identities(records: Records, share: float, seed: int) -> tuple[Records, Records]:
@@ -297,8 +284,7 @@ def read_synthetic(
         ('test_identities', test_identities),
         ('first_identity', first_identity),
     ):
-        if value < 0:
-            raise ValueError(f'{name} must not be negative, got {value}')
+        check_range(name, value)
     options = {
         'seed': seed,
         'spectrum': spectrum,
@@ -730,8 +716,8 @@ def synthetic_records(
         'first_camera': first_camera,
     }
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f'{name} must be at least 1, got {count}')
+        check_range(name, count, 1)
+    check_range('the number of images', 2 * len(identities) * images_per_modality, maximum=10 * MANY)
     if len(set(identities)) < len(identities):
         raise ValueError('an identity occurs twice; pass every number once')
     cameras = camera_numbers(visible_cameras, infrared_cameras, first_camera)

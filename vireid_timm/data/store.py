@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from ..constants import CACHES
 from ..files import STALE_AFTER, last_written
 from ..synthvi.render import renderer_digest
 from ..text import format_bytes, format_list
-from .check import add_copies, equal_rows, file_digest
+from .check import DIGEST_SIZE, add_copies, add_shared, equal_rows, file_digest
 from .findings import Findings
 from .images import ADDRESS_PREFIX, ImageError, load_image
 from .records import Records
@@ -40,7 +40,8 @@ from .workers import CHUNK, in_order, map_chunks
 
 _logger = logging.getLogger(__name__)
 
-_PIXELS, _ABOUT = 'pixels.bin', 'about.json'  # the files of a store
+_PIXELS, _DIGESTS, _ABOUT = 'pixels.bin', 'digests.bin', 'about.json'  # the files of a store
+_NO_DIGEST = bytes(DIGEST_SIZE)
 _STORE_VERSION = 3  # raise it when the same image would give other bytes
 _DEVICE_SHARE, _RAM_SHARE = 1 / 4, 1 / 2  # the most of the free memory that `auto` takes
 
@@ -187,11 +188,11 @@ class _Contents:
 
     Attributes:
         broken: Row -> why that image cannot be read.
-        copies: Rows of files that have equal bytes, see `equal_rows`.
+        digests: Hash of every file, see `file_digest`; None of broken and rendered images. Empty if nothing was read.
     """
 
     broken: dict[int, str] = field(default_factory=dict)
-    copies: list[list[int]] = field(default_factory=list)
+    digests: list[bytes | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ def image_store(
     skip_broken: bool = False,
     workers: int | None = None,
     progress: bool = True,
+    others: Records | None = None,
 ) -> ImageStore:
     """Decode every image of a table once and make all of them available as bytes.
 
@@ -258,6 +260,8 @@ def image_store(
         skip_broken: Skip broken images and name them in a warning. Use only the rows of `ImageStore.intact` then.
         workers: Number of workers that decode; None for one per core, at most 8; 0 to decode in the calling thread.
         progress: Show a progress bar, if the output is a terminal.
+        others: A table of images that are to be other ones, such as those to test on: equal files are named in a
+            warning, unless `off` reads none in advance. Their files are read and hashed, but not decoded.
 
     Raises:
         ValueError: On an unknown cache, `device` without a device, too little memory for `device` or `ram`, or if none
@@ -285,7 +289,9 @@ def image_store(
         contents = decode(lambda start, chunk: None)  # only to know which images are broken
     contents = contents or _Contents()
     _check_broken(contents.broken, len(paths), skip_broken)
-    add_copies(Findings(), records, contents.copies)
+    add_copies(Findings(), records, equal_rows(paths, contents.digests))
+    if others is not None and any(contents.digests):
+        add_shared(Findings(), records, contents.digests, others, workers)
     store = ImageStore(paths, size, pixels, contents.broken, workers)
     if plan.cache == 'device':
         store.hold(device)
@@ -423,7 +429,7 @@ def _decode(
     rendered = sum(path.startswith(ADDRESS_PREFIX) for path in paths)
     decode = partial(_decode_chunk, size=size)
     map_chunks(decode, paths, use, rendered=rendered, workers=workers, label='reading images', progress=progress)
-    return _Contents(broken, equal_rows(paths, digests))
+    return _Contents(broken, digests)
 
 
 def _decode_chunk(paths: list[str], size: tuple[int, int]) -> tuple[np.ndarray, dict[int, str], list[bytes | None]]:
@@ -483,7 +489,8 @@ def _build(
             contents = decode(lambda start, chunk: file.write(chunk))
             file.flush()
             os.fsync(file.fileno())
-        about = {'images': len(paths), 'size': size, 'first': paths[0], **asdict(contents)}
+        (temporary / _DIGESTS).write_bytes(b''.join(digest or _NO_DIGEST for digest in contents.digests))
+        about = {'images': len(paths), 'size': size, 'first': paths[0], 'broken': contents.broken}
         (temporary / _ABOUT).write_text(json.dumps(about, indent=1), encoding='utf-8')
         try:
             os.rename(temporary, folder)
@@ -521,13 +528,17 @@ def _find(folder: Path | None, paths: list[str], num_bytes: int) -> _Contents | 
         return None
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding='utf-8'))
-        contents = _Contents({int(row): problem for row, problem in about['broken'].items()}, about['copies'])
-        complete = (folder / _PIXELS).stat().st_size == num_bytes
+        broken = {int(row): problem for row, problem in about['broken'].items()}
+        written = (folder / _DIGESTS).read_bytes()
+        complete = (folder / _PIXELS).stat().st_size == num_bytes and len(written) == DIGEST_SIZE * len(paths)
     except (OSError, ValueError, KeyError):
         return None
     # A file can become readable without a new size or time, for example by its permissions.
-    still_broken = _decode_chunk([paths[row] for row in contents.broken], (1, 1))[1]
-    return contents if complete and len(still_broken) == len(contents.broken) else None
+    still_broken = _decode_chunk([paths[row] for row in broken], (1, 1))[1]
+    if not complete or len(still_broken) != len(broken):
+        return None
+    digests = (written[start : start + DIGEST_SIZE] for start in range(0, len(written), DIGEST_SIZE))
+    return _Contents(broken, [None if digest == _NO_DIGEST else digest for digest in digests])
 
 
 def _check_broken(broken: dict[int, str], count: int, skip_broken: bool) -> None:

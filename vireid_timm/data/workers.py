@@ -14,6 +14,8 @@ from types import ModuleType
 
 from tqdm import tqdm
 
+from ..options import MAX_WORKERS, check_range
+
 CHUNK = 32  # items per task: enough to hide the overhead of a task, few enough for a smooth progress bar
 PROCESSES_FROM = 4000  # rendered images from which processes pay off: each has to import the library first
 
@@ -72,6 +74,7 @@ def in_order(
         ChildProcessError: If a worker process dies or cannot start.
     """
     workers = default_workers() if workers is None else workers
+    check_range('workers', workers, maximum=MAX_WORKERS)
     if workers <= 1:
         yield from map(function, items)
         return

@@ -77,7 +77,7 @@ def breakdown_table(result: ProtocolResult, by: str, limit: int = 20) -> str:
 
 
 def failures_table(result: ProtocolResult) -> str:
-    """Format the worst queries as a table: AP in percent, rank of the first match, and identities of the answers."""
+    """Format the worst queries as a table: AP in percent, rank of the first match, and identities of five answers."""
     if not result.failures:
         return 'the report lists no failures'
     rows = [
@@ -88,7 +88,7 @@ def failures_table(result: ProtocolResult) -> str:
             failure['modality'],
             f'{100 * failure["AP"]:.2f}',
             str(failure['rank']),
-            ' '.join(answer['identity'] for answer in failure['found']),
+            ' '.join(answer['identity'] for answer in failure['found'][:5]),
         ]
         for failure in result.failures
     ]

@@ -8,12 +8,15 @@ the curve.
 Nobody: let F be the distribution of a query's best match, f its density and g the density of other people's images. If
 the N images of a gallery are independent, the best similarity t of a search is N g(t) G(t)^(N-1) likely without the
 person. With it, it is that times F(t), plus f(t) G(t)^N. So the odds that the person is there are those before the
-search times F(t) + f(t) / (N g(t)) as long as G(t) is near 1. F is taken as normal, f / g as a logistic curve.
+search times F(t) + f(t) / (N g(t)) as long as G(t) is near 1. F is taken as normal, f / g as a logistic curve. But a
+query that is hard to see is unlike everybody, its own person and strangers alike, so a low best similarity says less
+than it would if images were independent: F is mixed with 1, as much as the fitted searches are most likely under.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_origin, get_type_hints
 
 import numpy as np
@@ -40,13 +43,15 @@ class Calibration:
         gallery_size: Images in the gallery of a fitted query that it does not ignore, mean.
         best_mean: Mean similarity of a query to its best match.
         best_deviation: Standard deviation of the same.
+        uninformative: Share of 1 that is mixed into the distribution of best matches.
         ratio_slope: Of the log ratio of the densities of best matches and of other people's images, over similarity.
         ratio_intercept: Of the same.
         thresholds: Share of the searches for people who are not in the gallery (FPIR, as text: JSON has no other keys)
             -> the similarity that no larger share of them exceeds, in galleries of `gallery_size` images.
         settings: What decides the features: `weights` (fingerprint without classifiers), `features`, `flip_test`,
             `crops`, `size` and `centre`. With others the calibration means nothing.
-        fitted_on: `dataset`, `options`, `protocols`, and the numbers of `identities`, `queries`, `pairs`, `matches`.
+        fitted_on: `dataset`, `options`, `split`, `protocols`, `draw`, and the numbers of `identities`, `queries`,
+            `pairs` and `matches`.
     """
 
     slope: float
@@ -55,20 +60,27 @@ class Calibration:
     gallery_size: float
     best_mean: float
     best_deviation: float
+    uninformative: float
     ratio_slope: float
     ratio_intercept: float
     thresholds: dict[str, float]
     settings: dict[str, Any]
     fitted_on: dict[str, Any]
 
-    def probability(self, similarity: torch.Tensor, gallery_size: int | torch.Tensor | None = None) -> torch.Tensor:
+    def probability(
+        self,
+        similarity: torch.Tensor,
+        gallery_size: int | torch.Tensor | None = None,
+        images_per_person: float | None = None,
+    ) -> torch.Tensor:
         """Return the probability that two images of different modalities show the same person.
 
         Args:
             similarity: Inner product of their L2-normalised features, any shape.
             gallery_size: Images in the gallery: among more of them, a given one is less likely to show the person, so
-                the prior falls as 1 / gallery_size, as if a person had as many images there as in the fit. A number, or
-                a tensor that fits the similarities. None for the prior of the fit.
+                the prior is images_per_person / gallery_size. A number, or a tensor that fits the similarities. None
+                for the prior of the fit.
+            images_per_person: Mean number of a person's images in the gallery; None for that of the fit.
 
         Returns:
             Probabilities in float64, of the same shape.
@@ -76,7 +88,8 @@ class Calibration:
         log_odds = self.slope * similarity.double() + self.intercept
         if gallery_size is not None:
             size = torch.as_tensor(gallery_size, device=similarity.device).double().clamp(min=1)
-            prior = (self.prior * self.gallery_size / size).clamp(max=HIGHEST_PRIOR)
+            images = self.prior * self.gallery_size if images_per_person is None else images_per_person
+            prior = (images / size).clamp(max=HIGHEST_PRIOR)
             log_odds = log_odds + torch.logit(prior) - math.log(self.prior / (1 - self.prior))
         return torch.sigmoid(log_odds)
 
@@ -95,6 +108,7 @@ class Calibration:
         size = self.gallery_size if gallery_size is None else gallery_size
         size = torch.as_tensor(size, device=top.device).double().clamp(min=1)
         usual = torch.special.ndtr((top - self.best_mean) / self.best_deviation)
+        usual = self.uninformative + (1 - self.uninformative) * usual
         ratio = torch.exp(self.ratio_slope * top + self.ratio_intercept) / size
         return 1 / (1 + usual + ratio)
 
@@ -105,7 +119,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return asdict(self)
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> 'Calibration':
@@ -118,7 +132,7 @@ class Calibration:
         if not isinstance(values, dict) or set(values) != set(hints):
             known = list(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f'not a calibration of this version, which has {", ".join(hints)}; got {known}')
-        for field in fields(cls):
+        for field in dataclasses.fields(cls):
             value, kind = values[field.name], get_origin(hints[field.name]) or hints[field.name]
             numbers = [value] if kind is float else value.values() if field.name == 'thresholds' else []
             if (kind is dict and not isinstance(value, dict)) or not all(map(_is_number, numbers)):
@@ -163,7 +177,8 @@ def fit_calibration(
     generator = np.random.default_rng(seed)
     keep = min(1.0, MOST_PAIRS / max(1, num_pairs))
     seen = [_summary(part, keep, generator) for part in parts]
-    matches, others, best, nearest, counts = (np.concatenate(column) for column in zip(*seen, strict=True))
+    columns = (np.concatenate(column) for column in zip(*seen, strict=True))
+    matches, others, best, nearest, counts, present, absent = columns
     num_others, num_valid = int(counts.sum()), len(best)
     if num_valid < FEWEST_QUERIES or not num_others:
         raise ValueError(
@@ -180,27 +195,46 @@ def fit_calibration(
         )
     num_pairs = len(matches) + num_others
     numbers = {'queries': len(nearest), 'pairs': num_pairs, 'matches': len(matches)}
-    return Calibration(
+    calibration = Calibration(
         slope=slope,
         intercept=intercept,
         prior=len(matches) / num_pairs,
         gallery_size=num_pairs / len(nearest),
         best_mean=float(best.mean()),
         best_deviation=max(float(best.std()), 1e-6),
+        uninformative=0.0,
         ratio_slope=ratio_slope,
         ratio_intercept=ratio_intercept - math.log(len(best) / num_others),
         thresholds={str(fpir): exceeded_by(torch.from_numpy(nearest), fpir, len(nearest)) for fpir in FPIRS.values()},
         settings=settings,
         fitted_on={**fitted_on, **numbers},
     )
+    return _most_likely(calibration, *map(torch.from_numpy, (present, absent)))
 
 
-def reliability(parts: Iterable[Pairs], calibration: Calibration) -> dict[str, dict[str, Any]]:
+def _most_likely(calibration: Calibration, present: torch.Tensor, absent: torch.Tensor) -> Calibration:
+    """Choose `uninformative`, in hundredths.
+
+    Args:
+        calibration: The rest of it.
+        present: Highest similarity of each query in a gallery with its person, [Q].
+        absent: The same without, [Q].
+    """
+    candidates = [dataclasses.replace(calibration, uninformative=share / 100) for share in range(101)]
+    if not len(present):
+        return calibration
+    return max(candidates, key=lambda each: (1 - each.nobody(present)).log().mean() + each.nobody(absent).log().mean())
+
+
+def reliability(
+    parts: Iterable[Pairs], calibration: Calibration, images_per_person: float
+) -> dict[str, dict[str, Any]]:
     """Compare predicted probabilities with what is true (Guo et al., arXiv:1706.04599).
 
     Args:
         parts: Pairs of known people, a part of the queries at a time.
         calibration: What predicts.
+        images_per_person: Mean number of a person's images in the gallery.
 
     Returns:
         For `pairs` (all of them), `first` (the pairs of each query and its `FIRST` most similar images) and `nobody`
@@ -211,16 +245,20 @@ def reliability(parts: Iterable[Pairs], calibration: Calibration) -> dict[str, d
     """
     totals = {'pairs': 0, 'first': 0, 'nobody': 0}
     for part in parts:
-        for name, predicted in _predictions(part, calibration).items():
+        for name, predicted in _predictions(part, calibration, images_per_person).items():
             totals[name] = totals[name] + _binned(*predicted)
     return {name: _scores(total.cpu().numpy()) for name, total in totals.items()}
 
 
-def _predictions(part: Pairs, calibration: Calibration) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(
+    part: Pairs,
+    calibration: Calibration,
+    images_per_person: float,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return probabilities and truths of the pairs, the first answers, and the searches for people who may be there."""
     counted = torch.ones_like(part.match) if part.ignore is None else ~part.ignore
     size = counted.sum(dim=1)
-    probability = calibration.probability(part.similarity, size[:, None])
+    probability = calibration.probability(part.similarity, size[:, None], images_per_person)
     similarity = part.similarity.double().masked_fill(~counted, -math.inf)
     first = similarity.topk(min(FIRST, similarity.shape[1]), dim=1)
     kept = first.values > -math.inf
@@ -267,18 +305,22 @@ def _summary(part: Pairs, keep: float, generator: np.random.Generator) -> Sequen
 
     Returns:
         Similarities of the matches, of a sample of the other pairs, of each query's best match and of the nearest other
-        person for each query; and the number of other pairs of each query.
+        person for each query; the number of other pairs of each query; and of the queries with both the highest
+        similarity with their person's images and without.
     """
     counted = torch.ones_like(part.match) if part.ignore is None else ~part.ignore
     match, other = part.match & counted, ~part.match & counted
     similarity = part.similarity.double()
     best = similarity.masked_fill(~match, -math.inf).amax(dim=1)
     nearest = similarity.masked_fill(~other, -math.inf).amax(dim=1)
-    columns = similarity[match], similarity[other], best[match.any(dim=1)], nearest[other.any(dim=1)], other.sum(dim=1)
-    matches, others, best, nearest, count = (column.cpu().numpy() for column in columns)
+    has_match, has_other = match.any(dim=1), other.any(dim=1)
+    both = has_match & has_other
+    columns = similarity[match], similarity[other], best[has_match], nearest[has_other], other.sum(dim=1)
+    columns += torch.maximum(best, nearest)[both], nearest[both]
+    matches, others, *rest = (column.cpu().numpy() for column in columns)
     if keep < 1 and len(others):  # at least one, or the last query would have no weight
         others = others[generator.integers(len(others), size=max(1, round(keep * len(others))))]
-    return matches, others, best, nearest, count
+    return matches, others, *rest
 
 
 def _logistic(positive: np.ndarray, negative: np.ndarray, weight: float) -> tuple[float, float]:
@@ -304,11 +346,11 @@ def _logistic(positive: np.ndarray, negative: np.ndarray, weight: float) -> tupl
         gradient = design.T @ (weights * (probability - target))
         curvature = (design * (weights * probability * (1 - probability))[:, None]).T @ design
         step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
-        before, size = loss(line), 1.0
-        while loss(line - size * step) > before and size > 1e-6:
+        size, before, gain = 1.0, loss(line), 1e-4 * gradient @ step
+        while loss(line - size * step) > before - size * gain and size > 1e-15:
             size /= 2
         line = line - size * step
-        if np.abs(size * step).max() < 1e-10:
+        if np.abs(gradient).max() < 1e-10 * weights.sum():
             break
     slope = line[0] / scale
     return float(slope), float(line[1] - slope * centre)

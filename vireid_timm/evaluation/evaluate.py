@@ -15,6 +15,8 @@ from torch import nn
 from ..constants import RERANKINGS
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
+from ..distributed import all_ranks
+from ..options import LARGEST_SEED, check_range
 from ..version import package_versions
 from .calibration import Calibration, Pairs, fit_calibration, reliability
 from .features import (
@@ -36,7 +38,7 @@ from .verification import SHARES, PairFinder
 
 _logger = logging.getLogger(__name__)
 
-ANSWERS = 5  # gallery images listed for each of the worst queries
+ANSWERS = 10  # gallery images listed for each query that a report describes
 
 Rows = tuple[np.ndarray, np.ndarray]  # rows of a trial's queries and of its gallery
 Found = tuple[RankMetrics, dict[str, float | None]]  # ranks and decisions of a trial
@@ -58,6 +60,7 @@ def evaluate(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
+    examples: int = 0,
     calibration: Calibration | None = None,
     store: ImageStore | None = None,
     **options: Any,
@@ -74,6 +77,7 @@ def evaluate(
         draw: How trials are sampled, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
         failures: Number of worst queries to list for each protocol.
+        examples: Number of best, of worst and of random queries to list for each protocol, one per person.
         calibration: What predicts probabilities, to be compared with what is true; ignored, saying so, where it was
             fitted with other settings.
         store: The decoded images of `dataset.test`, row by row; None decodes them.
@@ -86,15 +90,17 @@ def evaluate(
         TypeError: An option is not a field of `Extraction`.
     """
     # Check everything that needs no image before decoding the first one.
-    extraction = Extraction(**options)
-    model = require_dual_stream(model)
-    _check_ranking(reranking, failures)
-    plans = _plans(dataset, protocol, draw)
-    settings = feature_settings(model, extraction)
-    calibration = _applicable(calibration, settings, reranking)
+    extraction, model, plans = all_ranks(
+        lambda: (
+            Extraction(**options),
+            require_dual_stream(model),
+            _plans(dataset, protocol, draw, reranking, failures, examples),
+        )
+    )
+    calibration = _applicable(calibration, feature_settings(model, extraction), reranking)
     features, plans, num_broken = _test_features(model, dataset, plans, store, extraction)
     return dataclasses.replace(
-        _report(features, dataset, plans, draw, reranking, failures, calibration),
+        _report(features, dataset, plans, draw, reranking, failures, examples, calibration),
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         weights=weights_fingerprint(model),
         features=extraction.features,
@@ -132,9 +138,9 @@ def calibrate(
     Raises:
         ValueError: As for `evaluate`; there are too few people or queries; or the features do not tell people apart.
     """
-    extraction = Extraction(**options)
-    model = require_dual_stream(model)
-    plans = _crossing_plans(dataset, protocol, draw)
+    extraction, model, plans = all_ranks(
+        lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw, seed))
+    )
     features, plans, _ = _test_features(model, dataset, plans, store, extraction)
     return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
 
@@ -160,7 +166,7 @@ def calibrate_features(
         ValueError: The features do not fit the dataset, or as for `calibrate`.
     """
     features = _checked_features(features, dataset)
-    return _fit(features, dataset, _crossing_plans(dataset, protocol, draw), draw, {}, seed)
+    return _fit(features, dataset, _crossing_plans(dataset, protocol, draw, seed), draw, {}, seed)
 
 
 def evaluate_features(
@@ -171,6 +177,7 @@ def evaluate_features(
     draw: str = 'seeded',
     reranking: str = 'none',
     failures: int = 0,
+    examples: int = 0,
     calibration: Calibration | None = None,
 ) -> Report:
     """Evaluate given features: the second half of `evaluate`.
@@ -184,6 +191,7 @@ def evaluate_features(
         draw: How trials are sampled, see `protocol_trials`.
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`, which needs L2-normalised features.
         failures: Number of worst queries to list for each protocol.
+        examples: Number of best, of worst and of random queries to list for each protocol, one per person.
         calibration: As for `evaluate`, but whether it is about such features is not checked; not with re-ranking.
 
     Raises:
@@ -191,9 +199,10 @@ def evaluate_features(
             the protocol cannot use the data.
     """
     features = _checked_features(features, dataset)
-    _check_ranking(reranking, failures)
-    plans = _plans(dataset, protocol, draw)
-    return _report(features, dataset, plans, draw, reranking, failures, calibration if reranking == 'none' else None)
+    plans = _plans(dataset, protocol, draw, reranking, failures, examples)
+    return _report(
+        features, dataset, plans, draw, reranking, failures, examples, calibration if reranking == 'none' else None
+    )
 
 
 def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> torch.Tensor:
@@ -206,9 +215,10 @@ def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> 
     return features
 
 
-def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
-    """Return the protocols for a calibration: those given, or the first one of each direction."""
-    plans = _plans(dataset, protocol, draw)
+def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str, seed: int) -> list[_Plan]:
+    """Return the protocols for a calibration: those given, or the first one of each direction; check the seed."""
+    check_range('seed', seed, maximum=LARGEST_SEED)
+    plans = _plans(dataset, protocol, draw, 'none', 0, 0)
     if protocol is None:
         plans = [plan for plan in plans if plan.protocol.crosses]
         directions = [plan.protocol.direction for plan in plans]
@@ -218,7 +228,17 @@ def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw
         raise ValueError(
             f'a calibration is about images of different modalities, but protocol {same[0]} also pairs images of one'
         )
+    _count_people(dataset, plans)  # too few are found before the work
     return plans
+
+
+def _count_people(dataset: Dataset, plans: Sequence[_Plan]) -> int:
+    """Count the people who are searched for; too few are an error."""
+    rows = np.concatenate([query for plan in plans for query, _ in plan.trials])
+    count = len(np.unique(dataset.test.identity[rows]))
+    if count < FEW_PEOPLE:
+        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {count}')
+    return count
 
 
 def _fit(
@@ -229,15 +249,14 @@ def _fit(
     settings: dict[str, Any],
     seed: int,
 ) -> Calibration:
-    people = np.unique(dataset.test.identity[np.concatenate([query for plan in plans for query, _ in plan.trials])])
-    if len(people) < FEW_PEOPLE:
-        raise ValueError(f'a calibration needs at least {FEW_PEOPLE} people, and {dataset.name} has {len(people)}')
+    people = _count_people(dataset, plans)
     fitted_on = {
         'dataset': dataset.name,
         'options': plain_options(dataset),
+        'split': 'test',
         'protocols': [plan.protocol.name for plan in plans],
         'draw': draw,
-        'identities': len(people),
+        'identities': people,
     }
     trials = [(plan, trial) for plan in plans for trial in plan.trials]
     num_pairs = sum(len(query) * len(gallery) for _, (query, gallery) in trials)
@@ -285,14 +304,14 @@ def _applicable(calibration: Calibration | None, settings: dict[str, Any], reran
     return None if reason else calibration
 
 
-def _check_ranking(reranking: str, failures: int) -> None:
+def _plans(
+    dataset: Dataset, protocol: str | Sequence[str] | None, draw: str, reranking: str, failures: int, examples: int
+) -> list[_Plan]:
+    """Return what to evaluate, after a check of how."""
     if reranking not in RERANKINGS:
         raise ValueError(f'unknown reranking {reranking!r}; expected one of {", ".join(RERANKINGS)}')
-    if failures < 0:
-        raise ValueError(f'failures must be at least 0, got {failures}')
-
-
-def _plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str) -> list[_Plan]:
+    check_range('failures', failures)
+    check_range('examples', examples)
     names = [protocol] if isinstance(protocol, str) else list(protocols_of(dataset) if protocol is None else protocol)
     if not names:
         raise ValueError(
@@ -322,6 +341,7 @@ def _report(
     draw: str,
     reranking: str,
     failures: int,
+    examples: int,
     calibration: Calibration | None = None,
 ) -> Report:
     if not torch.stack(features.aminmax()).isfinite().all():  # rows that no trial needs may be NaN
@@ -343,15 +363,17 @@ def _report(
             gallery_size=len(trials[0][1]),
             trials_fingerprint=_fingerprint(images.copy(), trials),
         )
-        first = found[protocol.name][0][0]
-        is_predicted = calibration is not None and protocol.crosses
+        listed = {}
+        if failures or examples:
+            ranks = found[protocol.name][0][0]
+            chosen = _chosen(ranks, dataset.test.identity[trials[0][0]], failures, examples)
+            listed = _described(features, dataset, plan, ranks, reranking, chosen)
         results[protocol.name] = dataclasses.replace(
             result,
             decisions=mean_decisions([decided for _, decided in found[protocol.name]]),
-            calibration=reliability(_pairs(features, dataset, protocol, trials[0]), calibration)
-            if is_predicted
-            else None,
-            failures=_failures(features, dataset, plan, first, reranking, failures) if failures else [],
+            calibration=_reliability(features, dataset, plan, calibration),
+            failures=listed.pop('failures', []),
+            examples=listed,
         )
     return Report(
         dataset=dataset.name,
@@ -382,6 +404,20 @@ def _pairs(features: torch.Tensor, dataset: Dataset, protocol: Protocol, trial: 
             identities[query[rows]][:, None] == identities[gallery],
             None if keys is None else keys[query[rows]][:, None] == keys[gallery],
         )
+
+
+def _reliability(
+    features: torch.Tensor,
+    dataset: Dataset,
+    plan: _Plan,
+    calibration: Calibration | None,
+) -> dict[str, dict[str, Any]] | None:
+    """Compare a calibration with the first trial; None if there is none or it is not about such pairs."""
+    if calibration is None or not plan.protocol.crosses:
+        return None
+    gallery = plan.trials[0][1]
+    images_per_person = len(gallery) / len(np.unique(dataset.test.identity[gallery]))
+    return reliability(_pairs(features, dataset, plan.protocol, plan.trials[0]), calibration, images_per_person)
 
 
 def _rank(
@@ -480,42 +516,53 @@ def _ignore_keys(features: torch.Tensor, dataset: Dataset, plan: _Plan) -> torch
     return None if keys is None else _on_device(features, keys)
 
 
-def _failures(
+def _chosen(metrics: RankMetrics, identities: np.ndarray, failures: int, examples: int) -> dict[str, Sequence[int]]:
+    """Choose valid queries of a trial: the worst ones, and examples of different people."""
+    ascending = np.argsort(metrics.ap, kind='stable')[: metrics.num_valid_queries]  # NaN comes last
+    descending = np.argsort(-metrics.ap, kind='stable')[: metrics.num_valid_queries]
+    shuffled = np.random.default_rng(0).permutation(np.flatnonzero(metrics.valid))
+    chosen = {'failures': ascending[:failures].tolist()}
+    for name, order in (('best', descending), ('worst', ascending), ('random', shuffled)) if examples else ():
+        _, first = np.unique(identities[order], return_index=True)
+        chosen[name] = order[np.sort(first)[:examples]].tolist()
+    return chosen
+
+
+def _described(
     features: torch.Tensor,
     dataset: Dataset,
     plan: _Plan,
     metrics: RankMetrics,
     reranking: str,
-    count: int,
-) -> list[dict[str, Any]]:
-    """List the worst queries of the first trial with their first answers."""
+    chosen: dict[str, Sequence[int]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Describe the chosen queries of the first trial with their first answers."""
     query, gallery = plan.trials[0]
-    worst = np.argsort(metrics.ap, kind='stable')[: min(count, metrics.num_valid_queries)]  # NaN comes last
     similarity = _similarity(features, dataset.test, query, gallery, reranking)
     keys = _ignore_keys(features, dataset, plan)
-    listed = []
-    for i in worst.tolist():
+
+    def describe(i: int) -> dict[str, Any]:
         values = similarity(slice(i, i + 1))[0]
         if keys is not None:
             values = values.masked_fill(keys[query[i]] == keys[gallery], -torch.inf)
         # There are fewer if most of the gallery is ignored.
-        answers = gallery[values.topk(min(ANSWERS, int(values.isfinite().sum()))).indices.cpu().numpy()]
-        listed.append(
-            {
-                **_description(dataset, query[i]),
-                'camera': int(dataset.test.camera[query[i]]),
-                'modality': str(dataset.test.modality[query[i]]),
-                'AP': float(metrics.ap[i]),
-                'rank': int(metrics.rank[i]),
-                'found': [_description(dataset, row) for row in answers],
-            }
-        )
-    return listed
+        best = values.topk(min(ANSWERS, int(values.isfinite().sum())))
+        answers = zip(gallery[best.indices.cpu().numpy()], best.values.tolist(), strict=True)
+        return {
+            **_description(dataset, query[i]),
+            'modality': str(dataset.test.modality[query[i]]),
+            'AP': float(metrics.ap[i]),
+            'rank': int(metrics.rank[i]),
+            'found': [{**_description(dataset, row), 'similarity': round(value, 6)} for row, value in answers],
+        }
+
+    return {name: [describe(i) for i in rows] for name, rows in chosen.items()}
 
 
-def _description(dataset: Dataset, row: int) -> dict[str, str]:
-    (path,) = relative_paths(dataset.root, [str(dataset.test.path[row])])
-    return {'path': path, 'identity': str(dataset.test.identity[row])}
+def _description(dataset: Dataset, row: int) -> dict[str, Any]:
+    test = dataset.test
+    (path,) = relative_paths(dataset.root, [str(test.path[row])])
+    return {'path': path, 'identity': str(test.identity[row]), 'camera': int(test.camera[row])}
 
 
 def _fingerprint(images: Any, trials: Sequence[Rows]) -> str:

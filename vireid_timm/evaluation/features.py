@@ -25,6 +25,7 @@ from ..data.workers import in_order
 from ..device import named_device
 from ..distributed import all_ranks, is_rank_zero, rank_and_world_size
 from ..layers.power_mean import full_precision
+from ..options import MAX_SIDE, MAX_WORKERS, check_range
 
 CROP_BORDER = (10 / 288, 10 / 144)  # training's default padding, as a share of height and width
 AMP_DTYPES = (None, torch.bfloat16, torch.float16)
@@ -78,18 +79,19 @@ class Extraction:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(map(str, allowed))}')
-        if self.batch_size < 1:
-            raise ValueError(f'batch_size must be at least 1, got {self.batch_size}')
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f'workers must be at least 0, got {self.workers}')
+        check_range('batch_size', self.batch_size, 1)
+        if self.workers is not None:
+            check_range('workers', self.workers, maximum=MAX_WORKERS)
         if self.size is not None:
             channels, size = self.size[:-2], self.size[-2:]
             if len(channels) == 1 and channels[0] != 3:
                 raise ValueError(
                     f'the size must be 3 channels, height and width, in this order, got {" ".join(map(str, self.size))}'
                 )
-            if len(channels) > 1 or len(size) != 2 or min(size) < 1:
+            if len(channels) > 1 or len(size) != 2:
                 raise ValueError(f'size must be height and width in pixels, got {self.size}')
+            for side in size:
+                check_range('size', side, 1, MAX_SIDE)
             object.__setattr__(self, 'size', (int(size[0]), int(size[1])))
         if self.device is not None:
             object.__setattr__(self, 'device', named_device(self.device))
@@ -283,8 +285,8 @@ def extract(
     if count > 1:
         _gather(table, [row for _, rows in batches for row in rows.tolist()])
     # Once at the end: a check after every batch would make the CPU wait for the GPU.
-    check_finite(table, records.path)
-    return centred(table, records.modality) if extraction.centre else table
+    all_ranks(lambda: check_finite(table, records.path))
+    return all_ranks(lambda: centred(table, records.modality)) if extraction.centre else table
 
 
 def centred(features: torch.Tensor, modality: np.ndarray) -> torch.Tensor:
@@ -542,19 +544,29 @@ def _forward(model: nn.Module, modality: str, images: torch.Tensor, features: st
 
 
 @contextmanager
-def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run without gradients, in evaluation mode, on a device; restore the model afterwards."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
-    home = next(model.parameters()).device
     try:
-        model.eval().to(device)
-        with torch.inference_mode():
-            yield
+        model.eval()
+        yield
     finally:
-        model.to(home)
         # Module by module: `model.train()` would also switch those that the caller keeps in evaluation mode.
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run without gradients, in evaluation mode, on a device; restore the model afterwards."""
+    home = next(model.parameters()).device
+    with evaluation_mode(model):
+        try:
+            model.to(device)
+            with torch.inference_mode():
+                yield
+        finally:
+            model.to(home)
 
 
 def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:

@@ -19,6 +19,7 @@ from .metrics import RankMetrics
 from .verification import DECISIONS
 
 RANKS = (1, 5, 10, 20)
+MAX_RANK = RANKS[-1]  # of a CMC
 METRICS = (*(f'rank{k}' for k in RANKS), 'mAP', 'mINP')
 # Metrics that are means over queries -> the column of `ProtocolResult.queries` that they average.
 COLUMN_OF = {'rank1': 'rank1', 'mAP': 'AP', 'mINP': 'INP'}
@@ -59,7 +60,11 @@ class ProtocolResult:
         calibration: How far predicted probabilities are true in the first trial, see `reliability`; None without a
             calibration, and where query and gallery share a modality.
         failures: The worst queries, if requested: `path`, `identity`, `camera`, `modality`, `AP`, `rank` of the first
-            match, and `found`: `path` and `identity` of the first answers.
+            match, and `found`: `path`, `identity`, `camera` and `similarity` of the first answers.
+        cmc: Share of the valid queries with a match among the first k, for k from 1 to 20: `mean` over the trials, and
+            `low` and `high` of the 95 % bootstrap interval over the queries. Empty in reports of earlier versions.
+        examples: `best`, `worst` and `random` queries of the first trial, if requested, described like `failures`; each
+            list has a person once.
     """
 
     direction: str
@@ -77,6 +82,8 @@ class ProtocolResult:
     decisions: dict[str, float | None] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     failures: list[dict[str, Any]] = field(default_factory=list)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    cmc: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,22 @@ def summarise(
         trials=values,
         trials_fingerprint=trials_fingerprint,
         queries=_query_columns(images, rows, means, root),
+        cmc=_cmc(trials, len(images)),
     )
+
+
+def _cmc(trials: Trials, num_images: int) -> dict[str, list[float]]:
+    """Return the CMC, and its intervals with each query averaged over its trials."""
+    ranks = np.arange(1, MAX_RANK + 1)[:, None]
+    found, count = np.zeros((MAX_RANK, num_images)), np.zeros(num_images, dtype=np.int64)
+    for rows, metrics in trials:
+        valid = rows[metrics.valid]
+        found[:, valid] += metrics.rank[metrics.valid] <= ranks
+        count[valid] += 1
+    queries = np.flatnonzero(count)
+    low, high = bootstrap_intervals(found[:, queries] / count[queries]).T
+    mean = np.mean([metrics.cmc[:MAX_RANK] for _, metrics in trials], axis=0)
+    return {name: values.round(6).tolist() for name, values in (('mean', mean), ('low', low), ('high', high))}
 
 
 def mean_decisions(trials: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
@@ -296,6 +318,10 @@ def _protocol_result(values: dict[str, Any]) -> ProtocolResult:
     if set(lengths) != set(QUERY_COLUMNS) or len(set(lengths.values())) > 1:
         raise ValueError(f'expected query columns {", ".join(QUERY_COLUMNS)} of equal length, got {lengths}')
     query_values(result)
+    if result.cmc and not all(
+        np.asarray(result.cmc[name], dtype=np.float64).shape == (MAX_RANK,) for name in ('mean', 'low', 'high')
+    ):
+        raise ValueError(f'expected {MAX_RANK} ranks of the CMC, got {result.cmc}')
     return result
 
 
@@ -367,6 +393,9 @@ def _heading(report: Report) -> list[str]:
         lines.append(f'{flip_test}, {report.crops} crop{"s" if report.crops > 1 else ""}{centred}, {reranking}')
     else:
         lines.append(reranking)
+    if report.calibration:
+        count, split, dataset = (report.calibration.get(name) for name in ('identities', 'split', 'dataset'))
+        lines.append(f'probabilities fitted on {count} {split} identities of {dataset}')
     if report.skipped_images:
         lines.append(f'{report.skipped_images} broken images skipped')
     if report.learned_identities:

@@ -72,6 +72,9 @@ $body
 """)
 
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
 class Result(NamedTuple):
     """One image of a rank list. What is None is not shown.
 
@@ -122,7 +125,7 @@ def rank_list_image(rows: Sequence[RankRow], size: tuple[int, int] = (128, 64)) 
         ValueError: There is no row.
     """
     images = _load_images(rows, size)
-    font = ImageFont.load_default(max(11, size[1] // 7))
+    font = _font(max(11, size[1] // 7))
     caption_lines = max(len(_caption(result)) for row in rows for result in (row.query, *row.results))
     cells = [
         [
@@ -246,7 +249,7 @@ def _cell(
     image: Image.Image,
     result: Result,
     colour: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont,
+    font: _Font,
     caption_lines: int,
 ) -> Image.Image:
     """Return an image in its frame, with its mark and its caption, which is as many lines high as the longest."""
@@ -308,22 +311,35 @@ def _percent(share: float) -> str:
     return '>99%' if 0.995 <= share < 1 else f'{share:.0%}'
 
 
-def _legend(font: ImageFont.FreeTypeFont) -> Image.Image:
+def _legend(font: _Font) -> Image.Image:
     """Return the line that explains the marks."""
     line = _line_height(font)
     parts = [(hit, _badge(hit, line), _MEANING[hit]) for hit in (True, False)]
-    width = sum(line + int(font.getlength(text)) + 3 * _MARGIN for _, _, text in parts)
+    width = sum(line + int(_length(text, font)) + 3 * _MARGIN for _, _, text in parts)
     legend = Image.new('RGB', (width + _MARGIN, line + _MARGIN), (255, 255, 255))
     x = _MARGIN
     for _, badge, text in parts:
         legend.paste(badge, (x, 0), badge)
         _write(legend, (x + line + _MARGIN // 2, 0), text, font, width)
-        x += line + int(font.getlength(text)) + 3 * _MARGIN
+        x += line + int(_length(text, font)) + 3 * _MARGIN
     return legend
 
 
-def _line_height(font: ImageFont.FreeTypeFont) -> int:
-    return int(font.size * 1.3)
+def _font(size: int) -> _Font:
+    """Return the font in Pillow; before Pillow 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
+def _line_height(font: _Font) -> int:
+    return int(getattr(font, 'size', 11) * 1.3)
+
+
+def _length(text: str, font: _Font) -> float:
+    """Return the width of a text in pixels."""
+    return ImageDraw.Draw(Image.new('L', (1, 1))).textlength(text, font)
 
 
 def _lefts(columns: int, width: int) -> list[int]:
@@ -331,13 +347,11 @@ def _lefts(columns: int, width: int) -> list[int]:
     return [_MARGIN + column * (width + _MARGIN) + (_MARGIN if column else 0) for column in range(columns)]
 
 
-def _write(
-    sheet: Image.Image, position: tuple[int, int], text: str, font: ImageFont.FreeTypeFont, width: float
-) -> None:
+def _write(sheet: Image.Image, position: tuple[int, int], text: str, font: _Font, width: float) -> None:
     """Write one line of text, cut to `width` pixels."""
     text = text.encode('ascii', 'replace').decode()
-    if font.getlength(text) > width:
-        while text and font.getlength(f'{text}...') > width:
+    if _length(text, font) > width:
+        while text and _length(f'{text}...', font) > width:
             text = text[:-1]
         text = f'{text}...'
     ImageDraw.Draw(sheet).text(position, text, fill=(0, 0, 0), font=font)

@@ -165,7 +165,7 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             dataset_name=DATASET_TITLES.get(dataset, dataset),
             dataset_config=protocol,
             dataset_split='test',
-            dataset_args={name: evaluation[name] for name in SETTINGS},
+            dataset_args={name: evaluation[name] for name in SETTINGS if name in evaluation},
             metric_type=metric,
             metric_name=title,
             metric_value=_percent(result, metric),

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,12 @@ def save_model_folder(
         (temporary / CARD).write_text(model_card(architecture, model.num_features, facts, **texts), encoding='utf-8')
 
 
-def check_target(folder: str | Path) -> Path:
-    """Return where to write a Hub-ready folder, if nothing else is lost there.
+def check_target(folder: str | Path, files: Sequence[str] = FILES) -> Path:
+    """Return where to write a folder, if nothing else is lost there.
+
+    Args:
+        folder: Where to write.
+        files: Names of the files that a new version replaces; those of a Hub-ready folder by default.
 
     Raises:
         ValueError: It is a file or a link, or a folder that holds other files.
@@ -307,7 +312,7 @@ def check_target(folder: str | Path) -> Path:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         kind = 'link' if folder.is_symlink() else 'file'
         raise ValueError(f'{folder} is a {kind}, which is not replaced; give a folder that does not exist yet')
-    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    others = sorted({path.name for path in folder.iterdir()} - set(files)) if folder.is_dir() else []
     if others:
         raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a folder that does not exist yet')
     check_writable(folder, is_folder=True)

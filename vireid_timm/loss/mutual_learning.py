@@ -22,9 +22,13 @@ MUTUAL_LEARNING_MODES = {
     'joint-to-both': (('joint', 'global', 'global_weight'), ('joint', 'fusion', 'fusion_weight')),
 }
 
+# What gets no gradient. `partner`: in each direction of KL the prediction that is learned from, as in deep mutual
+# learning (arXiv:1706.00384, eq. 3 and 6). `teacher`: the branch named first in a mode: it teaches and is not taught.
+MUTUAL_CONSTANTS = ('none', 'partner', 'teacher')
 
-def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
-    """Return half the sum of both KL divergences between two predictions (eq. 5 and 6), with gradients into both.
+
+def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor, constant: str = 'none') -> torch.Tensor:
+    """Return half the sum of both KL divergences between two predictions (eq. 5 and 6).
 
     Sums over the classes and takes the *mean* over the batch. The paper prints a sum over the N samples, but that
     contradicts its identity loss (eq. 7, a mean) and would tie the weights θ to the batch size.
@@ -32,6 +36,9 @@ def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor
     Args:
         logits_p: Logits of one branch, [N, C].
         logits_q: Logits of the other branch, [N, C].
+        constant: What gets no gradient, one of `MUTUAL_CONSTANTS`; the value is always the same. `none`: both
+            predictions follow both divergences. `partner`: q follows KL(p‖q) and p follows KL(q‖p). `teacher`: q
+            follows both, and p neither.
 
     Returns:
         Scalar.
@@ -45,8 +52,14 @@ def symmetric_kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor
         )
     log_p = F.log_softmax(full_precision(logits_p), dim=1)
     log_q = F.log_softmax(full_precision(logits_q), dim=1)
+    if constant == 'teacher':
+        log_p = log_p.detach()
+    difference = log_p.exp() - log_q.exp()
+    if constant == 'partner':
+        # Then d/dlog_q is q - p, the gradient of KL(p‖q) with p constant, and d/dlog_p that of KL(q‖p).
+        difference = difference.detach()
     # KL(p‖q) + KL(q‖p) as one sum without negative terms, so the two directions lose no precision by cancellation.
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean()
+    return 0.5 * (difference * (log_p - log_q)).sum(dim=1).mean()
 
 
 class MutualLearningLoss(nn.Module):
@@ -54,16 +67,26 @@ class MutualLearningLoss(nn.Module):
 
     Args:
         mode: A row of table 4: `none`, `global-to-fusion` (weight θ2), `joint-to-global` (θ1), `joint-to-fusion` (θ2)
-            or `joint-to-both` (the paper's method). Despite the names, both branches of a pair learn.
+            or `joint-to-both` (the paper's method).
         global_weight: θ1 of eq. 9.
         fusion_weight: θ2 of eq. 10.
+        constant: Which branch of a pair gets no gradient, see `symmetric_kl`; the first is the one named first in the
+            mode.
 
     Raises:
-        ValueError: The mode is unknown.
+        ValueError: The mode or `constant` is unknown.
     """
 
-    def __init__(self, mode: str = 'joint-to-both', global_weight: float = 0.6, fusion_weight: float = 1.8) -> None:
+    def __init__(
+        self,
+        mode: str = 'joint-to-both',
+        global_weight: float = 0.6,
+        fusion_weight: float = 1.8,
+        constant: str = 'none',
+    ) -> None:
         super().__init__()
+        if constant not in MUTUAL_CONSTANTS:
+            raise ValueError(f'unknown constant {constant!r}; expected one of {", ".join(MUTUAL_CONSTANTS)}')
         if mode not in MUTUAL_LEARNING_MODES:
             raise ValueError(
                 f'unknown mutual-learning mode {mode!r}; expected one of {", ".join(MUTUAL_LEARNING_MODES)}'
@@ -71,6 +94,7 @@ class MutualLearningLoss(nn.Module):
         self.mode = mode
         self.global_weight = global_weight
         self.fusion_weight = fusion_weight
+        self.constant = constant
 
     def forward(self, logits: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of the mode's divergences.
@@ -85,7 +109,8 @@ class MutualLearningLoss(nn.Module):
             ValueError: A branch that the mode uses has no logits.
         """
         terms = [
-            getattr(self, weight) * symmetric_kl(branch_logits(logits, first), branch_logits(logits, second))
+            getattr(self, weight)
+            * symmetric_kl(branch_logits(logits, first), branch_logits(logits, second), self.constant)
             for first, second, weight in MUTUAL_LEARNING_MODES[self.mode]
         ]
         if terms:
@@ -94,4 +119,7 @@ class MutualLearningLoss(nn.Module):
         return torch.zeros((), device=device)
 
     def extra_repr(self) -> str:
-        return f'mode={self.mode!r}, global_weight={self.global_weight}, fusion_weight={self.fusion_weight}'
+        return (
+            f'mode={self.mode!r}, global_weight={self.global_weight}, fusion_weight={self.fusion_weight}, '
+            f'constant={self.constant!r}'
+        )

@@ -41,6 +41,7 @@ from ..layers.head import BranchHead
 from ..layers.non_local import NonLocalBlock
 from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
 from ..layers.stem import DualStem, Stem
+from ..options import check_kinds
 from ..text import format_list
 
 __all__ = ['BranchOutput', 'DualStreamResNet']
@@ -469,6 +470,8 @@ def _create_dual_stream(
     **kwargs: Any,
 ) -> DualStreamResNet:
     _check_timm_arguments(kwargs)
+    check_kinds(kwargs, [DualStreamResNet], 'argument ')
+    check_kinds(kwargs.get('resnet_args') or {}, [ResNet], 'resnet_args: argument ')
     size = get_pretrained_cfg(variant).input_size[1:] if img_size is None else _height_and_width(img_size)
     model = build_model_with_cfg(
         DualStreamResNet,

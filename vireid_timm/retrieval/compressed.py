@@ -42,10 +42,9 @@ class Compressed:
 
         Raises:
             FileNotFoundError: There is nothing.
-            ValueError: It is damaged.
-            ImportError: FAISS is not installed.
+            ValueError: It is damaged, or FAISS is not installed.
         """
-        self._faiss = _faiss()
+        self._faiss = require_faiss()
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f'there are no compressed features in {folder}')
         flags = self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
@@ -127,11 +126,10 @@ def build(features: np.ndarray, folder: str | Path, seed: int = 0) -> None:
         seed: Of the sample that is learned from, and of k-means.
 
     Raises:
-        ImportError: FAISS is not installed.
-        ValueError: There are no features.
+        ValueError: FAISS is not installed, or there are no features.
         OSError: The folder cannot be written.
     """
-    faiss, folder = _faiss(), Path(folder)
+    faiss, folder = require_faiss(), Path(folder)
     if not len(features):
         raise ValueError(f'there are no features to compress into {folder}')
     check_writable(folder, is_folder=True)
@@ -187,11 +185,12 @@ def _slices(count: int, width: int) -> Iterator[slice]:
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
-def _faiss() -> ModuleType:
+def require_faiss() -> ModuleType:
+    """Return the module; without it, raise an error that names the extra."""
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             'searching a compressed index needs the extra `search` (pip install "vireid_timm[search]")'
         ) from error
     return faiss

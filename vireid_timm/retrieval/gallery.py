@@ -33,6 +33,7 @@ from ..evaluation.features import (
     weights_fingerprint,
 )
 from ..hub.folder import load_model, model_calibration
+from ..options import check_range
 from .index import About, Changed, Index, View
 from .search import exact_search, mean_features
 
@@ -123,6 +124,7 @@ class Gallery:
             FileNotFoundError: There is no index.
             ValueError: It is damaged, or the model has other weights than the one that made it.
         """
+        check_range('batch_size', batch_size, 1)
         gallery = cls(Index(folder), None, resolve_device(device), batch_size)
         if model is not None:
             gallery._model = gallery._checked(model)
@@ -155,6 +157,7 @@ class Gallery:
             FileExistsError: The folder holds an index.
             ValueError: It holds other files, or an argument is wrong.
         """
+        check_range('batch_size', batch_size, 1)
         where = resolve_device(device)
         network, source = loaded(model, where)
         index = Index.create(folder, describe(network, source, modality, size, features))
@@ -267,8 +270,7 @@ class Gallery:
     ) -> list[Answer]:
         """Search by L2-normalised features of queries [Q, D], as `embed` returns them; other arguments as `search`."""
         _check_modality(modality)
-        if top < 1:
-            raise ValueError(f'the number of results must be at least 1, got {top}')
+        check_range('top', top, 1)
         queries = self._checked_features(features).to(self._device)
         if centre and len(queries) < FEWEST_TO_CENTRE:
             raise ValueError(
@@ -286,7 +288,9 @@ class Gallery:
                 found = self._find(queries, view, top, by_identity, mean)
             except Changed:
                 continue
-            return self._answers(found, len(view.rows), self._calibration(modality, centre))
+            calibration = self._calibration(modality, centre)
+            people = None if calibration is None else self.index.images_per_person(where)
+            return _answers(found, len(view.rows), calibration, people)
 
     @property
     def modality(self) -> str:
@@ -313,7 +317,11 @@ class Gallery:
 
     def _nearest(self, queries: torch.Tensor, view: View, count: int, mean: torch.Tensor | None) -> list[list[Hit]]:
         gallery, rows = torch.from_numpy(view.features), torch.from_numpy(view.rows)
-        found = exact_search(queries, gallery, count, rows, mean)
+        compressed = None if mean is not None else self.index.candidates(view)
+        if compressed is None:
+            found = exact_search(queries, gallery, count, rows, mean)
+        else:
+            found = compressed.nearest(queries, gallery, count, rows)
         images = self.index.images(view, found.rows.cpu().numpy())
         columns = zip(found.rows.tolist(), found.similarity.tolist(), strict=True)
         return [[(images[row], value) for row, value in zip(*pair, strict=True)] for pair in columns]
@@ -323,25 +331,17 @@ class Gallery:
         about = self.index.about
         if about.calibration is None or modality == about.modality:
             return None
-        calibration = Calibration.from_dict(about.calibration)
+        try:
+            calibration = Calibration.from_dict(about.calibration)
+        except ValueError as error:  # of another version
+            _logger.warning(f'{self.index.folder}: the calibration in it cannot be read; index again ({error})')
+            return None
         settings = {name: getattr(about, name) for name in ('weights', 'features')}
         settings |= {'size': list(about.size), 'flip_test': False, 'crops': 1, 'centre': centre}
         differing = calibration.mismatch(settings)
         if differing:
             _logger.warning(f'Probabilities are left out: the calibration was fitted with another {differing}')
         return None if differing else calibration
-
-    def _answers(self, found: list[list[Hit]], gallery_size: int, calibration: Calibration | None) -> list[Answer]:
-        answers = []
-        for number, results in enumerate(found):
-            similarity = torch.tensor([value for _, value in results])
-            probabilities, nobody = [None] * len(results), None
-            if calibration is not None and results:
-                probabilities = calibration.probability(similarity, gallery_size).tolist()
-                nobody = calibration.nobody(similarity[:1], gallery_size).item()
-            matches = [Match(*image, value, odds) for (image, value), odds in zip(results, probabilities, strict=True)]
-            answers.append(Answer(f'query {number}', nobody, matches))
-        return answers
 
     def _embed(
         self, queries: Sequence[Query | Sequence[Query]], modality: str, skip_broken: bool
@@ -429,6 +429,21 @@ class Gallery:
 def _check_modality(modality: str) -> None:
     if modality not in MODALITIES:
         raise ValueError(f'the modality of the queries must be one of {", ".join(MODALITIES)}, got {modality!r}')
+
+
+def _answers(
+    found: list[list[Hit]], gallery_size: int, calibration: Calibration | None, images_per_person: float | None
+) -> list[Answer]:
+    answers = []
+    for number, results in enumerate(found):
+        similarity = torch.tensor([value for _, value in results])
+        probabilities, nobody = [None] * len(results), None
+        if calibration is not None and results:
+            probabilities = calibration.probability(similarity, gallery_size, images_per_person).tolist()
+            nobody = calibration.nobody(similarity[:1], gallery_size).item()
+        matches = [Match(*image, value, odds) for (image, value), odds in zip(results, probabilities, strict=True)]
+        answers.append(Answer(f'query {number}', nobody, matches))
+    return answers
 
 
 def _without_probabilities(answer: Answer) -> Answer:

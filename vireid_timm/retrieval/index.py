@@ -4,16 +4,19 @@ An index is a folder: `index.json` says which model made it, `images.sqlite` has
 `features-<n>.f16` holds the features, L2-normalised in half precision, one after another. Features are written before
 the SQLite transaction that makes their rows visible. A process that is killed leaves bytes that no row points to, and
 the next writer overwrites them. Rows of removed images stay unused until they are many; then the features move to a
-file with the next number, so that whoever searches the old one meanwhile can go on.
+file with the next number, so that whoever searches the old one meanwhile can go on. `compressed-<n>`, where there is
+one, finds candidates among those features; images added since are always compared.
 """
 
 import json
+import logging
 import os
+import shutil
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -23,14 +26,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..data.listing import COLUMNS, ListedImage, normalized_time
-from ..files import save_json, whole_file
+from ..files import remove_leftovers, save_json, whole_file
+from . import compressed
+
+_logger = logging.getLogger(__name__)
 
 ABOUT, IMAGES, LOCK = 'index.json', 'images.sqlite', '.lock'
 FORMAT = 1  # raise it when older versions could not read an index
 PATIENCE = 10.0  # seconds to wait for another writer
+MOST_UNCOMPRESSED = 0.1  # share of images added since from which features are compressed again
 MOST_UNUSED = 0.5  # share of unused rows from which the features are moved together
 
-_FEATURES = 'features-{}.f16'
+_FEATURES, _COMPRESSED = 'features-{}.f16', 'compressed-{}'  # their generation
 _SCHEMA = """
 CREATE TABLE images (
     row INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, camera NUMERIC, time TEXT COLLATE moment, identity TEXT,
@@ -44,8 +51,8 @@ INSERT INTO state VALUES (0, 0, 0);
 _INSERT = 'INSERT OR REPLACE INTO images VALUES (?, CAST(? AS TEXT), ?, ?, CAST(? AS TEXT), ?, ?)'
 # What an expression may call: functions that only compute.
 _FUNCTIONS = frozenset(
-    'abs coalesce date datetime glob ifnull iif instr julianday length like lower ltrim max min nullif replace round '
-    'rtrim strftime substr substring time trim typeof upper'.split()
+    'abs coalesce count date datetime glob ifnull iif instr julianday length like lower ltrim max min nullif replace '
+    'round rtrim strftime substr substring time trim typeof upper'.split()
 )
 _MANY = 500  # values in one SQL statement; SQLite has a limit
 
@@ -65,6 +72,7 @@ class About:
         mean: Subtracted from the channels of every image, whose values are from 0 to 1.
         std: What the channels are divided by then.
         folders_are_identities: Whether the name of an image's folder is its identity, see `list_images`.
+        compress: Whether compressed features find candidates, see `compressed`.
         calibration: What turns similarities into probabilities, as the model has it; None if it has none.
         format: Version of the index format.
     """
@@ -79,6 +87,7 @@ class About:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     folders_are_identities: bool = False
+    compress: bool = False
     calibration: dict[str, Any] | None = None
     format: int = FORMAT
 
@@ -153,6 +162,7 @@ class Index:
         self._guard = threading.RLock()
         self._file_lock = _lock(self.folder)
         self._is_held = False
+        self._candidates: tuple[int, compressed.Compressed] | None = None
         self._seen: tuple[tuple[int, int], View] | None = None
         self._wrong_times: set[str] = set()
         self._database = self._connect()
@@ -194,9 +204,13 @@ class Index:
 
     def close(self) -> None:
         """Discard what was not committed, and let other writers in."""
-        with self._guard:
+        with self._guard, suppress(sqlite3.ProgrammingError):  # closed already
             self._discard()
             self._database.close()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            self.close()
 
     def hold(self) -> None:
         """Keep other writers out until `close`, also between commits.
@@ -231,6 +245,34 @@ class Index:
             self._change(_INSERT, rows)
             self._query('UPDATE state SET next_row = ?', next_row + len(images))
 
+    def compress(self) -> None:
+        """Compress the features for candidates, unless that is done but for a few; call `hold` and `commit` first."""
+        next_row, generation, _ = self._state()
+        folder = self.folder / _COMPRESSED.format(generation)
+        covered = compressed.open(folder).count if folder.exists() else 0
+        if next_row and covered < (1 - MOST_UNCOMPRESSED) * next_row:
+            _logger.info(f'Compressing the features of {len(self):,} images')
+            compressed.build(self.view().features, folder)
+
+    def decompress(self) -> None:
+        """Remove the compressed features; call `hold` first."""
+        for folder in self.folder.glob(_COMPRESSED.format('*')):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def candidates(self, view: View) -> compressed.Compressed | None:
+        """Return what finds candidates among the rows of a view, or among as many as it covers; None if nothing does.
+
+        Raises:
+            ValueError: FAISS is not installed.
+        """
+        folder = self.folder / _COMPRESSED.format(view.generation)
+        with self._guard, suppress(FileNotFoundError):
+            number = folder.stat().st_ino  # another one when they were compressed again
+            if self._candidates is None or self._candidates[0] != number:
+                self._candidates = (number, compressed.open(folder))
+            return self._candidates[1]
+        return None
+
     def remove(self, paths: Iterable[str]) -> int:
         """Remove images by their paths; return how many of them there were."""
         with self._guard:
@@ -250,20 +292,17 @@ class Index:
             OSError: They cannot be written; nothing has changed then.
         """
         with self._guard:
-            if not self._database.in_transaction:
+            if not self._is_writing():
                 return
-            old = None
             try:
-                old = self._move_together()
+                self._move_together()
                 with open(self._features_file(), 'r+b') as file:
                     os.fsync(file.fileno())
                 self._query('COMMIT')
             except BaseException:
                 self._discard()
                 raise
-            if old is not None:
-                with suppress(OSError):  # Windows keeps it while somebody reads it; the next writer removes it
-                    old.unlink()
+            self._remove_all_but(self._state()[1])
             if not self._is_held:
                 self._file_lock.release()
 
@@ -327,7 +366,10 @@ class Index:
             if self._seen is None or self._seen[0] != moment:
                 self._seen = (moment, self._current_view())
             view = self._seen[1]
-            return view if where is None else view._replace(rows=self._selected(where))
+            if where is None:
+                return view
+            rows = [row for (row,) in self._selected('row', where)]
+            return view._replace(rows=np.array(sorted(rows), np.int64))
 
     def images(self, view: View, rows: np.ndarray) -> dict[int, tuple]:
         """Return path, camera, time and identity of some rows of a view.
@@ -359,6 +401,14 @@ class Index:
                 rows.update(row for (row,) in self._query(f'SELECT row FROM images WHERE {column} IN ({marks})', *part))
         return np.array(sorted(rows), np.int64)
 
+    def images_per_person(self, where: str | None = None) -> float | None:
+        """Return the mean number of images of an identity; None if there is none, or an image without identity."""
+        columns = 'count(*), count(identity), count(DISTINCT identity)'
+        with self._guard:
+            statement = f'SELECT {columns} FROM images'
+            ((images, known, people),) = self._query(statement) if where is None else self._selected(columns, where)
+        return images / people if images and known == images else None
+
     def unknown(self, column: str) -> int:
         """Return how many images have no camera, time or identity."""
         return self._query(f'SELECT count(*) FROM images WHERE {column} IS NULL')[0][0]
@@ -377,8 +427,8 @@ class Index:
         rows = self._execute('SELECT row FROM images ORDER BY row')
         return View(features, np.fromiter((row for (row,) in rows), np.int64, count), generation)
 
-    def _selected(self, where: str) -> np.ndarray:
-        """Return the rows that an expression selects."""
+    def _selected(self, columns: str, where: str) -> list[tuple]:
+        """Return some columns of the images that an expression selects."""
         used: Counter[str] = Counter()
 
         def allow(action: int, first: str | None, second: str | None, *_: object) -> int:
@@ -395,7 +445,7 @@ class Index:
         self._database.set_authorizer(allow)
         try:
             # On lines of its own: a comment at its end must not hide ours.
-            found = self._database.execute(f'SELECT row FROM images WHERE (\n{where}\n)').fetchall()
+            found = self._database.execute(f'SELECT {columns} FROM images WHERE (\n{where}\n)').fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ValueError(
                 f'cannot search where {where!r} ({error}); expected an SQL expression over {", ".join(COLUMNS)}, such '
@@ -408,17 +458,19 @@ class Index:
                 f'cannot search where {where!r}: times are compared with {min(self._wrong_times)!r}; expected ISO '
                 '8601, with an offset (or Z, for UTC) if the times of the gallery have one'
             )
-        return np.sort(np.array([row for (row,) in found], np.int64))
+        return found
 
     def _connect(self) -> sqlite3.Connection:
         path = self.folder / IMAGES
         if not path.is_file():
             raise ValueError(f'{path} is missing; the index is damaged: remove {self.folder}')
-        with _database_errors(self.folder):
-            address = f'{path.absolute().as_uri()}?mode=rw'
+        address = f'{path.absolute().as_uri()}?mode=rw'
+        with _database_errors(self.folder), ExitStack() as opened:
             database = sqlite3.connect(address, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+            opened.callback(database.close)
             _prepare(database, self._compare)
             database.execute('SELECT * FROM state').fetchone()
+            opened.pop_all()
             return database
 
     def _compare(self, first: str, second: str) -> int:
@@ -432,16 +484,25 @@ class Index:
 
     def _begin(self) -> None:
         """Begin a transaction, unless one is open; the first one locks the index."""
-        if self._database.in_transaction:
+        if self._is_writing():
             return
         if not self._file_lock.is_locked:
             _acquire(self._file_lock, self.folder)
+            remove_leftovers(self.folder, alone=True)
         self._query('BEGIN IMMEDIATE')
-        current = self._features_file()
-        for path in self.folder.glob(_FEATURES.format('*')):
-            if path != current:  # left by a process that was killed
-                with suppress(OSError):
-                    path.unlink()
+        self._remove_all_but(self._state()[1])
+
+    def _is_writing(self) -> bool:
+        with _database_errors(self.folder):
+            return self._database.in_transaction
+
+    def _remove_all_but(self, generation: int) -> None:
+        """Remove features of other generations, which nobody but a search that began earlier reads."""
+        for pattern in (_FEATURES, _COMPRESSED):
+            for path in self.folder.glob(pattern.format('*')):
+                if path.name != pattern.format(generation):
+                    with suppress(OSError):  # Windows keeps files that somebody reads; the next writer removes them
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _discard(self) -> None:
         if self._database.in_transaction:
@@ -451,20 +512,18 @@ class Index:
         self._is_held = False
         self._file_lock.release(force=True)
 
-    def _move_together(self) -> Path | None:
-        """Write the used features to the next file if too many are unused; return the file to remove then."""
+    def _move_together(self) -> None:
+        """Write the used features to the file of the next generation if too many are unused."""
         next_row, generation, _ = self._state()
         view = self.view()
         if len(view.rows) >= (1 - MOST_UNUSED) * next_row:
-            return None
-        old, new = (self.folder / _FEATURES.format(number) for number in (generation, generation + 1))
-        with whole_file(new) as temporary, open(temporary, 'wb') as file:
+            return
+        with whole_file(self.folder / _FEATURES.format(generation + 1)) as temporary, open(temporary, 'wb') as file:
             for start in range(0, len(view.rows), _MANY):
                 file.write(view.features[view.rows[start : start + _MANY]].tobytes())
         numbers = ((number, row) for number, row in enumerate(view.rows.tolist()))
         self._change('UPDATE images SET row = ? WHERE row = ?', numbers)  # downwards, so each is free by then
         self._query('UPDATE state SET next_row = ?, generation = ?', len(view.rows), generation + 1)
-        return old
 
     def _features_file(self) -> Path:
         return self.folder / _FEATURES.format(self._state()[1])
@@ -475,7 +534,7 @@ class Index:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Let all that is read in the block be of one moment."""
-        if self._database.in_transaction:
+        if self._is_writing():
             yield
             return
         self._query('BEGIN')
@@ -527,6 +586,8 @@ def _database_errors(folder: Path) -> Iterator[None]:
     """Turn SQLite's errors into those of this library."""
     try:
         yield
+    except sqlite3.ProgrammingError as error:
+        raise ValueError(f'the index {folder} cannot be used ({error}); was it closed?') from error
     except sqlite3.OperationalError as error:  # locked, full, read-only
         raise OSError(f'cannot use the index {folder}: {error}') from error
     except sqlite3.DatabaseError as error:

@@ -15,11 +15,13 @@ import torch
 from torch import distributed, nn
 from tqdm import tqdm
 
+from ..constants import FEATURES
 from ..data.findings import Findings
 from ..data.listing import ListedImage, list_images
 from ..distributed import all_ranks, from_rank_zero, is_rank_zero, rank_and_world_size
 from ..evaluation.features import Extraction, embed_batches
 from ..files import check_writable
+from .compressed import require_faiss
 from .gallery import check_same, describe, loaded
 from .index import ABOUT, About, Index
 
@@ -58,6 +60,7 @@ def update_index(
     size: tuple[int, int] | None = None,
     features: str | None = None,
     folders_are_identities: bool | None = None,
+    compress: bool | None = None,
     batch_size: int = 128,
     device: torch.device | None = None,
     workers: int | None = None,
@@ -76,6 +79,8 @@ def update_index(
         size: Height and width that images are resized to; None for those of the index, or of the model.
         features: `after-bn` or `before-bn`; None for those of the index, or `after-bn`.
         folders_are_identities: See `list_images`; None for what the index has, or False.
+        compress: Compress the features, for a large gallery (docs/large_galleries.md); None for what the index has, or
+            False.
         batch_size: Images per forward pass.
         device: Where to compute; None for the CPU.
         workers: Images decoded at once; None for one per core, at most 8.
@@ -87,31 +92,35 @@ def update_index(
         FileNotFoundError: There is no such gallery.
         OSError: The index cannot be written.
     """
-    about = from_rank_zero(_on_rank_zero(lambda: _existing(Path(folder), model, modality)))
-    kept = (about.modality, about.size, about.features) if about else (None, None, 'after-bn')
-    if folders_are_identities is None:
-        folders_are_identities = about is not None and about.folders_are_identities and os.path.isdir(source)
-    listed = _on_rank_zero(lambda: list_images(source, folders_are_identities=folders_are_identities))
-    device = device or torch.device('cpu')
-    network, name = all_ranks(lambda: loaded(about.model if model is None else model, device))
-    wanted = describe(network, name, modality or kept[0], size or kept[1], features or kept[2])
-    wanted = replace(wanted, folders_are_identities=folders_are_identities)
-    first = from_rank_zero(wanted)
-    all_ranks(lambda: _check_agreement(first, wanted))
     extraction = Extraction(
-        features=wanted.features,
-        size=wanted.size,
+        features=features or FEATURES[0],
+        size=size,
         batch_size=batch_size,
-        device=device,
+        device=device or 'cpu',
         cache='off',
         skip_broken=True,
         workers=workers,
     )
+    about = from_rank_zero(_on_rank_zero(lambda: _existing(Path(folder), model, modality)))
+    kept = (about.modality, about.size, about.features) if about else (None, None, extraction.features)
+    if folders_are_identities is None:
+        folders_are_identities = about is not None and about.folders_are_identities and os.path.isdir(source)
+    if compress is None:
+        compress = about is not None and about.compress
+    if compress:
+        all_ranks(require_faiss)
+    listed = _on_rank_zero(lambda: list_images(source, folders_are_identities=folders_are_identities))
+    network, name = all_ranks(lambda: loaded(about.model if model is None else model, extraction.device))
+    wanted = describe(network, name, modality or kept[0], extraction.size or kept[1], features or kept[2])
+    wanted = replace(wanted, folders_are_identities=folders_are_identities, compress=compress)
+    first = from_rank_zero(wanted)
+    all_ranks(lambda: _check_agreement(first, wanted))
+    extraction = replace(extraction, features=wanted.features, size=wanted.size)
     with ExitStack() as stack:
         index = _on_rank_zero(lambda: stack.enter_context(closing(_opened(Path(folder), wanted))))
         todo, counts = from_rank_zero(_on_rank_zero(lambda: _start(index, wanted, listed)))
         broken = _embed(index, network, todo, extraction, wanted.modality, progress)
-        _on_rank_zero(lambda: _finish(index))
+        _on_rank_zero(lambda: _finish(index, compress))
     Findings().add('broken-image', 'images cannot be read and are left out', list(broken.values()))
     new = sum(row < counts['new'] for row in broken)  # the new ones come first
     counts = counts | {'new': counts['new'] - new, 'changed': counts['changed'] - (len(broken) - new)}
@@ -156,9 +165,13 @@ def _start(index: Index, wanted: About, listed: list[ListedImage]) -> tuple[list
     return todo, counts
 
 
-def _finish(index: Index) -> None:
+def _finish(index: Index, compress: bool) -> None:
     index.expect(0)
     index.commit()
+    if compress:
+        index.compress()
+    else:
+        index.decompress()
 
 
 def _embed(

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from ..constants import INFRARED, MODALITIES, SPECTRA, VISIBLE
+from ..options import LARGEST_SEED, check_range
 from .body import draw_labels
 from .canvas import BASE, FRAME, SHADES, SHADOW, Canvas, View
 from .person import GROUND, NUM_MATERIALS, OBSTACLE, OBSTACLE_TRIM, Person, draw_person, uniform
@@ -179,11 +180,13 @@ def _check(modality: str, identity: int, camera: int, image: int, seed: int, spe
         raise ValueError(f'unknown modality {modality!r}; expected one of {", ".join(MODALITIES)}')
     if spectrum not in SPECTRA:
         raise ValueError(f'unknown spectrum {spectrum!r}; expected one of {", ".join(SPECTRA)}')
-    if camera < 1 or min(identity, image, seed) < 0:
-        raise ValueError(
-            'cameras count from 1; identities, images and seeds from 0; got '
-            f'camera {camera}, identity {identity}, image {image}, seed {seed}'
-        )
+    for name, value, least in (
+        ('camera', camera, 1),
+        ('identity', identity, 0),
+        ('image', image, 0),
+        ('seed', seed, 0),
+    ):
+        check_range(name, value, least, LARGEST_SEED)
     if len(size) != 2 or size[0] < 32 or size[1] < 16 or max(size) > _MAX_SIDE:
         raise ValueError(f'an image needs a (height, width) from (32, 16) to ({_MAX_SIDE}, {_MAX_SIDE}), got {size}')
 

@@ -6,8 +6,8 @@ SYSU-MM01 and RegDB (section 4.2) and, where the paper is silent, AGW's (arXiv:2
 
 import dataclasses
 import difflib
+import math
 import operator
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..constants import CACHES, DATASETS, DIST_BN
-from ..loss.mutual_learning import MUTUAL_LEARNING_MODES
+from ..files import expanded_path
+from ..loss.mutual_learning import MUTUAL_CONSTANTS, MUTUAL_LEARNING_MODES
+from ..options import LARGEST_SEED, MANY, MAX_SIDE, MAX_WORKERS, check_kind
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
-_LARGEST = 2**63 - 1  # integer that torch and NumPy take
 _BOUNDS = {'minimum': ('at least', operator.ge), 'above': ('above', operator.gt), 'maximum': ('at most', operator.le)}
 
 
@@ -34,7 +35,8 @@ def _setting(default: Any, group: str, text: str, **metadata: Any) -> Any:
         group: Heading in the help.
         text: What the help says.
         **metadata: `everyday` (shown by `vireid train --help`, not only by `--help-all`), `unset` (what applies if the
-            default is empty), `nargs` and `choices` as in argparse, `minimum`, `above`, `maximum`,
+            default is empty), `nargs` and `choices` as in argparse, `minimum`, `above`, `maximum` (of whole numbers
+            `MANY` by default),
             `pattern` with `example`, and `is_path` (a leading ~ is expanded).
     """
     metadata = {'group': group, 'help': text, **metadata}
@@ -58,14 +60,25 @@ class TrainConfig:
     identities_per_batch: int | None = _setting(
         None, 'data', 'identities per batch (P)', everyday=True, unset='8, or all if fewer', minimum=1
     )
-    images_per_modality: int = _setting(4, 'data', 'images per identity and modality in a batch (K)', minimum=1)
-    workers: int | None = _setting(None, 'data', 'images decoded at once', unset='one per core, at most 8', minimum=0)
+    images_per_modality: int = _setting(
+        4, 'data', 'images per identity and modality in a batch (K)', minimum=1, maximum=1000
+    )
+    workers: int | None = _setting(
+        None, 'data', 'images decoded at once', unset='one per core, at most 8', minimum=0, maximum=MAX_WORKERS
+    )
 
     model: str = _setting('vireid_dml_r50', 'model', MODEL_HELP, everyday=True, is_path=True)
     pretrained: bool = _setting(False, 'model', "start from the model's weights", everyday=True)
     model_kwargs: dict[str, Any] = _setting({}, 'model', "model's arguments, e.g. spatial_weights=static")
     input_size: list[int] | None = _setting(
-        None, 'model', 'channels, height, width', everyday=True, unset="the model's", nargs=3, minimum=1
+        None,
+        'model',
+        'channels, height, width',
+        everyday=True,
+        unset="the model's",
+        nargs=3,
+        minimum=1,
+        maximum=MAX_SIDE,
     )
     drop: float = _setting(0.0, 'model', 'dropout rate before the classifiers', minimum=0, maximum=1)
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
@@ -79,10 +92,18 @@ class TrainConfig:
     )
     global_weight: float = _setting(0.6, 'loss', 'theta_1, weight of joint-global mutual learning (eq. 9)', minimum=0)
     fusion_weight: float = _setting(1.8, 'loss', 'theta_2, weight of joint-fusion mutual learning (eq. 10)', minimum=0)
+    mutual_constant: str = _setting(
+        'none',
+        'loss',
+        'no gradient into: none of a pair; in each direction the partner; the teacher, named first in --mutual',
+        choices=MUTUAL_CONSTANTS,
+    )
     triplet_weight: float = _setting(1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13)', minimum=0)
     smoothing: float = _setting(0.0, 'loss', 'label smoothing of the identity losses', minimum=0, maximum=1)
 
-    pad: int = _setting(10, 'augmentation', 'black border before the random crop, in pixels', minimum=0)
+    pad: int = _setting(
+        10, 'augmentation', 'black border before the random crop, in pixels', minimum=0, maximum=MAX_SIDE
+    )
     hflip: float = _setting(0.5, 'augmentation', 'probability of a horizontal flip', minimum=0, maximum=1)
     channel_combination: bool = _setting(True, 'augmentation', 'random channel combination of visible images')
     reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing', minimum=0, maximum=1)
@@ -100,7 +121,7 @@ class TrainConfig:
     opt_kwargs: dict[str, Any] = _setting({}, 'optimiser', 'further arguments of the optimiser')
     clip_grad: float | None = _setting(None, 'optimiser', 'clip gradients to this value', unset='no clipping', above=0)
     clip_mode: str = _setting('norm', 'optimiser', 'how to clip gradients', choices=('norm', 'value', 'agc'))
-    grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step', minimum=1)
+    grad_accum_steps: int = _setting(1, 'optimiser', 'batches per optimiser step', minimum=1, maximum=1000)
 
     sched: str = _setting('multistep', 'schedule', 'timm scheduler, any but plateau')
     epochs: int = _setting(80, 'schedule', 'epochs to train', everyday=True, minimum=1)
@@ -134,7 +155,9 @@ class TrainConfig:
     model_ema_decay: float = _setting(0.9998, 'averaging', 'decay of the average per step', minimum=0, maximum=1)
     model_ema_warmup: bool = _setting(False, 'averaging', 'raise the decay from 0 at the start')
 
-    seed: int = _setting(42, 'run', 'seed of initial weights, batches and augmentation', minimum=0)
+    seed: int = _setting(
+        42, 'run', 'seed of initial weights, batches and augmentation', minimum=0, maximum=LARGEST_SEED
+    )
     val_interval: int = _setting(5, 'run', 'epochs between validations; the last epoch is always validated', minimum=1)
     log_interval: int = _setting(50, 'run', 'steps between progress lines', minimum=1)
     tensorboard: bool = _setting(False, 'run', 'write TensorBoard curves, too; needs the extra `tensorboard`')
@@ -199,26 +222,23 @@ def _checked_value(setting: dataclasses.Field, value: Any, source: str) -> Any:
         if not optional:
             raise ValueError(f'{where} needs a value')
         return None
-    if get_origin(kind) is list:
-        (element,), count = get_args(kind), metadata['nargs']
-        if not isinstance(value, (list, tuple)) or (count != '+' and len(value) != count):
-            number = 'a list of' if count == '+' else f'a list of {count}'
-            raise ValueError(f'{where} must be {number} {element.__name__} values, got {value!r}')
-        return [_checked_single(entry, element, metadata, where) for entry in value]
-    return _checked_single(value, get_origin(kind) or kind, metadata, where)
+    if get_origin(kind) is not list:
+        return _checked_single(value, kind, metadata, where)
+    check_kind(where, value, list)
+    if metadata['nargs'] not in ('+', len(value)):
+        raise ValueError(f'{where} must be {metadata["nargs"]} values, got {value!r}')
+    return [_checked_single(entry, get_args(kind)[0], metadata, where) for entry in value]
 
 
-def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: str) -> Any:
+def _checked_single(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _as_float(value)  # YAML reads 5e-4 as text
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # YAML reads 500 as a number
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f'{where} must be of type {kind.__name__}, got {value!r}')
-    if kind is int and abs(value) > _LARGEST:
-        raise ValueError(f'{where} must be at most {_LARGEST}, got {value}')
-    if kind is dict and not all(isinstance(key, str) for key in value):
-        raise ValueError(f'{where} must have names as keys, got {value!r}')
+    check_kind(where, value, kind)
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f'{where} must be a finite number, got {value}')
+    metadata = {**({'maximum': MANY} if kind is int else {}), **metadata}
     for bound, (text, holds) in _BOUNDS.items():
         if bound in metadata and not holds(value, metadata[bound]):
             raise ValueError(f'{where} must be {text} {metadata[bound]}, got {value}')
@@ -226,18 +246,15 @@ def _checked_single(value: Any, kind: type, metadata: Mapping[str, Any], where: 
         raise ValueError(f'{where} must be {metadata["example"]}, got {value!r}')
     if 'choices' in metadata and value not in metadata['choices']:
         raise ValueError(f'{where} must be one of {", ".join(metadata["choices"])}, got {value!r}')
-    return _expanded(value) if metadata.get('is_path') else value
-
-
-def _expanded(path: str) -> str:
-    """Replace a leading ~, which no shell does in YAML, after `=`, or after `local-dir:`."""
-    return re.sub('^(local-dir:)?(~[^/]*)', lambda found: (found[1] or '') + os.path.expanduser(found[2]), path)
+    return expanded_path(value) if metadata.get('is_path') else value
 
 
 def _as_float(value: int | str) -> float | int | str:
     try:
         return float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
+        return math.inf
+    except ValueError:
         return value
 
 
@@ -252,7 +269,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ValueError: Neither; the error lists the recipes.
     """
-    path, recipes = Path(os.path.expanduser(name)), recipe_names()
+    path, recipes = Path(expanded_path(str(name))), recipe_names()
     if str(name) in recipes:
         return RECIPES / f'{name}.yaml'
     if not path.suffix and not path.exists():

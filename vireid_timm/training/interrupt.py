@@ -20,25 +20,18 @@ class Stopped(KeyboardInterrupt):
     Attributes:
         signal: The signal's number.
         status: The shell's exit status for it: 130 after Ctrl-C, 143 after SIGTERM.
+        outcome: What was saved, and how to resume.
     """
 
     def __init__(self, number: int, outcome: str = '') -> None:
-        """Describe what happened.
-
-        Args:
-            number: The signal's number.
-            outcome: What was saved, and how to resume.
-        """
+        super().__init__()
         self.signal = number
         self.status = 128 + number
-        by = 'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name
-        super().__init__(f'stopped by {by}{": " + outcome if outcome else ""}')
+        self.outcome = outcome
 
-    def with_outcome(self, outcome: str) -> 'Stopped':
-        """Return the same with what was saved and how to resume, also of what ranks know of it."""
-        stopped = Stopped(self.signal, outcome)
-        stopped.__dict__.update(self.__dict__)
-        return stopped
+    def __str__(self) -> str:
+        by = 'Ctrl-C' if self.signal == signal.SIGINT else signal.Signals(self.signal).name
+        return f'stopped by {by}{self.outcome and ": "}{self.outcome}'
 
 
 class StopRequest:

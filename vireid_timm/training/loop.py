@@ -9,7 +9,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ..distributed import (
     process_group,
     rank_and_world_size,
 )
-from ..evaluation.evaluate import calibrate, evaluate
+from ..evaluation.evaluate import calibrate, evaluate, plain_options
 from ..evaluation.report import Report
 from ..figures.curves import plot_curves
 from ..files import save_json, whole_file, whole_folder
@@ -119,7 +119,8 @@ def train(config: TrainConfig | Mapping[str, Any]) -> TrainResult:
                     except NonFiniteLoss as error:
                         raise _diverged(run, error) from None
             except Stopped as stopped:
-                raise stopped.with_outcome(_how_to_resume(folder)) from None
+                stopped.outcome = _how_to_resume(folder)
+                raise
             except RuntimeError as error:  # another rank has stopped already
                 if stop.signal is None or not is_lost_rank(error):
                     raise
@@ -404,8 +405,9 @@ def _calibrate_best(run: Run) -> None:
     except ValueError as error:
         _logger.info(f'No calibration from similarities to probabilities: {error}')
         return
+    source = {'dataset': data.dataset.name, 'options': plain_options(data.dataset), 'split': 'validation'}
     if is_rank_zero():
-        save_calibration(calibration, folder)
+        save_calibration(replace(calibration, fitted_on={**calibration.fitted_on, **source}), folder)
 
 
 def _scores(report: Report) -> dict[str, float]:
@@ -496,17 +498,11 @@ def _save_batch(run: Run, step: int, folder: Path) -> None:
         about = []
         for modality, images in zip(MODALITIES, batch.inputs, strict=True):
             for image in _denormalized(images, run.augments[modality]):
-                row, name = batch.rows[len(about)], f'{len(about):03d}-{modality}.png'
+                number, name = len(about), f'{len(about):03d}-{modality}.png'
                 Image.fromarray(image.numpy()).save(temporary / name)
-                about.append(
-                    {
-                        'file': name,
-                        'identity': str(records.identity[row]),
-                        'path': str(records.path[row]),
-                        'modality': modality,
-                        'label': batch.labels[len(about)].item(),
-                    }
-                )
+                identity, path = (str(column[batch.rows[number]]) for column in (records.identity, records.path))
+                label = batch.labels[number].item()
+                about.append(dict(file=name, identity=identity, path=path, modality=modality, label=label))
         save_json(temporary / 'batch.json', about)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler
@@ -29,6 +30,7 @@ from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
 from ..models.dual_stream import DualStreamResNet
+from ..options import check_kinds
 from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
 from ..text import format_bytes
 from .config import TrainConfig
@@ -319,6 +321,7 @@ def load_data(config: TrainConfig, size: tuple[int, int, int], device: torch.dev
         device=device,
         skip_broken=config.skip_broken,
         workers=config.workers,
+        others=dataset.test if rank == 0 else None,
     )
     is_held_out = np.isin(dataset.train.identity, held_out.identities())
     intact = np.isin(np.arange(len(store)), store.intact())
@@ -369,6 +372,7 @@ def _probe_model(config: TrainConfig) -> DualStreamResNet:
     name, names = resolve_model_name(config.model), ', '.join(timm.list_models('vireid_*'))
     for args in ({}, model_args(config)):
         try:
+            check_kinds(args, [timm.create_model], 'argument ')
             model = timm.create_model(name, pretrained=False, device='meta', **args)
         except Exception as error:  # wrong arguments make timm and torch raise any type
             hint = '; check --model-kwargs' if args else f' (models of this library: {names})'
@@ -403,12 +407,13 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
 def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) -> ViReIDTask:
     task = ViReIDTask(
         model,
-        config.id_branches,
-        config.mutual,
-        config.global_weight,
-        config.fusion_weight,
-        config.triplet_weight,
-        config.smoothing,
+        id_branches=config.id_branches,
+        mutual=config.mutual,
+        global_weight=config.global_weight,
+        fusion_weight=config.fusion_weight,
+        mutual_constant=config.mutual_constant,
+        triplet_weight=config.triplet_weight,
+        smoothing=config.smoothing,
         gather_features=config.gather_features,
         device=device,
     )
@@ -469,21 +474,14 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
         ValueError: No such optimiser, not with these arguments, or not usable here.
     """
     scale = config.backbone_lr_scale if config.backbone_lr_scale is not None else 0.1 if config.pretrained else 1.0
-
-    def create(**options: Any) -> torch.optim.Optimizer:
-        options = {**optimizer_kwargs(config), **options}
-        optimizer = create_optimizer_v2(parameter_groups(model, scale), **options, **config.opt_kwargs)
-        if config.opt_kwargs and not getattr(optimizer, 'is_second_order', False):
-            device = next(model.parameters()).device
-            _try_steps(lambda groups: create_optimizer_v2(groups, **options, **config.opt_kwargs), device)
-        return optimizer
-
     fused = fused and not {'fused', 'foreach'} & set(config.opt_kwargs)
     try:
+        check_kinds(config.opt_kwargs, [create_optimizer_v2, get_optimizer_class(config.opt.split('_')[-1], False)])
+        create = partial(create_optimizer_v2, **optimizer_kwargs(config), **config.opt_kwargs)
         try:
-            optimizer = create(fused=True) if fused else create()
+            optimizer = create(parameter_groups(model, scale), **({'fused': True} if fused else {}))
         except (TypeError, RuntimeError):  # not fused: this optimiser, or this device
-            optimizer = create()
+            optimizer = create(parameter_groups(model, scale))
     except Exception as error:  # wrong arguments make timm and torch raise any type
         raise ValueError(
             f'cannot create the optimiser {config.opt!r}: {error}; --opt is one of timm.optim.list_optimizers(), and '
@@ -492,16 +490,6 @@ def create_optimizer(config: TrainConfig, model: nn.Module, fused: bool = True) 
     if getattr(optimizer, 'is_second_order', False):
         raise ValueError(f'--opt {config.opt} needs second derivatives, which are not computed here; choose another')
     return optimizer
-
-
-def _try_steps(create: Callable[[list], torch.optim.Optimizer], device: torch.device) -> None:
-    """Run an optimiser on one small weight: it meets some arguments of the wrong type only in its second step."""
-    with torch.random.fork_rng(devices=[]):  # some optimisers draw numbers
-        weight = nn.Parameter(torch.zeros(2, 2, device='cpu' if device.type == 'meta' else device))
-        weight.grad = torch.zeros_like(weight)
-        optimizer = create([{'params': [weight]}])
-        for _ in range(2):
-            optimizer.step()
 
 
 def parameter_groups(model: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:

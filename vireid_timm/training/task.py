@@ -46,6 +46,7 @@ class ViReIDTask(TrainingTask):
         mutual: str = 'joint-to-both',
         global_weight: float = 0.6,
         fusion_weight: float = 1.8,
+        mutual_constant: str = 'none',
         triplet_weight: float = 1.0,
         smoothing: float = 0.0,
         gather_features: bool = False,
@@ -60,6 +61,7 @@ class ViReIDTask(TrainingTask):
             mutual: Which pairs learn from each other (table 4); ignored by a model with one branch.
             global_weight: theta_1 of eq. 9.
             fusion_weight: theta_2 of eq. 10.
+            mutual_constant: Which branch of a pair gets no gradient, see `MutualLearningLoss`.
             triplet_weight: Weight of WRT on the features before BN.
             smoothing: Label smoothing of the identity losses.
             gather_features: Whether the triplet loss compares the images of all ranks.
@@ -83,7 +85,7 @@ class ViReIDTask(TrainingTask):
         self.gather_features = gather_features
         self._batch_size: int | None = None  # of all ranks, once they have compared theirs
         mode = mutual if len(model.branches) > 1 else 'none'
-        self.mutual_learning = MutualLearningLoss(mode, global_weight, fusion_weight)
+        self.mutual_learning = MutualLearningLoss(mode, global_weight, fusion_weight, mutual_constant)
         self.triplet = WeightedRegularizedTriplet()
 
     def convert_sync_batchnorm(self) -> None:

@@ -1,0 +1,489 @@
+"""The paper's tables as commands: each row is a recipe, trained and evaluated here.
+
+    python benchmarks/paper.py table1 --budget smoke                  a minute: does it run?
+    python benchmarks/paper.py table1 table4 --seeds 0 1 2            SynthVI v1 from scratch, 10 to 20 minutes a run
+    python benchmarks/paper.py table1 --budget full --dataset sysu_mm01 --data-dir SYSU-MM01
+    python benchmarks/paper.py report                                 the tables of all results so far
+
+A run that is there is not repeated, one that was interrupted goes on, and rows that several tables share are trained
+once. `--minutes` stops in time, `--jobs` trains several networks side by side. Every run appends its lines to
+`results.csv` in --output: one for each set of people, protocol and feature.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import synthvi_v1
+import torch
+import torch.nn.functional as F
+
+import vireid_timm
+from vireid_timm.device import resolve_device
+from vireid_timm.evaluation.confidence import bootstrap_intervals, paired_test
+from vireid_timm.evaluation.evaluate import evaluate_features
+from vireid_timm.evaluation.report import METRICS, query_values
+from vireid_timm.files import save_json, whole_file
+from vireid_timm.run_folder import SUMMARY, has_checkpoint
+from vireid_timm.training.config import load_yaml
+
+UNMIXED = {'channel_combination': False}
+UNERASED = {'reprob': 0.0}
+BASELINE = {'model': 'baseline'}
+
+# A cell is what it changes in the paper's full method.
+CELLS: dict[str, dict[str, Any]] = {
+    'full': {},
+    'baseline': {**BASELINE, **UNMIXED, **UNERASED},
+    'fusion': {'mutual': 'none', **UNMIXED, **UNERASED},
+    'rcc': {**BASELINE, **UNERASED},
+    'cre': {**BASELINE, **UNMIXED},
+    'rcc+cre': BASELINE,
+    'no mutual': {'mutual': 'none'},
+    **{
+        f'layers {" ".join(map(str, layers))}': {'model_kwargs': {'fuse_layers': layers}}
+        for layers in ((1, 2), (1, 3), (2, 3), (1, 2, 4), (1, 3, 4), (2, 3, 4), (1, 2, 3, 4))
+    },
+    'joint only': {'id_branches': ['joint'], 'mutual': 'none'},
+    'mutual only': {'id_branches': ['joint'], 'global_weight': 1.0, 'fusion_weight': 1.0},
+    'unweighted': {'global_weight': 1.0, 'fusion_weight': 1.0},
+    'global-to-fusion': {'mutual': 'global-to-fusion'},
+    'joint-to-global': {'mutual': 'joint-to-global'},
+    'joint-to-fusion': {'mutual': 'joint-to-fusion'},
+    **{
+        f'theta1 {weight}': {'global_weight': weight, 'fusion_weight': 1.0} for weight in (0.0, 0.2, 0.4, 0.6, 1.5, 2.0)
+    },
+    **{f'theta2 {weight}': {'fusion_weight': weight} for weight in (0.0, 0.4, 1.4, 2.0)},
+    'width 256': {'model_kwargs': {'fuse_width': 256}},
+    'partner constant': {'mutual_constant': 'partner'},
+    'teacher constant': {'mutual_constant': 'teacher'},
+}
+# Rows of a table: label, cell, and what the paper reports (rank-1 and mAP on SYSU-MM01, all-search, single-shot).
+TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
+    'table1': [
+        ('baseline', 'baseline', (49.86, 46.55)),
+        ('+ fusion', 'fusion', (54.12, 52.99)),
+        ('+ RCC', 'rcc', (56.87, 54.30)),
+        ('+ CRE', 'cre', (59.48, 59.16)),
+        ('+ RCC, CRE', 'rcc+cre', (65.45, 60.78)),
+        ('+ RCC, CRE, fusion', 'no mutual', (69.68, 65.66)),
+        ('+ RCC, CRE, fusion, DML: the method', 'full', (72.57, 68.61)),
+    ],
+    'table2': [
+        ('layers 1, 2', 'layers 1 2', (66.01, 62.30)),
+        ('layers 1, 3', 'layers 1 3', (71.58, 67.19)),
+        ('layers 2, 3', 'layers 2 3', (72.39, 68.10)),
+        ('layers 1, 2, 3: the method', 'full', (72.57, 68.61)),
+        ('layers 1, 2, 4', 'layers 1 2 4', (67.59, 65.39)),
+        ('layers 1, 3, 4', 'layers 1 3 4', (70.21, 66.83)),
+        ('layers 2, 3, 4', 'layers 2 3 4', (71.08, 67.43)),
+        ('layers 1, 2, 3, 4', 'layers 1 2 3 4', (71.69, 67.52)),
+    ],
+    'table3': [
+        ('neither', 'joint only', (69.59, 65.36)),
+        ('L_id', 'no mutual', (69.68, 65.66)),
+        ('L_KD', 'mutual only', (68.37, 65.32)),
+        ('L_id, L_KD', 'unweighted', (71.24, 67.38)),
+        ('L_id, L_KD, LSR: the method', 'full', (72.57, 68.61)),
+    ],
+    'table4': [
+        ('none', 'no mutual', (69.68, 65.66)),
+        ('global and fusion', 'global-to-fusion', (68.67, 64.31)),
+        ('joint and global', 'joint-to-global', (70.18, 65.95)),
+        ('joint and fusion', 'joint-to-fusion', (70.87, 66.78)),
+        ('joint and both: the method', 'full', (72.57, 68.61)),
+    ],
+    'fig4': [
+        ('θ1 = 0, θ2 = 1', 'theta1 0.0', None),
+        ('θ1 = 0.2, θ2 = 1', 'theta1 0.2', None),
+        ('θ1 = 0.4, θ2 = 1', 'theta1 0.4', None),
+        ('θ1 = 0.6, θ2 = 1', 'theta1 0.6', None),
+        ('θ1 = 1, θ2 = 1', 'unweighted', (71.24, 67.38)),
+        ('θ1 = 1.5, θ2 = 1', 'theta1 1.5', None),
+        ('θ1 = 2, θ2 = 1', 'theta1 2.0', None),
+        ('θ1 = 0.6, θ2 = 0', 'theta2 0.0', None),
+        ('θ1 = 0.6, θ2 = 0.4', 'theta2 0.4', None),
+        ('θ1 = 0.6, θ2 = 1.4', 'theta2 1.4', None),
+        ('θ1 = 0.6, θ2 = 1.8: the method', 'full', (72.57, 68.61)),
+        ('θ1 = 0.6, θ2 = 2', 'theta2 2.0', None),
+    ],
+    'readings': [
+        ('baseline with RCC and CRE', 'rcc+cre', None),
+        ('fusion without mutual learning', 'no mutual', None),
+        ('both branches of a pair learn', 'full', None),
+        ('in each direction the partner is constant', 'partner constant', None),
+        ('the joint branch teaches and is constant', 'teacher constant', None),
+        ('both learn, fusion 256 channels wide', 'width 256', None),
+    ],
+}
+# What a table claims: the first cell is better than the second.
+CLAIMS: dict[str, list[tuple[str, str]]] = {
+    'table1': [
+        ('fusion', 'baseline'),
+        ('rcc', 'baseline'),
+        ('cre', 'baseline'),
+        ('rcc+cre', 'baseline'),
+        ('no mutual', 'rcc+cre'),
+        ('full', 'no mutual'),
+        ('full', 'rcc+cre'),
+    ],
+    'table2': [('full', row[1]) for row in TABLES['table2'] if row[1] != 'full'],
+    'table3': [('full', row[1]) for row in TABLES['table3'] if row[1] != 'full'],
+    'table4': [(row[1], 'no mutual') for row in TABLES['table4'] if row[1] != 'no mutual'],
+    'fig4': [],
+    'readings': [(row[1], 'rcc+cre') for row in TABLES['readings'] if row[1] != 'rcc+cre']
+    + [('teacher constant', 'full'), ('partner constant', 'full'), ('full', 'width 256')],
+}
+
+SMALL = {  # from scratch, AdamW got further than the paper's SGD in the same time
+    'val_share': 0.0,
+    'identities_per_batch': 16,
+    'images_per_modality': 2,
+    'pad': 5,
+    'opt': 'adamw',
+    'lr': 0.001,
+    'weight_decay': 0.02,
+    'sched': 'cosine',
+    'sched_on_updates': True,
+    'warmup_epochs': 1,
+    'warmup_lr': 0.0001,
+}
+# Budget: its description, the two networks (method and baseline), and what differs from the recipe of the paper.
+BUDGETS: dict[str, dict[str, Any]] = {
+    'smoke': {
+        'title': 'ResNet-10-T from scratch, one epoch on 8 rendered people at 64x32: shows only that it runs',
+        'method': 'vireid_dml_r10t',
+        'baseline': 'vireid_base_r10t',
+        'width': 64,
+        'settings': {
+            **SMALL,
+            'identities_per_batch': 8,
+            'pad': 2,
+            'epochs': 1,
+            'warmup_epochs': 0,
+            'input_size': [3, 64, 32],
+        },
+    },
+    'cpu': {
+        'title': 'ResNet-10-T from scratch, 6 epochs of 251 batches of 64 images at 128x64',
+        'method': 'vireid_dml_r10t',
+        'baseline': 'vireid_base_r10t',
+        'width': 64,
+        'settings': {**SMALL, 'epochs': 6},
+    },
+    'gpu': {
+        'title': 'ResNet-50 from scratch, 40 epochs of batches of 64 images at 288x144',
+        'method': 'vireid_dml_r50',
+        'baseline': 'vireid_base_r50',
+        'width': 256,
+        'settings': {**SMALL, 'pad': 10, 'epochs': 40},
+    },
+    'full': {
+        'title': "the paper's recipe: ResNet-50 from ImageNet weights, 80 epochs at 288x144",
+        'method': 'vireid_dml_r50.tv_in1k',
+        'baseline': 'vireid_base_r50.tv_in1k',
+        'width': 256,
+        'settings': {name: value for name, value in load_yaml('sysu_mm01').items() if name not in ('dataset', 'model')},
+    },
+}
+FEATURES = ('after BN', 'before BN', 'global', 'fusion')  # the last two are parts of the joint feature after BN
+MAIN_PROTOCOL = {
+    'sysu_mm01': 'all-single',
+    'regdb': 'visible-to-infrared',
+    'llcm': 'visible-to-infrared',
+}  # others: infrared-to-visible
+COLUMNS = (
+    *('dataset', 'budget', 'cell', 'seed', 'split', 'protocol', 'feature', *METRICS, 'queries'),
+    *('train_accuracy', 'train_images_per_second', 'parameters', 'features', 'commit', 'hardware', 'torch', 'finished'),
+)
+
+_logger = logging.getLogger('paper')
+
+
+def settings_of(cell: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of `vireid_timm.train` for one run."""
+    budget, changes = BUDGETS[args.budget], dict(CELLS[cell])
+    is_baseline = changes.pop('model', '') == 'baseline'
+    settings = {**budget['settings'], **changes, 'model': budget['baseline' if is_baseline else 'method']}
+    if not is_baseline:
+        settings['model_kwargs'] = {'fuse_width': budget['width'], **changes.get('model_kwargs', {})}
+    data = {'dataset': args.dataset, 'data_dir': args.data_dir}
+    if args.dataset == 'synthetic':
+        small = dict(identities=8, test_identities=0, images_per_modality=2)
+        data = {'dataset': 'synthetic', 'dataset_kwargs': small if args.budget == 'smoke' else synthvi_v1.TRAINING}
+    return {
+        **settings,
+        **data,
+        'seed': seed,
+        'output': str(args.output),
+        'experiment': folder_of(cell, seed, args).name,
+    }
+
+
+def folder_of(cell: str, seed: int, args: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    return args.output / f'{args.dataset}-{args.budget}-{cell.replace(" ", "-")}-seed{seed}'
+
+
+def test_sets(args: argparse.Namespace) -> dict[str, vireid_timm.Dataset]:
+    """The sets of people that every run is evaluated on, by name."""
+    if args.dataset != 'synthetic':
+        return {'test': vireid_timm.create_dataset(args.dataset, args.data_dir)}
+    if args.budget == 'smoke':
+        tiny = dict(identities=0, first_identity=8, test_identities=8, images_per_modality=2)
+        return {split: vireid_timm.create_dataset('synthetic', **tiny) for split in ('validation', 'test')}
+    return {split: vireid_timm.create_dataset('synthetic', **options) for split, options in synthvi_v1.SPLITS.items()}
+
+
+def run_cell(cell: str, seed: int, args: argparse.Namespace) -> None:
+    """Train one cell with one seed, or go on with it, and evaluate it; `lines.json` in its folder says it is done."""
+    folder = folder_of(cell, seed, args)
+    if (folder / 'lines.json').is_file():
+        return
+    vireid_timm.train({'resume': str(folder)} if has_checkpoint(folder) else settings_of(cell, seed, args))
+    model = vireid_timm.load_model(folder)
+    with open(folder / SUMMARY, encoding='utf-8', newline='') as file:
+        last = list(csv.DictReader(file))[-1]
+    facts = {
+        'dataset': 'SynthVI v1' if args.dataset == 'synthetic' else args.dataset,
+        'budget': args.budget,
+        'cell': cell,
+        'seed': seed,
+        'train_accuracy': round(float(last['train_accuracy']), 4),
+        'train_images_per_second': round(float(last['train_images_per_second']), 1),
+        'parameters': sum(value.numel() for value in model.parameters()),
+        'features': model.num_features,
+        'commit': commit(),
+        'hardware': hardware(),
+        'torch': torch.__version__,
+        'finished': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    }
+    lines = []
+    for split, dataset in test_sets(args).items():
+        protocols = [name for name in vireid_timm.protocols_of(dataset) if name != 'mixed']
+        for feature, values in features_of(model, dataset):
+            report = evaluate_features(values, dataset, protocols)
+            report.save(folder / f'{split}, {feature}.json')
+            for protocol, result in report.protocols.items():
+                scores = {name: round(100 * result.mean[name], 4) for name in METRICS}
+                where = {'split': split, 'protocol': protocol, 'feature': feature}
+                lines.append({**facts, **where, **scores, 'queries': result.num_valid_queries})
+    save_json(folder / 'lines.json', lines)
+
+
+def features_of(model: torch.nn.Module, dataset: vireid_timm.Dataset) -> Iterator[tuple[str, torch.Tensor]]:
+    """L2-normalised features of the test images, by name."""
+    after = vireid_timm.embed(model, dataset.test, cache='auto')[0]
+    yield 'after BN', after
+    yield 'before BN', vireid_timm.embed(model, dataset.test, cache='auto', features='before-bn')[0]
+    if len(model.branches) > 1:
+        width = model.global_head.num_features
+        yield 'global', F.normalize(after[:, :width])
+        yield 'fusion', F.normalize(after[:, width:])
+
+
+def commit() -> str:
+    """The commit of this checkout, or nothing outside of git."""
+    folder = Path(__file__).parent
+    command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def hardware() -> str:
+    """The device in words."""
+    device = resolve_device()
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{platform.machine()}, {torch.get_num_threads()} threads'
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Append the lines of runs that the table does not have yet, and return all of its lines."""
+    path = args.output / 'results.csv'
+    known = []
+    if path.is_file():
+        with open(path, encoding='utf-8', newline='') as file:
+            known = list(csv.DictReader(file))
+    done = {(line['dataset'], line['budget'], line['cell'], line['seed']) for line in known}
+    for finished in sorted(args.output.glob('*/lines.json')):
+        lines = [{name: str(value) for name, value in line.items()} for line in json.loads(finished.read_text())]
+        known += [line for line in lines if (line['dataset'], line['budget'], line['cell'], line['seed']) not in done]
+    with whole_file(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(known)
+    return known
+
+
+def train_all(args: argparse.Namespace) -> bool:
+    """Train all cells of the tables, each in a process of its own; return whether all of them are done."""
+    cells = list(dict.fromkeys(cell for table in args.what for _, cell, _ in TABLES[table]))
+    waiting = [(cell, seed) for seed in args.seeds for cell in cells]
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
+
+    def work(run: tuple[str, int]) -> bool:
+        cell, seed = run
+        left = end - time.monotonic()
+        if (folder_of(cell, seed, args) / 'lines.json').is_file():
+            return True
+        if left <= 0:
+            return False
+        _logger.info('%s, seed %d', cell, seed)
+        # Beside it, so that nothing of a run can fail another one, and memory is given back.
+        options = ['--cell', cell, '--seeds', str(seed), '--output', str(args.output), '--budget', args.budget]
+        data = ['--dataset', args.dataset, *(['--data-dir', args.data_dir] if args.data_dir else [])]
+        process = subprocess.Popen([sys.executable, __file__, 'cell', *options, *data])
+        try:
+            status = process.wait(None if left == float('inf') else left)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # it saves a checkpoint
+            status = process.wait()
+        if status not in (0, 143):
+            _logger.error('%s, seed %d ended with status %d', cell, seed, status)
+        collect(args)
+        return status == 0
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return all(list(pool.map(work, waiting)))
+
+
+def report(args: argparse.Namespace) -> str:
+    """The tables of everything that is measured, as Markdown."""
+    lines, text = collect(args), []
+    for dataset, budget in dict.fromkeys((line['dataset'], line['budget']) for line in lines):
+        group = [line for line in lines if (line['dataset'], line['budget']) == (dataset, budget)]
+        for table, rows in TABLES.items():
+            cells = {line['cell'] for line in group}
+            if sum(cell in cells for _, cell, _ in rows) > 1 and (args.what == ['report'] or table in args.what):
+                text += [table_text(table, dataset, budget, group, args), '']
+    return '\n'.join(text)
+
+
+def table_text(table: str, dataset: str, budget: str, lines: list[dict[str, str]], args: argparse.Namespace) -> str:
+    """One table with its paired tests."""
+    split = 'validation' if table == 'readings' and dataset == 'SynthVI v1' else 'test'
+    protocol = MAIN_PROTOCOL.get(dataset, 'infrared-to-visible')
+    lines = [line for line in lines if line['split'].startswith(split) and line['protocol'] == protocol]
+    splits = list(dict.fromkeys(line['split'] for line in lines))
+    has_paper = dataset == 'sysu_mm01'
+    header = ['', 'seeds', 'training accuracy', *(['paper: rank-1, mAP'] if has_paper else [])]
+    header += [
+        f'{split}: {name}' for split in splits for name in ('rank-1', *(f'mAP {feature}' for feature in FEATURES))
+    ]
+    rows = [header]
+    for label, cell, published in TABLES[table]:
+        own = [line for line in lines if line['cell'] == cell]
+        seeds = sorted({line['seed'] for line in own})
+        row = [label, ' '.join(seeds), spread([100 * float(line['train_accuracy']) for line in first_of_seed(own)])]
+        row += [f'{published[0]}, {published[1]}' if published else ''] if has_paper else []
+        for split in splits:
+            for feature, metric in (('after BN', 'rank1'), *((feature, 'mAP') for feature in FEATURES)):
+                row.append(
+                    spread(
+                        [float(line[metric]) for line in own if (line['split'], line['feature']) == (split, feature)]
+                    )
+                )
+        rows.append(row)
+    title = (
+        f'### {table}: {dataset}, {protocol}\n\n{BUDGETS[budget]["title"]}. In per cent, mean ± deviation over seeds.'
+    )
+    tests = [test for pair in CLAIMS[table] for test in paired(pair, splits, lines, budget, protocol, args)]
+    heading = ['is better than', 'people', 'seeds', 'ahead in', 'difference in mAP', '95 %', 'p']
+    return '\n\n'.join([title, markdown(rows), *([markdown([heading, *tests])] if tests else [])])
+
+
+def first_of_seed(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One line of each seed."""
+    return list({line['seed']: line for line in lines}.values())
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    if not values:
+        return ''
+    return f'{statistics.mean(values):.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
+
+
+def paired(
+    pair: tuple[str, str],
+    splits: list[str],
+    lines: list[dict[str, str]],
+    budget: str,
+    protocol: str,
+    args: argparse.Namespace,
+) -> Iterator[list[str]]:
+    """Compare two cells person by person, each averaged over their common seeds, with features after BN.
+
+    Queries of one person are not independent of each other, so the people are resampled, not the queries. That covers
+    other people, not other seeds: 'ahead in' shows those.
+    """
+    better, worse = ({line['seed'] for line in lines if line['cell'] == cell} for cell in pair)
+    seeds = sorted(better & worse)
+    for split in splits if seeds else []:
+        differences = []
+        for seed in seeds:
+            aps = []
+            for cell in pair:
+                namespace = argparse.Namespace(**{**vars(args), 'budget': budget})
+                path = folder_of(cell, int(seed), namespace) / f'{split}, after BN.json'
+                if not path.is_file():
+                    return
+                result = vireid_timm.Report.load(path)[protocol]
+                identities, ap = np.asarray(result.queries['identity']), query_values(result)[1]
+                aps.append([np.nanmean(ap[identities == name]) for name in sorted(set(identities.tolist()))])
+            differences.append(np.subtract(*aps))
+        mean = np.mean(differences, axis=0)
+        ahead = sum(float(difference.mean()) > 0 for difference in differences)
+        ((low, high),) = bootstrap_intervals(mean[None])
+        numbers = [f'{100 * mean.mean():+.1f}', f'{100 * low:+.1f} to {100 * high:+.1f}']
+        p = paired_test(np.zeros_like(mean), mean)
+        yield [f'{pair[0]} > {pair[1]}', split, str(len(seeds)), f'{ahead} of {len(seeds)}', *numbers, f'{p:.4f}']
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    head, *body = (f'| {" | ".join(row)} |' for row in rows)
+    return '\n'.join([head, '|' + '---|' * len(rows[0]), *body])
+
+
+def main() -> None:
+    """Train what was asked for, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='+', choices=(*TABLES, 'report', 'cell'))
+    parser.add_argument('--budget', choices=BUDGETS, default='cpu', help='how much is trained (default: cpu)')
+    parser.add_argument('--dataset', default='synthetic', help='synthetic is SynthVI v1 (default: synthetic)')
+    parser.add_argument('--data-dir', default='')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--jobs', type=int, default=1, help='trainings side by side (default: 1)')
+    parser.add_argument('--minutes', type=float, help='stop after this time; another call goes on')
+    parser.add_argument('--output', type=Path, default=Path('output/paper'))
+    parser.add_argument('--cell', choices=CELLS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', stream=sys.stderr)
+    if args.cell:
+        for seed in args.seeds:
+            run_cell(args.cell, seed, args)
+        return
+    complete = args.what == ['report'] or train_all(args)
+    print(report(args))
+    print(json.dumps({'complete': complete, 'results': str(args.output / 'results.csv')}))
+    if not complete:
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
