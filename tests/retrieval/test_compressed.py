@@ -147,6 +147,9 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         compressed.open(tmp_path)
     with pytest.raises(ValueError, match='no features to compress'):
         compressed.build(np.empty((0, 8), np.float16), tmp_path / 'index')
+    (tmp_path / compressed.INDEX).write_bytes(b'IxPT')
+    with pytest.raises(ValueError, match='is damaged'):
+        compressed.open(tmp_path)
     monkeypatch.setitem(sys.modules, 'faiss', None)
     for call in (lambda: compressed.open(tmp_path), lambda: compressed.build(clustered(2, 8), tmp_path / 'index')):
         with pytest.raises(ValueError, match=r'vireid_timm\[search\]'):

@@ -42,13 +42,16 @@ class Compressed:
 
         Raises:
             FileNotFoundError: There is nothing.
-            ValueError: FAISS is not installed.
+            ValueError: It is damaged, or FAISS is not installed.
         """
         self._faiss = require_faiss()
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f'there are no compressed features in {folder}')
         flags = self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
-        self._index = self._faiss.read_index(str(folder / INDEX), flags)
+        try:
+            self._index = self._faiss.read_index(str(folder / INDEX), flags)
+        except RuntimeError as error:
+            raise ValueError(f'{folder / INDEX} is damaged ({error}); build it again') from error
         lists = self._faiss.extract_index_ivf(self._index)
         self.lists = lists.nlist
         # Threads that read ahead cost each query more than they save.
@@ -134,7 +137,10 @@ def build(features: np.ndarray, folder: str | Path, seed: int = 0) -> None:
         index = _learned(faiss, features, seed)
         for rows in _slices(*features.shape):
             index.add(features[rows].astype(np.float32))
-        faiss.write_index(index, str(temporary / INDEX))
+        try:
+            faiss.write_index(index, str(temporary / INDEX))
+        except RuntimeError as error:
+            raise OSError(f'cannot write {folder}: {error}') from error
 
 
 def _learned(faiss: ModuleType, features: np.ndarray, seed: int) -> Any:
