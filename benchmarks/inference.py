@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import timm
 import torch
@@ -77,7 +78,8 @@ def export(name: str, folder: Path, size: tuple[int, int] | None) -> tuple[int, 
             folder / f'int8/{modality}.onnx',
             RenderedImages(images, modality),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=['Conv'],
+            op_types_to_quantize=['Conv', 'Softmax'],  # onnxruntime 1.20 fails without the range of a softmax
+            nodes_to_quantize=[node.name for node in onnx.load(prepared).graph.node if node.op_type == 'Conv'],
             per_channel=True,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,

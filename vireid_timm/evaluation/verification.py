@@ -1,11 +1,11 @@
 """Yes or no instead of ranks: verification of pairs, and open-set identification.
 
 An answer is accepted if its similarity exceeds a threshold. FAR and TAR are the shares of accepted pairs of different
-people and of the same person (ISO/IEC 19795-1). FPIR and FNIR follow NIST's evaluation of one-to-many search (Grother
-et al., NISTIR 8271, section 3): FPIR is the share of searches for people who are not in the gallery that return anybody
-above the threshold; FNIR is the share of searches for people who are in it that miss them, because their best image is
-not above the threshold or not at rank 1. Every query searches once with the gallery, and once without the images of its
-own person (leave-identity-out), so nobody has to be set aside.
+people and of the same person (ISO/IEC 19795-1 calls them FMR and 1 - FNMR). FPIR and FNIR follow NIST's evaluation of
+one-to-many search (Grother et al., NISTIR 8271): FPIR is the share of searches for people who are not in the gallery
+that return anybody above the threshold; FNIR is the share of searches for people who are in it that miss them, because
+their best image is not above the threshold or not at rank 1. Every query searches once with the gallery, and once
+without the images of its own person (leave-identity-out), so nobody has to be set aside.
 
 A threshold is the lowest that keeps the rate of false acceptance, and ties count against the model. Only the most
 similar pairs of different people decide about it, so only these are kept, for all galleries that share the
