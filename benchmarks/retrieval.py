@@ -1,6 +1,6 @@
 """How fast and how exact galleries of ten thousand to a million images are searched.
 
-    python benchmarks/retrieval.py --folder DIR               everything: needs 8 GB in DIR and about 25 minutes
+    python benchmarks/retrieval.py --folder DIR               everything: needs 8 GB in DIR, about 15 minutes
     python benchmarks/retrieval.py --folder DIR --images 1000000 --save benchmarks/results/retrieval.cpu.json
     python benchmarks/retrieval.py --folder DIR --no-times    recall and size only, for a machine that is busy
 

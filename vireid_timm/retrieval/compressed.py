@@ -53,6 +53,7 @@ class Compressed:
         except RuntimeError as error:
             raise ValueError(f'{folder / INDEX} is damaged ({error}); build it again') from error
         lists = self._faiss.extract_index_ivf(self._index)
+        lists.parallel_mode = 1  # all cores for a single query, too
         self.lists = lists.nlist
         # Threads that read ahead cost each query more than they save.
         self._faiss.downcast_InvertedLists(lists.invlists).prefetch_nthread = 0
