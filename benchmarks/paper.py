@@ -164,10 +164,13 @@ SMALL = {  # from scratch, AdamW got further than the paper's SGD in the same ti
 # Budget: its description, the two networks (method and baseline), and what differs from the recipe of the paper.
 BUDGETS: dict[str, dict[str, Any]] = {
     'smoke': {
-        'title': 'ResNet-10-T from scratch, one epoch on 8 rendered people at 64x32: shows only that it runs',
+        'title': 'a thin ResNet-10-T from scratch, one epoch on 8 rendered people at 64x32: shows only that it runs',
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
-        'width': 64,
+        'model_kwargs': {
+            'resnet_args': dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32))
+        },
+        'width': 8,
         'settings': {
             **SMALL,
             'identities_per_batch': 8,
@@ -218,8 +221,8 @@ def settings_of(cell: str, seed: int, args: argparse.Namespace) -> dict[str, Any
     budget, changes = BUDGETS[args.budget], dict(CELLS[cell])
     is_baseline = changes.pop('model', '') == 'baseline'
     settings = {**budget['settings'], **changes, 'model': budget['baseline' if is_baseline else 'method']}
-    if not is_baseline:
-        settings['model_kwargs'] = {'fuse_width': budget['width'], **changes.get('model_kwargs', {})}
+    width = {} if is_baseline else {'fuse_width': budget['width']}
+    settings['model_kwargs'] = {**budget.get('model_kwargs', {}), **width, **changes.get('model_kwargs', {})}
     data = {'dataset': args.dataset, 'data_dir': args.data_dir}
     if args.dataset == 'synthetic':
         small = dict(identities=8, test_identities=0, images_per_modality=2)
