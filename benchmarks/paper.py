@@ -39,6 +39,7 @@ from vireid_timm.evaluation.report import METRICS, query_values
 from vireid_timm.files import save_json, whole_file
 from vireid_timm.run_folder import SUMMARY, has_checkpoint
 from vireid_timm.training.config import load_yaml
+from vireid_timm.training.interrupt import Stopped
 
 UNMIXED = {'channel_combination': False}
 UNERASED = {'reprob': 0.0}
@@ -478,8 +479,11 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', stream=sys.stderr)
     if args.cell:
-        for seed in args.seeds:
-            run_cell(args.cell, seed, args)
+        try:
+            for seed in args.seeds:
+                run_cell(args.cell, seed, args)
+        except Stopped as stopped:  # another call goes on
+            sys.exit(stopped.status)
         return
     complete = args.what == ['report'] or train_all(args)
     print(report(args))
