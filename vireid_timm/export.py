@@ -337,7 +337,9 @@ def _compute_onnx(file: Path) -> Compute:
 
 
 def _compute_program(file: Path) -> Compute:
-    program = torch.export.load(file).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch 2.11 warns of how it reads its own files
+        program = torch.export.load(file).module()
 
     def compute(batch: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
         with torch.inference_mode():
