@@ -83,10 +83,14 @@ class Training:
         """Whether a checkpoint was written since this was called first."""
         before = self._stamp()
         while True:
-            yield self._stamp() != before
+            yield self._stamp() not in (before, 0)
 
     def _stamp(self) -> int:
-        return (self.run / LAST).stat().st_mtime_ns if (self.run / LAST).exists() else 0
+        """When the last checkpoint was written; 0 if there is none, or it is just being replaced."""
+        try:
+            return (self.run / LAST).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
 
 def equal(first: Any, second: Any) -> bool:
