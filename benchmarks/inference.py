@@ -3,7 +3,6 @@
     python benchmarks/inference.py                                    about ten minutes on two quiet cores
     python benchmarks/inference.py --models vireid_dml_r10t.synthvi   one minute
     python benchmarks/inference.py --save benchmarks/results/inference.cpu.json
-    python benchmarks/inference.py --clock cpu --threads 1 --batches 1 8      where others compute, too
 
 Every variant computes the features of infrared images of 8 bits, in batches of 1 and 32; variants take turns, so that a
 busy machine slows all of them. The int8 variant is onnxruntime's static quantisation of the exported file, calibrated
@@ -42,7 +41,6 @@ MODELS = ('vireid_dml_r50', 'vireid_dml_r10t.synthvi')
 PEOPLE = dict(identities=0, test_identities=200, images_per_modality=4, seed=13)
 CALIBRATION = dict(identities=0, test_identities=16, images_per_modality=4, seed=12)
 PROTOCOL = 'infrared-to-visible'
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 Compute = Callable[[np.ndarray], np.ndarray]
 
@@ -122,16 +120,15 @@ def variants(name: str, folder: Path, modality: str) -> dict[str, Compute]:
     }
 
 
-def latency(computes: dict[str, Compute], batch: np.ndarray, repeats: int, clock: str) -> dict[str, float]:
+def latency(computes: dict[str, Compute], batch: np.ndarray, repeats: int) -> dict[str, float]:
     """Median milliseconds of a call of each variant; they take turns after one call each to warm up."""
-    now = CLOCKS[clock]
     taken = {name: [] for name in computes}
     for repeat in range(repeats + 1):
         for name, compute in computes.items():
-            start = now()
+            start = time.perf_counter()
             compute(batch)
             if repeat:
-                taken[name].append(1000 * (now() - start))
+                taken[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -171,7 +168,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         for count in args.batches:
             batch = rng.integers(256, size=(count, 3, *size), dtype=np.uint8)
-            result['ms'][str(count)] = latency(computes, batch, args.repeats, args.clock)
+            result['ms'][str(count)] = latency(computes, batch, args.repeats)
         if '.' in name and not timm.get_pretrained_cfg(name).tag.endswith('in1k'):
             dataset = vireid_timm.create_dataset('synthetic', **{**PEOPLE, 'test_identities': args.people})
             result['mAP'] = scores(name, folder, image_store(dataset.test, size), dataset)
@@ -199,8 +196,6 @@ def main() -> None:
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='without a tag: untrained')
     parser.add_argument('--batches', nargs='+', type=int, default=(1, 32))
     parser.add_argument('--repeats', type=int, default=7)
-    text = 'wall: what a caller waits; cpu: processor time of all threads, which a busy machine changes less'
-    parser.add_argument('--clock', choices=CLOCKS, default='wall', help=text)
     parser.add_argument('--threads', type=int, help="default: torch's")
     parser.add_argument('--size', nargs=2, type=int, help="height and width (default: the model's)")
     parser.add_argument('--people', type=int, default=200, help='people on whom mAP is measured')
@@ -213,7 +208,6 @@ def main() -> None:
         if args.save:
             save_json(args.save, {'models': models})
     result = {
-        'clock': args.clock,
         'protocol': PROTOCOL,
         'people': {**PEOPLE, 'test_identities': args.people},
         'models': models,

@@ -5,8 +5,8 @@
     python benchmarks/paper.py table1 --budget full --dataset sysu_mm01 --data-dir SYSU-MM01
     python benchmarks/paper.py report                                 the tables of all results so far
 
-A run that is there is not repeated, one that was interrupted goes on, and rows that several tables share are trained
-once. `--minutes` stops in time, `--jobs` trains several networks side by side. Every run appends its lines to
+Finished runs are not repeated, interrupted ones are resumed, and rows that several tables share are trained once.
+`--minutes` sets a time limit, and `--jobs` trains several networks side by side. Every run appends its lines to
 `results.csv` in --output: one for each set of people, protocol and feature.
 """
 
@@ -253,7 +253,7 @@ def test_sets(args: argparse.Namespace) -> dict[str, vireid_timm.Dataset]:
 
 
 def run_cell(cell: str, seed: int, args: argparse.Namespace) -> None:
-    """Train one cell with one seed, or go on with it, and evaluate it; `lines.json` in its folder says it is done."""
+    """Train or resume one cell with one seed, evaluate it, and write `lines.json` to its folder when it is finished."""
     folder = folder_of(cell, seed, args)
     if (folder / 'lines.json').is_file():
         return
@@ -473,7 +473,7 @@ def main() -> None:
     parser.add_argument('--data-dir', default='')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--jobs', type=int, default=1, help='trainings side by side (default: 1)')
-    parser.add_argument('--minutes', type=float, help='stop after this time; another call goes on')
+    parser.add_argument('--minutes', type=float, help='stop after this time; the same command resumes')
     parser.add_argument('--output', type=Path, default=Path('output/paper'))
     parser.add_argument('--cell', choices=CELLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -482,7 +482,7 @@ def main() -> None:
         try:
             for seed in args.seeds:
                 run_cell(args.cell, seed, args)
-        except Stopped as stopped:  # another call goes on
+        except Stopped as stopped:  # it has saved a checkpoint
             sys.exit(stopped.status)
         return
     complete = args.what == ['report'] or train_all(args)

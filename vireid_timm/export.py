@@ -3,6 +3,7 @@
 A file takes 8-bit images that are resized already, and returns features of length 1.
 """
 
+import importlib
 import json
 import logging
 import warnings
@@ -168,8 +169,8 @@ def _check_folder(folder: Path, format: str) -> Path:
 
 def _check_packages() -> None:
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        for name in ('onnx', 'onnxruntime'):
+            importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
             f'the format onnx needs the extra `export` (pip install "vireid_timm[export]"), or choose pt2: {error}'

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -268,6 +269,7 @@ def test_an_interrupt_during_the_imports_shows_nothing(as_module: bool, tmp_path
         capture_output=True,
         text=True,
         timeout=50,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
         env={**os.environ, 'PYTHONPATH': path},
         check=False,
     )

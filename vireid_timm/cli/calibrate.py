@@ -3,12 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..constants import DATASETS, DRAWS
+from ..constants import DRAWS
 from ..files import expanded_path
 from .parser import (
     Parser,
     add_batch_size_flag,
     add_data_flags,
+    add_dataset_flag,
     add_decoding_flags,
     add_device_flag,
     add_feature_flags,
@@ -47,8 +48,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_data(group: Any) -> None:
-    text = f'reader: {", ".join(DATASETS)} (default: folder)'
-    group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
+    add_dataset_flag(group)
     add_data_flags(group)
     text = 'protocols across the modalities whose pairs are used (default: the first of each direction)'
     group.add_argument('--protocol', nargs='+', metavar='NAME', help=text)

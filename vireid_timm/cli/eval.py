@@ -6,13 +6,14 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..constants import DATASETS, DRAWS, GROUPINGS, RERANKINGS
+from ..constants import DRAWS, GROUPINGS, RERANKINGS
 from ..files import expanded_path
 from ..training.config import MODEL_HELP
 from .parser import (
     Parser,
     add_batch_size_flag,
     add_data_flags,
+    add_dataset_flag,
     add_decoding_flags,
     add_device_flag,
     add_feature_flags,
@@ -49,8 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_data(group: Any) -> None:
-    text = f'reader: {", ".join(DATASETS)} (default: folder)'
-    group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
+    add_dataset_flag(group)
     add_data_flags(group)
     text = "protocols to run (default: all of the dataset's)"
     group.add_argument('--protocol', nargs='+', metavar='NAME', help=text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from ..constants import CACHES, CROPS, FEATURES
+from ..constants import CACHES, CROPS, DATASETS, FEATURES
 from ..files import expanded_path
 
 
@@ -58,6 +58,12 @@ class KeyValues(ParseKwargs):
 def add_switch(group: Any, flag: str, text: str, **argument: Any) -> None:
     """Add `--flag` and `--no-flag`, with their help text exactly as given: old argparse adds a default to it."""
     group.add_argument(flag, action=argparse.BooleanOptionalAction, **argument).help = text
+
+
+def add_dataset_flag(group: Any) -> None:
+    """Add which reader reads the data."""
+    text = f'reader: {", ".join(DATASETS)} (default: folder)'
+    group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
 
 
 def add_data_flags(group: Any) -> None:

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..constants import DATASETS, FEATURES
+from ..constants import FEATURES
 from ..files import expanded_path
 from ..training.config import MODEL_HELP
-from .parser import Parser, add_batch_size_flag, add_data_flags, add_decoding_flags, add_device_flag
+from .parser import Parser, add_batch_size_flag, add_data_flags, add_dataset_flag, add_decoding_flags, add_device_flag
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,7 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group('features')
     text = f'{MODEL_HELP} (default: none)'
     group.add_argument('--model', '--checkpoint', type=expanded_path, metavar='NAME', help=text)
-    text = f'reader: {", ".join(DATASETS)} (default: folder)'
-    group.add_argument('--dataset', default='folder', metavar='NAME', help=text)
+    add_dataset_flag(group)
     add_data_flags(group)
     text = 'features after or before the BN-neck (default: after-bn)'
     group.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
