@@ -56,13 +56,17 @@ class Trunk(nn.Module):
         self.model = _create(backbone, size, pretrained, weights, {'in_chans': in_chans, **backbone_args}, dd).eval()
         self.indices = _levels(self.model, backbone)
         infos = [self.model.feature_info[i] for i in self.indices]
+        modules = dict(self.model.named_modules())
+        unnamed = [info['module'] for info in infos if info['module'] not in modules]
+        if unnamed:
+            raise ValueError(f'{backbone} has no modules with the names of its levels, such as {unnamed[-1]}')
         # Of any values; drawn ones would touch the caller's random state.
         self.probe = torch.linspace(-1, 1, in_chans * size[0] * size[1], **dd).view(1, in_chans, *size)
         try:
             _set_last_stride(self.model, infos[2]['module'], last_stride, self._maps_of_probe)
             maps, last_layer = _remove_head(self.model, self._maps_of_probe)
         except Exception as error:  # any, from code that was not made for this
-            message = f'cannot use the backbone {backbone} with images of {size[0]}x{size[1]}: {error}'
+            message = f'cannot use the backbone {backbone} with images of {size[0]}x{size[1]}: {_words(error)}'
             raise ValueError(message) from error
         self.has_relu = isinstance(last_layer, (nn.ReLU, nn.ReLU6))
         grids, reductions = [level.shape[2:] for level in maps], [info['reduction'] for info in infos]
@@ -81,8 +85,7 @@ class Trunk(nn.Module):
             earlier: Outputs of these levels but for the last of them, in their order.
         """
         levels = self._maps(x)
-        is_last = getattr(self.model, 'output_fmt', 'NCHW') == 'NHWC'
-        levels[: len(earlier)] = [level.permute(0, 3, 1, 2) if is_last else level for level in earlier]
+        levels[: len(earlier)] = [self._channels_first(level) for level in earlier]
         self._check_grids(levels)
         return levels
 
@@ -90,12 +93,13 @@ class Trunk(nn.Module):
         final, levels = self.model.forward_intermediates(x, indices=self.indices[: self.num_levels])
         if self.num_levels < 4:
             return levels + levels[-1:] * (4 - self.num_levels)
-        if final.ndim == 3:  # tokens
+        if final.ndim == 3:
             tokens = final[:, getattr(self.model, 'num_prefix_tokens', 0) :]
-            final = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *levels[-1].shape[2:])
-        elif final.shape[2:] != levels[-1].shape[2:]:  # channels last
-            final = final.permute(0, 3, 1, 2)
-        return [*levels[:3], final]
+            return [*levels[:3], tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *levels[-1].shape[2:])]
+        return [*levels[:3], self._channels_first(final)]
+
+    def _channels_first(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2) if getattr(self.model, 'output_fmt', 'NCHW') == 'NHWC' else x
 
     @torch.no_grad()
     def _maps_of_probe(self) -> list[torch.Tensor]:
@@ -132,7 +136,7 @@ class Trunk(nn.Module):
                 earlier.append(x)
             actual = self(x, earlier[:-1])
         except Exception as error:  # any, from code that was not made for this
-            actual, reason = [], f': {error}'
+            actual, reason = [], f': {_words(error)}'
         if [level.shape for level in actual] == [level.shape for level in expected]:
             if self.probe.is_meta or all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(actual, expected)):
                 del self.probe
@@ -166,12 +170,18 @@ def _create(
             backbone, pretrained=pretrained, pretrained_cfg_overlay=weights, num_classes=0, **args, **dd
         )
     except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f'cannot create the backbone {backbone} for images of {size[0]}x{size[1]}: {error}') from error
+        raise ValueError(
+            f'cannot create the backbone {backbone} for images of {size[0]}x{size[1]}: {_words(error)}'
+        ) from error
     for name in ('forward_intermediates', 'prune_intermediate_layers'):
         if not hasattr(model, name):
             raise ValueError(f'{backbone} has no {name}, by which timm models give the maps of their levels')
     model.feature_info = list(getattr(model.feature_info, 'info', model.feature_info))
     return model
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__  # a bare assertion says nothing
 
 
 def backbone_cfg(backbone: str) -> PretrainedCfg:
@@ -292,7 +302,9 @@ def _cut_stem(model: nn.Module, levels: list[str], private_stages: int, backbone
     for names in parts:
         cut.append(nn.Sequential(OrderedDict((name.replace('.', '_'), model.get_submodule(name)) for name in names)))
         for name in names:
-            model.set_submodule(name, nn.Sequential())  # an identity that can be iterated, as some stems are
+            # Some models go over the layers of their stem.
+            count = len(module) if isinstance(module := model.get_submodule(name), nn.Sequential) else 0
+            model.set_submodule(name, nn.Sequential(*[nn.Identity() for _ in range(count)]))
     if is_cut:  # what arrives there now is a map with a position for each patch
         patches.img_size, patches.patch_size = patches.grid_size, (1, 1)
     return cut
