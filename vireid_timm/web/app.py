@@ -1,0 +1,246 @@
+"""The web demo: a Gradio app that searches visible images by infrared ones, and the reverse."""
+
+import inspect
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from ..data.images import ImageError, read_image
+from ..device import resolve_device
+from ..figures.explain import explain, require_captum, save_explanations
+from ..options import check_range
+from ..retrieval.gallery import Gallery
+from ..training.interrupt import stop_signals
+from . import page
+from .galleries import Query, example_queries, open_galleries, other_modality, render_galleries
+
+if TYPE_CHECKING:
+    import gradio
+
+_logger = logging.getLogger(__name__)
+
+TOP = 10
+LARGEST_UPLOAD = '20mb'
+LARGEST_IMAGE = 25_000_000  # pixels
+_SECONDS = 1800  # after which uploads are deleted
+# A click on one of the buttons of a part of the page, with its data attributes.
+_CLICK = """element.addEventListener('click', (event) => {
+  const button = event.target.closest('button');
+  if (button) trigger('click', {...button.dataset});
+});"""
+_SHOW = "() => document.getElementById('{}').scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
+
+
+class Shown(NamedTuple):
+    """What a visitor sees.
+
+    Attributes:
+        query: The query; None if there is none yet.
+        results: Files of the results, best first.
+    """
+
+    query: Query | None = None
+    results: Sequence[str] = ()
+
+
+def serve(
+    indexes: Sequence[str | os.PathLike] = (),
+    *,
+    host: str = '127.0.0.1',
+    port: int = 7860,
+    device: str = 'cuda',
+) -> None:
+    """Serve the web demo until Ctrl-C or SIGTERM.
+
+    Nothing is loaded from elsewhere, and nothing is sent anywhere: no telemetry, fonts, scripts or share links.
+
+    Args:
+        indexes: Folders that `vireid index` has written, at most one per modality; none for rendered people.
+        host: Address to listen at; 0.0.0.0 for every one of this machine.
+        port: Port to listen at.
+        device: Where to compute; falls back to the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such index.
+        ValueError: A package is missing, or the indexes do not fit.
+        OSError: The port is in use, or cannot be listened at.
+    """
+    require_gradio()
+    _check_free(host, port)
+    device = str(resolve_device(device))
+    with stop_signals(), tempfile.TemporaryDirectory(prefix='vireid-web-') as folder:
+        os.environ['GRADIO_TEMP_DIR'] = folder  # uploads are nobody else's to read, and end with the demo
+        if indexes:
+            galleries = open_galleries(indexes, device)
+        else:
+            _logger.info('Rendering people to search')
+            galleries = render_galleries(folder, device)
+        app = build(galleries, rendered=not indexes)
+        launch(app, host, port)
+        try:
+            _logger.info(f'The demo runs at http://{"127.0.0.1" if host == "0.0.0.0" else host}:{port}; Ctrl-C ends it')
+            while True:
+                time.sleep(3600)
+        finally:
+            app.close(verbose=False)
+
+
+def require_gradio() -> Any:
+    """Return Gradio.
+
+    Raises:
+        ValueError: It is not installed, or what explanations need is not.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError('the web demo needs the extra `web` (pip install "vireid_timm[web]")') from None
+    require_captum()
+    return gradio
+
+
+def build(galleries: dict[str, Gallery], rendered: bool = False) -> 'gradio.Blocks':
+    """Return the app, ready to be launched.
+
+    Args:
+        galleries: A gallery of each modality that can be searched.
+        rendered: Whether their images are rendered; the page says so.
+    """
+    gradio = require_gradio()
+    examples = example_queries(galleries)
+    modalities = sorted(examples)  # infrared first
+    shown, answer, _ = show(galleries, _first(examples, modalities[0]))
+    with gradio.Blocks(title=page.TITLE, analytics_enabled=False, delete_cache=(_SECONDS // 6, _SECONDS)) as app:
+        state = gradio.State(shown)
+        part = partial(gradio.HTML, elem_classes='vireid', apply_default_css=False)
+        part(page.ABOUT)
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=240):
+                modality = gradio.Radio(modalities, value=modalities[0], label='Your image is')
+                upload = gradio.File(show_label=False, height=120)
+                strip = part(page.example_strip(examples[modalities[0]]), js_on_load=_CLICK)
+            with gradio.Column(scale=9, min_width=300):
+                found = part(answer, js_on_load=_CLICK, elem_id='answer')
+                explanation = part('', elem_id='explanation')
+        part(page.RESPONSIBLE_USE + page.RENDERED * rendered)
+
+        def search(path: str, modality: str) -> tuple[Shown, str, str, None]:
+            return *show(galleries, Query(path, modality, is_upload=True)), None  # ready for the next upload
+
+        def try_example(event: gradio.EventData, modality: str) -> tuple[Shown, str, str]:
+            return show(galleries, examples[modality][int(event.number)])
+
+        def turn(modality: str, shown: Shown) -> tuple[Shown, str, str, str]:
+            is_upload = shown.query is not None and shown.query.is_upload
+            query = shown.query._replace(modality=modality) if is_upload else _first(examples, modality)
+            return *show(galleries, query), page.example_strip(examples[modality])
+
+        def explain_result(event: gradio.EventData, shown: Shown) -> str:
+            return explanation_of(galleries, shown, int(event.rank))
+
+        outputs = [state, found, explanation]
+        one_at_a_time = dict(concurrency_limit=1, concurrency_id='model', show_progress='minimal')
+        hidden = dict(api_visibility='private', **one_at_a_time)
+        to_answer, to_explanation = (dict(fn=None, js=_SHOW.format(name)) for name in ('answer', 'explanation'))
+        upload.upload(search, [upload, modality], [*outputs, upload], api_name='search', **one_at_a_time).then(**to_answer)
+        strip.click(try_example, modality, outputs, **hidden).then(**to_answer)
+        modality.input(turn, [modality, state], [*outputs, strip], **hidden)
+        found.click(explain_result, state, explanation, **hidden).then(**to_explanation)
+    _refuse_addresses(app)
+    return app
+
+
+def launch(app: 'gradio.Blocks', host: str, port: int) -> None:
+    """Start to serve an app in the background, with all that Gradio could send or load elsewhere switched off."""
+    gradio = require_gradio()
+    options = {}
+    if 'run_history' in inspect.signature(app.launch).parameters:  # since Gradio 6.24
+        options['run_history'] = False
+    fonts = dict(font=('system-ui', 'sans-serif'), font_mono=('ui-monospace', 'monospace'))
+    app.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+        max_file_size=LARGEST_UPLOAD,
+        footer_links=[],
+        theme=gradio.themes.Default(primary_hue='blue', **fonts),
+        css=page.CSS,
+        **options,
+    )
+
+
+def show(galleries: dict[str, Gallery], query: Query | None) -> tuple[Shown, str, str]:
+    """Search by an image; return what is shown now, the query with its results as HTML, and no explanation."""
+    if query is None:
+        return Shown(), page.EMPTY, ''
+    gallery = galleries[other_modality(query.modality)]
+    try:
+        image = read_image(query.path, LARGEST_IMAGE)
+        (answer,) = gallery.search([query.path], query.modality, top=TOP)
+    except (ValueError, OSError) as error:
+        return Shown(query), page.message(_plain(error, query)), ''
+    part = page.answer(query, image, answer, len(gallery), gallery.modality)
+    return Shown(query, [match.path for match in answer.results]), part, ''
+
+
+def explanation_of(galleries: dict[str, Gallery], shown: Shown, rank: int) -> str:
+    """Return why the query and the result of some rank are similar, as HTML."""
+    if shown.query is None or not 1 <= rank <= len(shown.results):
+        return ''
+    gallery = galleries[other_modality(shown.query.modality)]
+    pair = [(shown.query.path, shown.query.modality), (shown.results[rank - 1], gallery.modality)]
+    try:
+        explanations = explain(gallery.network(), pair, gallery.index.about.features)
+    except (ValueError, OSError) as error:
+        return page.message(_plain(error, shown.query))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'explanation.png')
+        save_explanations([each._replace(weights={}) for each in explanations], path)  # narrow enough for a phone
+        with Image.open(path) as image:
+            return page.explanation(image.convert('RGB'), rank)
+
+
+def _first(examples: dict[str, list[Query]], modality: str) -> Query | None:
+    return examples[modality][0] if examples[modality] else None
+
+
+def _plain(error: Exception, query: Query) -> str:
+    """Return what went wrong without the folder of an upload, and without advice for the command line."""
+    text = str(error.args[0] if isinstance(error, ImageError) else error)
+    return text.replace(query.path, Path(query.path).name)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Check that a port can be listened at, before the work."""
+    check_range('the port', port, 1, 65535)
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise OSError(f'cannot listen at {host}:{port} ({error.strerror}); choose another port or address') from error
+
+
+def _refuse_addresses(app: 'gradio.Blocks') -> None:
+    """Let no visitor make Gradio fetch a file: instead of an upload, a call by hand can name a web address."""
+    for block in app.blocks.values():
+        block.async_move_resource_to_block_cache = partial(_local_only, block.async_move_resource_to_block_cache)
+
+
+async def _local_only(move: Callable, path: str | None) -> str | None:
+    if path is not None and '://' in path:
+        raise ValueError(f'expected an uploaded image, got an address: {path}')
+    return await move(path)
