@@ -62,10 +62,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run one of the two demos."""
-    foreign = [f'--{name}' for name in (FLAGS if args.web else WEB_FLAGS) if getattr(args, name) is not None]
-    if foreign:
-        wrong = 'does not go with --web' if args.web else 'needs --web'
-        raise ValueError(f'{" and ".join(foreign)}: this {wrong}')
+    foreign = {name: getattr(args, name) for name in (FLAGS if args.web else WEB_FLAGS)}
+    given = [f'--{name} {value}' for name, value in foreign.items() if value is not None]
+    if given:
+        raise ValueError(f'{", ".join(given)}: only {"without" if args.web else "with"} --web')
     own = WEB_FLAGS if args.web else FLAGS
     values = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in own.items()}
     if args.web:

@@ -179,6 +179,7 @@ def rank_list_page(rows: Sequence[RankRow], title: str, size: tuple[int, int] = 
 
 
 def data_uri(image: Image.Image) -> str:
+    """Return an image as an address that holds it, for a page."""
     buffer = io.BytesIO()
     image.save(buffer, format='JPEG', quality=90)
     return f'data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'

@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from ..retrieval.gallery import Gallery
 from ..training.interrupt import stop_signals
 from . import page
 from .galleries import Query, example_queries, open_galleries, other_modality, render_galleries
+from .offline import offline
 
 if TYPE_CHECKING:
     import gradio
@@ -60,7 +61,7 @@ def serve(
 ) -> None:
     """Serve the web demo until Ctrl-C or SIGTERM.
 
-    Nothing is loaded from elsewhere, and nothing is sent anywhere: no telemetry, fonts, scripts or share links.
+    Pages load nothing from elsewhere, and this process connects to no other machine: no telemetry, no share links.
 
     Args:
         indexes: Folders that `vireid index` has written, at most one per modality; none for rendered people.
@@ -73,24 +74,26 @@ def serve(
         ValueError: A package is missing, or the indexes do not fit.
         OSError: The port is in use, or cannot be listened at.
     """
-    require_gradio()
     _check_free(host, port)
+    require_gradio()
     device = str(resolve_device(device))
     with stop_signals(), tempfile.TemporaryDirectory(prefix='vireid-web-') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = folder  # uploads are nobody else's to read, and end with the demo
+        # Uploads are nobody else's to read, and end with the demo.
+        os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
         if indexes:
             galleries = open_galleries(indexes, device)
         else:
             _logger.info('Rendering people to search')
             galleries = render_galleries(folder, device)
         app = build(galleries, rendered=not indexes)
-        launch(app, host, port)
-        try:
+        with offline(host):
+            launch(app, host, port)
             _logger.info(f'The demo runs at http://{"127.0.0.1" if host == "0.0.0.0" else host}:{port}; Ctrl-C ends it')
-            while True:
-                time.sleep(3600)
-        finally:
-            app.close(verbose=False)
+            try:
+                while True:
+                    time.sleep(3600)
+            finally:
+                app.close(verbose=False)
 
 
 def require_gradio() -> Any:
@@ -125,7 +128,7 @@ def build(galleries: dict[str, Gallery], rendered: bool = False) -> 'gradio.Bloc
         with gradio.Row():
             with gradio.Column(scale=2, min_width=240):
                 modality = gradio.Radio(modalities, value=modalities[0], label='Your image is')
-                upload = gradio.File(show_label=False, height=120)
+                upload = gradio.File(show_label=False, height=130)
                 strip = part(page.example_strip(examples[modalities[0]]), js_on_load=_CLICK)
             with gradio.Column(scale=9, min_width=300):
                 found = part(answer, js_on_load=_CLICK, elem_id='answer')
@@ -147,14 +150,14 @@ def build(galleries: dict[str, Gallery], rendered: bool = False) -> 'gradio.Bloc
             return explanation_of(galleries, shown, int(event.rank))
 
         outputs = [state, found, explanation]
-        one_at_a_time = dict(concurrency_limit=1, concurrency_id='model', show_progress='minimal')
-        hidden = dict(api_visibility='private', **one_at_a_time)
-        to_answer, to_explanation = (dict(fn=None, js=_SHOW.format(name)) for name in ('answer', 'explanation'))
-        upload.upload(search, [upload, modality], [*outputs, upload], api_name='search', **one_at_a_time).then(**to_answer)
-        strip.click(try_example, modality, outputs, **hidden).then(**to_answer)
+        turns = dict(concurrency_limit=1, concurrency_id='model', show_progress='minimal')
+        hidden = dict(api_visibility='private', **turns)
+        uploaded = upload.upload(search, [upload, modality], [*outputs, upload], api_name='search', **turns)
+        tried = strip.click(try_example, modality, outputs, **hidden)
         modality.input(turn, [modality, state], [*outputs, strip], **hidden)
-        found.click(explain_result, state, explanation, **hidden).then(**to_explanation)
-    _refuse_addresses(app)
+        explained = found.click(explain_result, state, explanation, **hidden)
+        for event, place in ((uploaded, 'answer'), (tried, 'answer'), (explained, 'explanation')):
+            event.then(None, js=_SHOW.format(place))
     return app
 
 
@@ -226,21 +229,9 @@ def _plain(error: Exception, query: Query) -> str:
 
 def _check_free(host: str, port: int) -> None:
     """Check that a port can be listened at, before the work."""
-    check_range('the port', port, 1, 65535)
+    check_range('port', port, 1, 65535)
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise OSError(f'cannot listen at {host}:{port} ({error.strerror}); choose another port or address') from error
-
-
-def _refuse_addresses(app: 'gradio.Blocks') -> None:
-    """Let no visitor make Gradio fetch a file: instead of an upload, a call by hand can name a web address."""
-    for block in app.blocks.values():
-        block.async_move_resource_to_block_cache = partial(_local_only, block.async_move_resource_to_block_cache)
-
-
-async def _local_only(move: Callable, path: str | None) -> str | None:
-    if path is not None and '://' in path:
-        raise ValueError(f'expected an uploaded image, got an address: {path}')
-    return await move(path)

@@ -1,4 +1,4 @@
-"""What the web demo searches: indexes of one's own, or rendered people; and the images that a visitor can start with."""
+"""What the web demo searches: the user's own indexes, or rendered people; and examples of queries."""
 
 import os
 from collections.abc import Sequence

@@ -67,7 +67,7 @@ CSS = f"""
 .vireid .missing {{ display: grid; aspect-ratio: 1 / 2; place-items: center; text-align: center; }}
 .vireid .missing {{ border: 1px dashed var(--border-color-primary); border-radius: 6px; }}
 .vireid .examples {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem; margin-top: 0.4rem; }}
-.vireid .message {{ padding: 0.75rem 1rem; border-left: 5px solid rgb{MISS}; background: var(--block-background-fill); }}
+.vireid .message {{ padding: 0.75rem 1rem; border-left: 5px solid rgb{MISS}; }}
 .vireid .explanation img {{ max-width: 560px; margin-top: 0.5rem; background: #fff; }}
 @media (max-width: 760px) {{
   .gradio-container main {{ padding: 0.75rem !important; }}
@@ -115,10 +115,11 @@ def answer(query: Query, image: Image.Image, found: Answer, gallery_size: int, g
 
 def explanation(image: Image.Image, rank: int) -> str:
     """Return a drawn explanation of the similarity of the query and a result."""
+    size = f'width="{image.width}" height="{image.height}"'
     return (
         f'<div class="explanation"><h2>What the model looked at in the query and in result {rank}</h2>'
         '<div class="faint">Grad-CAM of each branch of the network: what is bright made the two images more similar.'
-        f'</div><img src="{data_uri(image)}" width="{image.width}" height="{image.height}" alt="Grad-CAM of both"></div>'
+        f'</div><img src="{data_uri(image)}" {size} alt="Grad-CAM of both images"></div>'
     )
 
 
