@@ -107,7 +107,7 @@ def test_a_missing_package_names_the_extra(
     ('words', 'answer'),
     [
         ('--web --seed 3 --output there', '--output there, --seed 3: only without --web'),
-        ('--host 0.0.0.0 --index here', "--index ['here'], --host 0.0.0.0: only with --web"),
+        ('--host 0.0.0.0 --index here', '--index here, --host 0.0.0.0: only with --web'),
         ('--web --port 70000', 'port must be at most 65535, got 70000'),
         ('--web --host no.such.host.invalid', 'cannot listen at no.such.host.invalid:7860'),
     ],

@@ -63,7 +63,12 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run one of the two demos."""
     foreign = {name: getattr(args, name) for name in (FLAGS if args.web else WEB_FLAGS)}
-    given = [f'--{name} {value}' for name, value in foreign.items() if value is not None]
+    given = [
+        f'--{name} {value}'
+        for name, values in foreign.items()
+        if values is not None
+        for value in (values if isinstance(values, list) else [values])
+    ]
     if given:
         raise ValueError(f'{", ".join(given)}: only {"without" if args.web else "with"} --web')
     own = WEB_FLAGS if args.web else FLAGS

@@ -82,6 +82,8 @@ def serve(
         os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
         if indexes:
             galleries = open_galleries(indexes, device)
+            if host not in ('127.0.0.1', 'localhost'):
+                _logger.warning('Everybody who can reach this machine can search, and see images of the index')
         else:
             _logger.info('Rendering people to search')
             galleries = render_galleries(folder, device)
@@ -120,11 +122,12 @@ def build(galleries: dict[str, Gallery], rendered: bool = False) -> 'gradio.Bloc
     gradio = require_gradio()
     examples = example_queries(galleries)
     modalities = sorted(examples)  # infrared first
-    shown, answer, _ = show(galleries, _first(examples, modalities[0]))
-    with gradio.Blocks(title=page.TITLE, analytics_enabled=False, delete_cache=(_SECONDS // 6, _SECONDS)) as app:
+    shown, answer = _start(galleries, modalities[0], examples[modalities[0]])
+    settings = dict(analytics_enabled=False, delete_cache=(_SECONDS // 6, _SECONDS))
+    with gradio.Blocks(title=page.TITLE, fill_width=True, **settings) as app:
         state = gradio.State(shown)
         part = partial(gradio.HTML, elem_classes='vireid', apply_default_css=False)
-        part(page.ABOUT)
+        part(page.introduction(modalities))
         with gradio.Row():
             with gradio.Column(scale=2, min_width=240):
                 modality = gradio.Radio(modalities, value=modalities[0], label='Your image is')
@@ -142,8 +145,7 @@ def build(galleries: dict[str, Gallery], rendered: bool = False) -> 'gradio.Bloc
             return show(galleries, examples[modality][int(event.number)])
 
         def turn(modality: str, shown: Shown) -> tuple[Shown, str, str, str]:
-            is_upload = shown.query is not None and shown.query.is_upload
-            query = shown.query._replace(modality=modality) if is_upload else _first(examples, modality)
+            query = shown.query._replace(modality=modality) if shown.query.is_upload else examples[modality][0]
             return *show(galleries, query), page.example_strip(examples[modality])
 
         def explain_result(event: gradio.EventData, shown: Shown) -> str:
@@ -186,10 +188,8 @@ def launch(app: 'gradio.Blocks', host: str, port: int) -> None:
     )
 
 
-def show(galleries: dict[str, Gallery], query: Query | None) -> tuple[Shown, str, str]:
+def show(galleries: dict[str, Gallery], query: Query) -> tuple[Shown, str, str]:
     """Search by an image; return what is shown now, the query with its results as HTML, and no explanation."""
-    if query is None:
-        return Shown(), page.EMPTY, ''
     gallery = galleries[other_modality(query.modality)]
     try:
         image = read_image(query.path, LARGEST_IMAGE)
@@ -198,6 +198,14 @@ def show(galleries: dict[str, Gallery], query: Query | None) -> tuple[Shown, str
         return Shown(query), page.message(_plain(error, query)), ''
     part = page.answer(query, image, answer, len(gallery), gallery.modality)
     return Shown(query, [match.path for match in answer.results]), part, ''
+
+
+def _start(galleries: dict[str, Gallery], modality: str, examples: Sequence[Query]) -> tuple[Shown, str]:
+    """Return what a visitor sees first."""
+    if examples:
+        return show(galleries, examples[0])[:2]
+    gallery = galleries[other_modality(modality)]
+    return Shown(), page.empty(len(gallery), modality, gallery.modality)
 
 
 def explanation_of(galleries: dict[str, Gallery], shown: Shown, rank: int) -> str:
@@ -217,10 +225,6 @@ def explanation_of(galleries: dict[str, Gallery], shown: Shown, rank: int) -> st
             return page.explanation(image.convert('RGB'), rank)
 
 
-def _first(examples: dict[str, list[Query]], modality: str) -> Query | None:
-    return examples[modality][0] if examples[modality] else None
-
-
 def _plain(error: Exception, query: Query) -> str:
     """Return what went wrong without the folder of an upload, and without advice for the command line."""
     text = str(error.args[0] if isinstance(error, ImageError) else error)
@@ -234,4 +238,5 @@ def _check_free(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise OSError(f'cannot listen at {host}:{port} ({error.strerror}); choose another port or address') from error
+        reason = str(error.strerror).partition(' (')[0]  # without the address again
+        raise OSError(f'cannot listen at {host}:{port} ({reason}); choose another port or address') from error

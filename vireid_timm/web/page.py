@@ -12,10 +12,6 @@ from ..retrieval.gallery import Answer, Match
 from .galleries import Query
 
 TITLE = 'Find the same person in visible and infrared images'
-ABOUT = (
-    f'<h1>{TITLE}</h1><p>Give an image of one person from an infrared camera, and see who is most similar in colour '
-    'images; or the reverse.</p>'
-)
 # The words of the README, in short.
 RESPONSIBLE_USE = (
     '<p><b>What this must not be used for.</b> This software identifies people. Do not use it for mass surveillance, '
@@ -24,7 +20,6 @@ RESPONSIBLE_USE = (
     'about anybody may rest on them alone. It errs more often on people, clothes and cameras unlike those it was '
     'trained on.</p>'
 )
-EMPTY = '<p class="faint">Give an image to search by.</p>'
 RENDERED = '<p>All people in the examples and in the gallery are rendered: they do not exist.</p>'
 
 _RESULT_SIZE, _EXAMPLE_SIZE = (256, 128), (128, 64)  # height and width of the shown images, in pixels
@@ -71,6 +66,7 @@ CSS = f"""
 .vireid .explanation img {{ max-width: 560px; margin-top: 0.5rem; background: #fff; }}
 @media (max-width: 760px) {{
   .gradio-container main {{ padding: 0.75rem !important; }}
+  .vireid h1 {{ font-size: 1.3rem; }}
   .vireid .answer {{ display: block; }}
   .vireid .query {{ display: grid; grid-template-columns: 96px 1fr; gap: 0.75rem; margin-bottom: 1rem; }}
   .vireid ol {{ grid-template-columns: repeat(3, 1fr); gap: 0.8rem 0.5rem; }}
@@ -78,6 +74,19 @@ CSS = f"""
   .vireid .examples {{ grid-template-columns: repeat(8, 1fr); gap: 0.3rem; }}
 }}
 """
+
+
+def introduction(modalities: Sequence[str]) -> str:
+    """Return the heading, and what to do with images of some modalities."""
+    return (
+        f'<h1>{TITLE}</h1><p>Give an image of one person from head to feet, {" or ".join(modalities)}, and see who is '
+        'most similar in images of the other kind.</p>'
+    )
+
+
+def empty(gallery_size: int, query_modality: str, gallery_modality: str) -> str:
+    """Return what stands in place of an answer before there is a query."""
+    return f'<p class="faint">{gallery_size:,} {gallery_modality} images can be searched by {query_modality} ones.</p>'
 
 
 def message(text: str) -> str:
