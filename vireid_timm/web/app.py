@@ -75,11 +75,11 @@ def serve(
         OSError: The port is in use, or cannot be listened at.
     """
     _check_free(host, port)
-    require_gradio()
-    device = str(resolve_device(device))
     with stop_signals(), tempfile.TemporaryDirectory(prefix='vireid-web-') as folder:
         # Uploads are nobody else's to read, and end with the demo.
         os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
+        require_gradio()
+        device = str(resolve_device(device))
         if indexes:
             galleries = open_galleries(indexes, device)
             if host not in ('127.0.0.1', 'localhost'):
@@ -87,8 +87,8 @@ def serve(
         else:
             _logger.info('Rendering people to search')
             galleries = render_galleries(folder, device)
-        app = build(galleries, rendered=not indexes)
         with offline(host):
+            app = build(galleries, rendered=not indexes)
             launch(app, host, port)
             _logger.info(f'The demo runs at http://{"127.0.0.1" if host == "0.0.0.0" else host}:{port}; Ctrl-C ends it')
             try:
