@@ -60,6 +60,18 @@ def test_indexes_are_opened_by_modality(folder: Path, rendered: Galleries) -> No
     assert example_queries(one) == {'infrared': []}  # an index of visible images is searched by infrared ones
 
 
+def test_an_incomplete_index_is_named(
+    saved: Path, image_files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gallery = Gallery.create(tmp_path / 'index', saved, 'visible', device='cpu')
+    gallery.add([image_files / 'visible.png'])
+    gallery.index.expect(3)
+    gallery.save()
+    gallery.close()
+    assert set(open_galleries([tmp_path / 'index'], 'cpu')) == {'visible'}
+    assert 'index is incomplete: 3 images are still to come' in caplog.text
+
+
 def test_indexes_that_do_not_fit_are_named(folder: Path, rendered: Galleries, tmp_path: Path, saved: Path) -> None:
     index = folder / 'visible_index'
     with pytest.raises(ValueError, match=f'{index} and {index} both have visible images'):

@@ -1,5 +1,6 @@
 """What the web demo searches: the user's own indexes, or rendered people; and examples of queries."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from ..constants import MODALITIES
 from ..data.images import read_image
 from ..data.readers import create_dataset
 from ..retrieval.gallery import Gallery
+
+_logger = logging.getLogger(__name__)
 
 MODEL = 'vireid_dml_r10t.synthvi'
 # Rendered people: as many as a small machine renders in seconds, in a world that the weights have not seen.
@@ -58,6 +61,8 @@ def open_galleries(indexes: Sequence[str | os.PathLike], device: str) -> dict[st
             )
         if not len(gallery):
             raise ValueError(f'the index {index} has no image')
+        if gallery.index.pending:
+            _logger.warning(f'The index {index} is incomplete: {gallery.index.pending:,} images are still to come')
         galleries[gallery.modality] = gallery
     for gallery in galleries.values():
         gallery.network()  # now, not when somebody searches
