@@ -58,7 +58,7 @@ class ViReIDTask(TrainingTask):
         Args:
             model: A network with a classifier.
             id_branches: Branches with an identity loss (L_id of table 3); None for all branches of the model.
-            mutual: Which pairs learn from each other (table 4); ignored by a model with one branch.
+            mutual: Which pairs learn from each other (table 4); ignored by a model without a joint branch.
             global_weight: theta_1 of eq. 9.
             fusion_weight: theta_2 of eq. 10.
             mutual_constant: Which branch of a pair gets no gradient, see `MutualLearningLoss`.
@@ -84,7 +84,7 @@ class ViReIDTask(TrainingTask):
         self.triplet_weight = triplet_weight
         self.gather_features = gather_features
         self._batch_size: int | None = None  # of all ranks, once they have compared theirs
-        mode = mutual if len(model.branches) > 1 else 'none'
+        mode = mutual if 'joint' in model.branches else 'none'
         self.mutual_learning = MutualLearningLoss(mode, global_weight, fusion_weight, mutual_constant)
         self.triplet = WeightedRegularizedTriplet()
 
