@@ -1,5 +1,7 @@
 """The field's other networks, against slow versions of them."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -110,7 +112,7 @@ def test_parts_are_embedded_one_by_one(size):
 def test_parts_of_each_modality_share_nothing_but_their_heads():
     model = on_meta('vireid_parts_r50', num_classes=3)
     assert tuple(model.forward_features(meta_images(model)).shape) == (2, 2048, 18, 9)
-    assert model.num_features == 6 * 512
+    assert (model.num_features, model.head_hidden_size) == (2048, 6 * 512)
     names = {name.split('.')[0] for name, _ in model.named_parameters()}
     assert names == {'stem', 'private_levels', 'parts'}
     assert {f'{name}.weight' for name in model.pretrained_cfg['classifier']} <= set(model.state_dict())
@@ -149,5 +151,8 @@ def test_saving_resetting_and_tracing(create, tmp_path):
         torch.testing.assert_close(model(*x), features)
         model.reset_classifier(0, '')
         assert model(*x).ndim == 4
-    wrapper = timm.create_model(f'local-dir:{tmp_path}/model', features_only=True, out_indices=(0, 1)).eval()
-    assert [level.shape[1] for level in wrapper(x[0])] == wrapper.feature_info.channels()
+    levels = model.forward_intermediates(*x, intermediates_only=True)
+    for last in range(4):
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([last])
+        torch.testing.assert_close(pruned.forward_features(*x), levels[last])

@@ -22,6 +22,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 
+from ..constants import MODALITIES
 from ..layers.stem import DualStem
 from .branches import (
     DualStream,
@@ -193,6 +194,7 @@ class DualStreamBackbone(DualStream):
         """Remove the levels after the last of `indices`. The head goes too if any do, or if `prune_head` is set."""
         take, last = feature_take_indices(4, indices)
         self.trunk.prune(last)
+        self.private_levels = self.private_levels[:last]  # level 1 is in the stem
         if prune_head or last < 3:
             self._remove_head(self.feature_info[last]['num_chs'])
         return take
@@ -232,7 +234,8 @@ def create_on_backbone(
         source = backbone_cfg(backbone)
         weights = {name: overlay.pop(name) for name in _SOURCES if name in overlay}
         size = _default_size(backbone, source, cfg) if img_size is None else height_and_width(img_size)
-        overlay = {**{name: getattr(source, name) for name in _FACTS}, 'input_size': (3, *size), **overlay}
+        facts = {name: getattr(source, name) for name in _FACTS}
+        overlay = {**facts, 'first_conv': _first_conv(source), 'input_size': (3, *size), **overlay}
     else:
         size = tuple(cfg.input_size[1:]) if img_size is None else height_and_width(img_size)
     model = build_model_with_cfg(
@@ -264,6 +267,13 @@ def create_on_backbone(
 _FACTS = ('hf_hub_id', 'tag', 'mean', 'std', 'interpolation', 'fixed_input_size', 'license')
 
 
+def _first_conv(source: PretrainedCfg) -> tuple[str, ...]:
+    """Return the names of the first convolutions in the stems."""
+    names = (source.first_conv,) if isinstance(source.first_conv, str) else source.first_conv or ()
+    names = [name.replace('patch_embed.proj', 'patch_embed_proj') for name in names]
+    return tuple(f'stem.{modality}.{name}' for modality in MODALITIES for name in names)
+
+
 def _check_backbone_arguments(names: Iterable[str], model_cls: type[DualStreamBackbone]) -> None:
     """Refuse the arguments that may be the backbone's."""
     own = {name for cls in (model_cls, DualStreamBackbone) for name in inspect.signature(cls).parameters}
@@ -285,15 +295,16 @@ def _default_size(backbone: str, source: PretrainedCfg, cfg: PretrainedCfg) -> t
     return tuple(side // patch * patch for side in size)
 
 
-def network_cfg(hf_hub_id: Optional[str] = None, fused: bool = True) -> dict[str, Any]:
+def network_cfg(backbone: str, has_weights: bool = True, fused: bool = True) -> dict[str, Any]:
     """Return the configuration of a network on a backbone."""
     heads = ('joint_head', 'global_head', 'fusion_head') if fused else ('global_head',)
     return {
-        'hf_hub_id': hf_hub_id,
+        'hf_hub_id': f'timm/{backbone}' if has_weights else None,
         'num_classes': 0,
         'input_size': (3, *DEFAULT_SIZE),
         'crop_pct': 1.0,
         'crop_mode': 'squash',
+        'first_conv': _first_conv(backbone_cfg(backbone)),
         'classifier': tuple(f'{head}.fc' for head in heads),
         'paper_name': 'Visible-Infrared Person Re-Identification via Feature Fusion and Deep Mutual Learning',
     }
@@ -301,13 +312,13 @@ def network_cfg(hf_hub_id: Optional[str] = None, fused: bool = True) -> dict[str
 
 default_cfgs = generate_default_cfgs(
     {
-        'vireid_dml': network_cfg(),
-        'vireid_base': network_cfg(fused=False),
-        'vireid_dml_efficientnet_lite0.in1k': network_cfg('timm/tf_efficientnet_lite0.in1k'),
-        'vireid_dml_mobilenetv4_conv_medium.e500_r256_in1k': network_cfg('timm/mobilenetv4_conv_medium.e500_r256_in1k'),
-        'vireid_dml_regnety_032.ra_in1k': network_cfg('timm/regnety_032.ra_in1k'),
-        'vireid_dml_convnext_tiny.in12k_ft_in1k': network_cfg('timm/convnext_tiny.in12k_ft_in1k'),
-        'vireid_dml_vit_small_dinov2.lvd142m': network_cfg('timm/vit_small_patch14_dinov2.lvd142m'),
+        'vireid_dml': network_cfg('resnet50.tv_in1k', has_weights=False),
+        'vireid_base': network_cfg('resnet50.tv_in1k', has_weights=False, fused=False),
+        'vireid_dml_efficientnet_lite0.in1k': network_cfg('tf_efficientnet_lite0.in1k'),
+        'vireid_dml_mobilenetv4_conv_medium.e500_r256_in1k': network_cfg('mobilenetv4_conv_medium.e500_r256_in1k'),
+        'vireid_dml_regnety_032.ra_in1k': network_cfg('regnety_032.ra_in1k'),
+        'vireid_dml_convnext_tiny.in12k_ft_in1k': network_cfg('convnext_tiny.in12k_ft_in1k'),
+        'vireid_dml_vit_small_dinov2.lvd142m': network_cfg('vit_small_patch14_dinov2.lvd142m'),
     }
 )
 check_names(default_cfgs, __name__)

@@ -73,7 +73,7 @@ class PartsNet(DualStreamBackbone):
         self.parts = nn.ModuleList(
             [PartHead(channels, part_width, self.num_classes, drop_rate, dd) for _ in range(num_parts)]
         )
-        self.num_features = self.head_hidden_size = num_parts * part_width
+        self.num_features, self.head_hidden_size = channels, num_parts * part_width
         self.branches = tuple(f'part{part + 1}' for part in range(num_parts))
 
     @torch.jit.ignore
@@ -127,7 +127,7 @@ class PartsNet(DualStreamBackbone):
 def _cfg() -> dict[str, Any]:
     classifiers = tuple(f'parts.{part}.fc' for part in range(6))
     name = 'Hetero-Center Loss for Cross-Modality Person Re-Identification'
-    cfg = {**network_cfg('timm/resnet50.tv_in1k'), 'input_size': (3, 288, 144), 'interpolation': 'bilinear'}
+    cfg = {**network_cfg('resnet50.tv_in1k'), 'input_size': (3, 288, 144), 'interpolation': 'bilinear'}
     return {**cfg, 'classifier': classifiers, 'paper_name': name, 'paper_ids': 'arXiv:1910.09830'}
 
 

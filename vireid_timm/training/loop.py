@@ -445,7 +445,7 @@ def _save_best(run: Run, scores: Mapping[str, float], report: Report | None) -> 
         'identities': len(run.data.class_map),
         'epoch': run.state.summary[-1]['epoch'],
         'validation': dict(scores),
-        'num_features': run.eval_model.num_features,
+        'num_features': run.eval_model.head_hidden_size,
         'training': asdict(run.config),
     }
     save_model_folder(
