@@ -4,17 +4,16 @@ from typing import Any
 
 from vireid_timm.training.config import load_yaml
 
-UNMIXED = {'channel_combination': False}
-UNERASED = {'reprob': 0.0}
+PLAIN = {'augment': []}
 BASELINE = {'model': 'baseline'}
 
 # A cell is what it changes in the paper's full method.
 CELLS: dict[str, dict[str, Any]] = {
     'full': {},
-    'baseline': {**BASELINE, **UNMIXED, **UNERASED},
-    'fusion': {'mutual': 'none', **UNMIXED, **UNERASED},
-    'rcc': {**BASELINE, **UNERASED},
-    'cre': {**BASELINE, **UNMIXED},
+    'baseline': {**BASELINE, **PLAIN},
+    'fusion': {'mutual': 'none', **PLAIN},
+    'rcc': {**BASELINE, 'augment': ['rcc']},
+    'cre': {**BASELINE, 'augment': ['cre']},
     'rcc+cre': BASELINE,
     'no mutual': {'mutual': 'none'},
     **{

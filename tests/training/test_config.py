@@ -13,7 +13,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.epochs, config.lr, config.momentum, config.weight_decay) == (80, 0.1, 0.9, 5e-4)
     assert (config.global_weight, config.fusion_weight, config.mutual) == (0.6, 1.8, 'joint-to-both')
     assert (config.identities_per_batch, config.images_per_modality) == (None, 4)
-    assert (config.channel_combination, config.reprob, config.smoothing) == (True, 0.5, 0.0)
+    assert (config.augment, config.loss, config.smoothing) == (['rcc', 'cre'], {'triplet': 1.0}, 0.0)
 
 
 def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:

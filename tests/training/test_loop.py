@@ -85,7 +85,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_learns_and_leaves_a_model_that_timm_loads(tmp_path: Path) -> None:
-    result = _train(tmp_path, epochs=6, val_share=0.0, opt='adamw', lr=0.002, reprob=0.0)
+    result = _train(tmp_path, epochs=6, val_share=0.0, opt='adamw', lr=0.002, augment=['rcc'])
     losses = [row['train_id_joint'] for row in result.summary]
     assert losses[-1] < 0.8 * losses[0]
     names = {path.name for path in result.folder.iterdir()}
@@ -430,7 +430,7 @@ def test_names_that_are_not_utf8_are_saved_and_found_again(tmp_path: Path, monke
 
 
 def test_the_images_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
-    plain = dict(pad=0, hflip=0.0, reprob=0.0, channel_combination=False, epochs=1, val_share=0.0)
+    plain = dict(pad=0, hflip=0.0, augment=[], epochs=1, val_share=0.0)
     with pytest.raises(FloatingPointError):  # the loss overflows after the first step
         _train(tmp_path, experiment='run', lr=1e30, log_interval=1, **plain)
     (folder,) = (tmp_path / 'run').glob('nan-epoch0-step*')

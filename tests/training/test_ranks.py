@@ -33,7 +33,7 @@ from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 from vireid_timm.models.dual_stream import DualStreamResNet
 from vireid_timm.run_folder import load_checkpoint
 from vireid_timm.training import loop
-from vireid_timm.training.task import ViReIDTask
+from vireid_timm.training.task import ViReIDTask, infrared_rows
 
 PROCESSES = 3  # with two, the order in which gradients are added up would not matter
 BATCHES = 2  # that each process accumulates for a step
@@ -72,7 +72,7 @@ PARTIAL = {
     'baseline': ('vireid_base_r10t', {}),
     'joint identity loss alone': ('vireid_dml_r10t', {'id_branches': ['joint'], 'mutual': 'none'}),
     'one pair': ('vireid_dml_r10t', {'id_branches': ['joint'], 'mutual': 'joint-to-global'}),
-    'no fusion': ('vireid_dml_r10t', {'id_branches': ['global'], 'mutual': 'none', 'triplet_weight': 0.0}),
+    'no fusion': ('vireid_dml_r10t', {'id_branches': ['global'], 'mutual': 'none', 'loss': {}}),
 }
 
 
@@ -101,7 +101,7 @@ def _accumulate(task: ViReIDTask, batches: Sequence[Batch], cached: bool) -> dic
     joined = [None] * len(batches)
     if cached:
         features = [task.cache_features(inputs) for inputs, _ in batches]
-        joined = task.join_triplet(features, [labels for _, labels in batches])
+        joined = task.join_triplet(features, [labels for _, labels in batches], infrared_rows(*batches[0][0]))
     triplets = []
     for number, ((inputs, labels), part) in enumerate(zip(batches, joined)):
         with nullcontext() if number + 1 == len(batches) else task.no_sync():
@@ -118,10 +118,10 @@ def _apart(batches: Sequence[Batch], groups: Sequence[Sequence[int]]) -> dict[st
     Every batch goes through the network alone, since batch norm sees it alone.
     """
     model = _model().double()
-    task = ViReIDTask(model, triplet_weight=0.0, verbose=False)
+    task = ViReIDTask(model, loss={}, verbose=False)
     branches = [model.forward_branches(*inputs) for inputs, _ in batches]
     others = sum(
-        sum(task._terms(branch, labels, None).values()) for branch, (_, labels) in zip(branches, batches)
+        sum(task._terms(branch, labels, labels < 0, None).values()) for branch, (_, labels) in zip(branches, batches)
     ) / len(batches)
     triplets = [
         WeightedRegularizedTriplet()(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vireid_timm.hub.folder import save_model_folder
 from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 from vireid_timm.training import task as task_module
-from vireid_timm.training.task import ViReIDTask
+from vireid_timm.training.task import ViReIDTask, infrared_rows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -55,7 +55,7 @@ def test_gradients_reach_every_parameter_and_both_sides_of_the_mutual_learning()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
     teacher = _model()
-    task = ViReIDTask(teacher, id_branches=[], mutual='joint-to-global', triplet_weight=0.0, verbose=False)
+    task = ViReIDTask(teacher, id_branches=[], mutual='joint-to-global', loss={}, verbose=False)
     task(_images(), LABELS)['loss'].backward()
     assert teacher.joint_head.fc.weight.grad.abs().sum() > 0
     assert teacher.global_head.fc.weight.grad.abs().sum() > 0
@@ -126,9 +126,11 @@ def test_the_triplet_across_accumulated_batches_is_that_of_the_joined_batch() ->
     batches = [(_images(seed), (LABELS + seed) % 5) for seed in range(3)]
     model = _model().double()
     doubled = [((visible.double(), infrared.double()), labels) for (visible, infrared), labels in batches]
-    task = ViReIDTask(model, id_branches=[], mutual='none', triplet_weight=0.5, verbose=False)
+    task = ViReIDTask(model, id_branches=[], mutual='none', loss={'triplet': 0.5}, verbose=False)
     joined = task.join_triplet(
-        [task.cache_features(inputs) for inputs, _ in doubled], [labels for _, labels in doubled]
+        [task.cache_features(inputs) for inputs, _ in doubled],
+        [labels for _, labels in doubled],
+        infrared_rows(*doubled[0][0]),
     )
     values = []
     for (inputs, labels), part in zip(doubled, joined):
@@ -147,7 +149,9 @@ def test_the_triplet_across_accumulated_batches_is_that_of_the_joined_batch() ->
 
 def test_joined_batches_are_of_one_size() -> None:
     with pytest.raises(ValueError, match=r'batches of one size, got \[6, 8\]'):
-        ViReIDTask(_model(), verbose=False).join_triplet([torch.rand(8, 3), torch.rand(6, 3)], [LABELS, LABELS[:6]])
+        ViReIDTask(_model(), verbose=False).join_triplet(
+            [torch.rand(8, 3), torch.rand(6, 3)], [LABELS, LABELS[:6]], LABELS > 0
+        )
 
 
 def test_alone_there_is_nobody_to_share_with() -> None:

@@ -412,7 +412,7 @@ def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) ->
         global_weight=config.global_weight,
         fusion_weight=config.fusion_weight,
         mutual_constant=config.mutual_constant,
-        triplet_weight=config.triplet_weight,
+        loss=config.loss,
         smoothing=config.smoothing,
         gather_features=config.gather_features,
         device=device,
@@ -436,8 +436,7 @@ def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]
             data_config['std'],
             pad=config.pad,
             flip=config.hflip,
-            channel_combination=config.channel_combination,
-            erasing_probability=config.reprob,
+            augmentations=config.augment,
             erasing_fill='random' if config.erasing_fill is None else config.erasing_fill,
         )
         for modality in (VISIBLE, INFRARED)
