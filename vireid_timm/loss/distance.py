@@ -45,6 +45,6 @@ def centres(features: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         [M, D]; 0 for an empty group.
     """
     features = full_precision(features)
-    weights = members / members.sum(dim=1, keepdim=True).clamp_min(1)
+    members = members.to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        return weights.to(features.dtype) @ features
+        return members / members.sum(dim=1, keepdim=True).clamp_min(1) @ features

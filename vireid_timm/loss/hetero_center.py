@@ -76,10 +76,10 @@ class HeteroCenterTriplet(nn.Module):
         same_modality = infrared[:, None] == infrared[None, :]
         group = same & same_modality
         distance = pairwise_distances(centres(features, group))  # each centre once for every image of its group
-        # A sum over images that counts every anchor once.
-        share = (same & ~same_modality).any(dim=1) * ~same.all(dim=1) / group.sum(dim=1)
         losses = hinge(distance, same & ~same_modality, ~same, self.margin)
-        return (losses * share).sum() / share.sum().round().clamp_min(1)
+        is_anchor = (same & ~same_modality).any(dim=1) & ~same.all(dim=1)
+        share = is_anchor / group.sum(dim=1).to(losses.dtype)  # a sum over images counts every anchor once
+        return (losses * share).sum() / share.sum().clamp_min(1)
 
     def extra_repr(self) -> str:
         return f'margin={self.margin}'
