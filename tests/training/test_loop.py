@@ -483,6 +483,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'resume': 'no/such/run'}, 'no/such/run'),
         ({'cached_triplet': True}, '--grad-accum-steps'),
         ({'checkpoint_interval': '10 minutes'}, "500, 10m, or nothing for none, got '10 minutes'"),
+        ({'augment': ['rcc', 'mixup']}, "unknown augmentation 'mixup'; expected some of rcc"),
+        ({'loss': {'triplet': 1, 'pml.RoundLoss': 1}}, "no loss 'RoundLoss'"),
         ({'opt': 'sgdx'}, "cannot create the optimiser 'sgdx'.*list_optimizers"),
         ({'opt': 'lookahead_adahessian'}, 'needs second derivatives'),
         ({'opt_kwargs': {'foo': 1}}, "cannot create the optimiser 'sgd'.*foo.*--opt-kwargs"),

@@ -68,7 +68,7 @@ def draw_rectangles(
 
 
 def exchange_channels(images: torch.Tensor, generator: torch.Generator, probability: float = 0.75) -> torch.Tensor:
-    """Channel exchange of CAJ (Ye et al., ICCV 2021, section 3.1): red, green or blue takes the place of all three.
+    """Channel exchange of CAJ (Ye et al., ICCV 2021): red, green or blue takes the place of all three.
 
     Before normalisation: after it, a channel's place also means a scale. By default one image in four stays as it is,
     as in CAJ's code where the copy is not a second one of the same image.
@@ -90,7 +90,7 @@ def exchange_channels(images: torch.Tensor, generator: torch.Generator, probabil
 def mix_channels(
     images: torch.Tensor, generator: torch.Generator, probability: float = 0.5, concentration: float = 0.3
 ) -> torch.Tensor:
-    """Moderate random linear enhancement (MRLE of RLE, arXiv:2411.01225, section 3.3): a random mixture of channels.
+    """Moderate random linear enhancement (MRLE of RLE, arXiv:2411.01225): a random mixture of channels.
 
     One gray image λr·R + λg·G + λb·B takes the place of all channels. The λ are draws from a Beta distribution, divided
     by their sum. Before normalisation. Probability and concentration are those of the authors' code.
@@ -121,7 +121,7 @@ def scale_regions(
     area: tuple[float, float] = (0.02, 0.4),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> torch.Tensor:
-    """Radical random linear enhancement (RRLE of RLE, arXiv:2411.01225, section 3.4): other brightness in rectangles.
+    """Radical random linear enhancement (RRLE of RLE, arXiv:2411.01225): other brightness in rectangles.
 
     In a rectangle each channel is scaled so that its largest value becomes a draw from a Beta distribution. Rectangles
     follow each other, and may overlap, until some pixel has lost all but the share `darkest` of its value. Before
@@ -228,7 +228,7 @@ def erase_pixels(
     area: tuple[float, float] = (0.02, 0.4),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> torch.Tensor:
-    """Random erasing (arXiv:1708.04896, algorithm 1): one rectangle per image becomes noise.
+    """Random erasing (arXiv:1708.04896): one rectangle per image becomes noise.
 
     After normalisation: each value is drawn from the standard normal distribution, as timm's erasing mode `pixel` does.
 

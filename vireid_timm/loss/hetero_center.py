@@ -11,7 +11,7 @@ from .distance import centres, check_features, pairwise_distances
 
 
 class HeteroCenter(nn.Module):
-    """Hetero-center loss (arXiv:1910.09830, eq. 3): Σ over identities of |visible centre − infrared centre|².
+    """Hetero-center loss (arXiv:1910.09830): Σ over identities of |visible centre − infrared centre|².
 
     A centre is the mean of the batch's features of one identity and modality. An identity with images of one modality
     contributes 0. As in the paper this is a sum, so it grows with the number of identities in a batch; the paper's
@@ -41,7 +41,7 @@ class HeteroCenter(nn.Module):
 
 
 class HeteroCenterTriplet(nn.Module):
-    """Hetero-center triplet loss (arXiv:2008.06223, eq. 7): triplets of centres instead of images.
+    """Hetero-center triplet loss (arXiv:2008.06223): triplets of centres instead of images.
 
     Every centre, that is the mean of the batch's features of one identity and modality, is an anchor. Its positive is
     the identity's centre in the other modality, its negative the nearest centre of another identity in either modality:

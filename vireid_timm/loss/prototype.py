@@ -11,7 +11,7 @@ from .distance import centres, check_features
 class PrototypeContrast(nn.Module):
     """Contrast with one prototype per identity, shared by both modalities (after cluster contrast, arXiv:2103.11568).
 
-    With L2-normalised features f and prototypes c (eq. 2 there, with identities for clusters):
+    With L2-normalised features f and prototypes c, of identities where cluster contrast has clusters:
 
         loss = mean_i −log( exp(f_i·c_y / τ) / Σ_k exp(f_i·c_k / τ) )
 
