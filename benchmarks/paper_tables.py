@@ -40,7 +40,7 @@ CELLS: dict[str, dict[str, Any]] = {
     **{f'+ {name}': {'augment': ['rcc', 'cre', *name.split()]} for name in PLUS_AUGMENTATIONS},
     **{
         f'+ {name} {weight}': {'loss': {'triplet': 1.0, name: weight}}
-        for name, weight in (('prototype', 1.0), ('hetero_center', 0.5), ('hetero_center_triplet', 2.0))
+        for name, weight in (('prototype', 1.0), ('hetero_center', 0.05), ('hetero_center_triplet', 2.0))
     },
     **{f'smoothing {share}': {'smoothing': share} for share in (0.1, 0.2)},
     'triplet 3': {'loss': {'triplet': 3.0}},
@@ -102,7 +102,7 @@ TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
         ('label smoothing 0.1', 'smoothing 0.1', None),
         ('label smoothing 0.2', 'smoothing 0.2', None),
         ('prototype contrast', '+ prototype 1.0', None),
-        ('hetero-center loss', '+ hetero_center 0.5', None),
+        ('hetero-center loss', '+ hetero_center 0.05', None),
         ('hetero-center triplet', '+ hetero_center_triplet 2.0', None),
         ('the triplet as heavy as three identity losses', 'triplet 3', None),
     ],
