@@ -66,6 +66,12 @@ def test_names_are_checked_before_anything_is_read(words: str, answer: str, caps
     assert not said and answer in error and error.count('\n') == 1
 
 
+def test_it_says_that_visible_images_have_copies(images: Path, capsys: pytest.CaptureFixture) -> None:
+    said = _dry_run(capsys, '--data-dir', images, '--val-share', '0', '--augment', 'three_way', 'cre=0.3')
+    assert '= 12 images per batch, the visible ones twice\n' in said
+    assert re.search(r'\n +augment +three_way cre=0.3\n', said), said
+
+
 def test_it_says_what_there_is_and_writes_nothing(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     before, state = _files(images), torch.get_rng_state()
     said = _dry_run(capsys, '--data-dir', images, '--val-share', '0')
