@@ -8,7 +8,8 @@ from losses import random_features
 
 from vireid_timm.loss.by_name import LOSSES, PAPER_LOSSES, FeatureLosses, check_losses
 from vireid_timm.loss.cross_modality_triplet import CrossModalityTriplet
-from vireid_timm.loss.hetero_center import HeteroCenter, HeteroCenterTriplet
+from vireid_timm.loss.hetero_center import HeteroCenter
+from vireid_timm.loss.hetero_center_triplet import HeteroCenterTriplet
 from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 
 NAMES, INFRARED = torch.tensor([0, 0, 1, 2, 0, 1, 2, 2]), torch.tensor([False] * 4 + [True] * 4)

@@ -5,7 +5,8 @@ import torch
 from losses import assert_compiles, random_features, value_and_gradient
 
 from vireid_timm.loss.cross_modality_triplet import CrossModalityTriplet
-from vireid_timm.loss.hetero_center import HeteroCenter, HeteroCenterTriplet
+from vireid_timm.loss.hetero_center import HeteroCenter
+from vireid_timm.loss.hetero_center_triplet import HeteroCenterTriplet
 
 # Identities of the visible images, and of the infrared ones.
 GROUPS = {

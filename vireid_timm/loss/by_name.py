@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from ..layers.power_mean import full_precision
 from .cross_modality_triplet import CrossModalityTriplet
-from .hetero_center import HeteroCenter, HeteroCenterTriplet
+from .hetero_center import HeteroCenter
+from .hetero_center_triplet import HeteroCenterTriplet
 from .prototype import PrototypeContrast
 from .triplet import WeightedRegularizedTriplet
 
@@ -56,13 +57,13 @@ class FeatureLosses(nn.Module):
         """
         terms = {}
         for (name, weight), loss in zip(self.weights.items(), self.losses, strict=True):
-            if isinstance(loss, (HeteroCenter, HeteroCenterTriplet, CrossModalityTriplet)):
-                value = loss(features, identities, infrared)
-            elif isinstance(loss, WeightedRegularizedTriplet):
-                value = loss(features, identities)
-            else:
+            if _is_library(name):
                 with torch.autocast(features.device.type, enabled=False):
                     value = loss(full_precision(features), identities)
+            elif name == 'triplet':  # takes all images alike
+                value = loss(features, identities)
+            else:
+                value = loss(features, identities, infrared)
             terms[name] = weight * value
         return terms
 

@@ -1,10 +1,13 @@
-"""Triplets of images of both modalities, the hardest of each anchor (HPILN, IET Image Processing 2020)."""
+"""Cross-modality triplet loss: the hardest images of the other modality (HPILN, IET Image Processing 2020).
+
+Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast, and returns scalars of that
+dtype. Never synchronises with the device.
+"""
 
 import torch
 import torch.nn as nn
 
-from .distance import check_features, pairwise_distances
-from .hetero_center import hinge
+from .distance import check_features, hinge, pairwise_distances
 
 
 class CrossModalityTriplet(nn.Module):
@@ -16,9 +19,6 @@ class CrossModalityTriplet(nn.Module):
         loss = mean over anchors of max(0, margin + d(anchor, positive) − d(anchor, negative))
 
     An image without either is no anchor. The plain hardest triplet may take all three images from one modality.
-
-    Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast, and returns a scalar of
-    that dtype. Never synchronises with the device.
     """
 
     def __init__(self, margin: float = 0.3) -> None:

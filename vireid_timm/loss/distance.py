@@ -1,4 +1,4 @@
-"""Euclidean distances that stay exact where features are close, even under autocast."""
+"""What losses on features share: Euclidean distances, centres, and the margin between them, exact under autocast."""
 
 import torch
 
@@ -48,3 +48,17 @@ def centres(features: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     members = members.to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
         return members / members.sum(dim=1, keepdim=True).clamp_min(1) @ features
+
+
+def hinge(distance: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, margin: float) -> torch.Tensor:
+    """Return max(0, margin + furthest positive − nearest negative) of each row, [N]; 0 without a negative.
+
+    Args:
+        distance: [N, N].
+        positive: What is a positive of each row, [N, N] bool; a row without any has one at distance 0.
+        negative: What is a negative of each row, [N, N] bool.
+        margin: In units of the distance.
+    """
+    furthest = distance.masked_fill(~positive, 0).amax(dim=1)
+    nearest = distance.masked_fill(~negative, torch.inf).amin(dim=1)
+    return (margin + furthest - nearest).clamp_min(0)

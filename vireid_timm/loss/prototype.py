@@ -1,4 +1,8 @@
-"""Prototype contrast: features against running centres of all identities (after arXiv:2103.11568)."""
+"""Prototype contrast: features against running centres of all identities (after arXiv:2103.11568).
+
+Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast, and returns scalars of that
+dtype. Never synchronises with the device.
+"""
 
 import torch
 import torch.nn as nn
@@ -17,9 +21,6 @@ class PrototypeContrast(nn.Module):
 
     After the loss, `update` moves the prototype of each identity in the batch towards the mean of its features. An
     identity without a prototype yet is left out, as an image's own and as another's.
-
-    Accepts any float dtype, computes in float32 (float64 stays float64) even under autocast. Never synchronises with
-    the device.
     """
 
     # Differs from cluster contrast: a prototype moves once per batch, by the mean of its identity over both modalities,
