@@ -327,7 +327,7 @@ def parts_in_order(modality: str, stored: torch.Tensor, draws: torch.Generator) 
 
 @pytest.mark.parametrize('modality', ['visible', 'infrared'])
 def test_augment_is_its_parts_in_order(modality: str) -> None:
-    augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, erasing_fill=(0.1, 0.2, 0.3))
+    augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, cre_fill=(0.1, 0.2, 0.3))
     # Several batches, also of other sizes: the memory is reused, and nothing of one batch may show in the next.
     for seed, shape in enumerate([(40, 3, 32, 16), (40, 3, 32, 16), (3, 3, 32, 16), (3, 3, 16, 32), (3, 3, 16, 32)]):
         stored = random_images(*shape, seed=seed)

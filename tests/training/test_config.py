@@ -51,7 +51,7 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
         ('input_size: 288', 'input_size must be a list, got 288'),
         ('decay_milestones: [a]', "decay_milestones must be a whole number, got 'a'"),
         ('id_branches: joint', "id_branches must be a list, got 'joint'"),
-        ('erasing_fill: [0, zero, 0]', "erasing_fill must be a number, got 'zero'"),
+        ('cre_fill: [0, zero, 0]', "cre_fill must be a number, got 'zero'"),
         ('augment: rcc', "augment must be a list, got 'rcc'"),
         ('augment: [rcc, cre: 0.5]', r"augment must be text, got \{'cre': 0.5\}"),
         ('augment: [rcc, mixup]', "augment: unknown augmentation 'mixup'; expected some of rcc, rfa, exchange"),

@@ -484,6 +484,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'cached_triplet': True}, '--grad-accum-steps'),
         ({'checkpoint_interval': '10 minutes'}, "500, 10m, or nothing for none, got '10 minutes'"),
         ({'augment': ['rcc', 'mixup']}, "unknown augmentation 'mixup'; expected some of rcc"),
+        ({'augment': ['rcc'], 'cre_fill': [0, 0, 0]}, 'name cre in --augment, too'),
         ({'loss': {'triplet': 1, 'pml.RoundLoss': 1}}, "no loss 'RoundLoss'"),
         ({'opt': 'sgdx'}, "cannot create the optimiser 'sgdx'.*list_optimizers"),
         ({'opt': 'lookahead_adahessian'}, 'needs second derivatives'),

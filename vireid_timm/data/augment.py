@@ -288,7 +288,7 @@ class Augment:
         pad: int = 10,
         flip: float = 0.5,
         augmentations: Sequence[str] = PAPER_AUGMENTATIONS,
-        erasing_fill: str | Sequence[float] = 'random',
+        cre_fill: str | Sequence[float] = 'random',
         seed: int = 0,
     ) -> None:
         """Compose the steps.
@@ -301,7 +301,7 @@ class Augment:
             flip: Probability of a horizontal flip.
             augmentations: Names from `constants.AUGMENTATIONS`, each alone or as `name=probability`; by default the
                 paper's. What exchanges or mixes channels leaves infrared images alone: their channels are equal.
-            erasing_fill: Of channel random erasing: `random`, or one value per channel in normalised units.
+            cre_fill: Of channel random erasing: `random`, or one value per channel in normalised units.
             seed: Seed of the draws of calls without a generator.
 
         Raises:
@@ -318,7 +318,7 @@ class Augment:
         self.copies = 2 if 'three_way' in chosen else 1
         self.combination = RandomChannelCombination(chosen['rcc']) if 'rcc' in chosen else None
         self.looks = {name: chosen[name] for name in ('rfa', 'exchange', 'three_way', 'mrle', 'rrle') if name in chosen}
-        self.erasing = ChannelRandomErasing(chosen['cre'], fill=erasing_fill) if 'cre' in chosen else None
+        self.erasing = ChannelRandomErasing(chosen['cre'], fill=cre_fill) if 'cre' in chosen else None
         self.pixel_erasing = chosen.get('erasing', 0.0)
         self.generator = torch.Generator().manual_seed(seed)
 

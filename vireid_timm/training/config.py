@@ -118,7 +118,7 @@ class TrainConfig:
         nargs='*',
         check=parse_augmentations,
     )
-    erasing_fill: list[float] | None = _setting(
+    cre_fill: list[float] | None = _setting(
         None, 'augmentation', 'fixed fill per channel that cre erases, after normalisation', unset='random', nargs=3
     )
 
