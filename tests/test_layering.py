@@ -30,7 +30,7 @@ ROWS = (
     ('evaluation',),
     ('hub',),
     ('retrieval', 'figures', 'export'),
-    ('training',),
+    ('training', 'web'),
     ('cli',),
     ('__init__', '__main__'),
 )

@@ -158,7 +158,7 @@ def test_whole_numbers_out_of_range_are_named(
 
 
 # Texts that name no file or folder, as do those of a setting.
-NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol', 'where'}
+NO_PATHS = {'dataset', 'device', 'license', 'data_terms', 'repo_id', 'revision', 'message', 'protocol', 'where', 'host'}
 
 
 @pytest.mark.parametrize('command', sorted(set(COMMANDS) - {'train'}))

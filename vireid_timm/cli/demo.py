@@ -1,5 +1,9 @@
-"""`vireid demo`: an untrained network, the weights in the package, and the same after fine-tuning on new cameras."""
+"""`vireid demo`: an untrained network, the weights in the package, and the same after fine-tuning on new cameras.
 
+With `--web`: a page in the browser that searches visible images by infrared ones, and the reverse.
+"""
+
+import argparse
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +32,53 @@ FINE_TUNING = dict(freeze_bn=False, lr=0.001, warmup_epochs=0, epochs=3, identit
 ROWS = 8
 
 
+# Flags of one of the two demos only.
+FLAGS = {'output': 'output/demo', 'seed': 0}
+WEB_FLAGS = {'index': [], 'host': '127.0.0.1', 'port': 7860}
+
+
 def add_arguments(parser: Parser) -> None:
     """Add the flags."""
     parser.usage = '%(prog)s [flags]'
     parser.description = (
         'Evaluate an untrained network and the weights in the package, fine-tune, evaluate again, save, reload and '
-        'draw what the model finds, on rendered images. Takes about four minutes on two CPU cores.'
+        'draw what the model finds, on rendered images. Takes about four minutes on two CPU cores. With --web, show a '
+        'page in the browser instead that searches visible images by infrared ones, and the reverse.'
     )
-    text = 'folder for the model, demo.json and ranking.png (default: output/demo)'
-    parser.add_argument('--output', type=expanded_path, default='output/demo', metavar='DIR', help=text)
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the fine-tuning (default: 0)')
+    text = f'folder for the model, demo.json and ranking.png (default: {FLAGS["output"]})'
+    parser.add_argument('--output', type=expanded_path, metavar='DIR', help=text)
+    text = f'seed of the fine-tuning (default: {FLAGS["seed"]})'
+    parser.add_argument('--seed', type=int, metavar='N', help=text)
     add_device_flag(parser)
-    parser.set_defaults(run=lambda args: run_demo(args.output, args.seed, args.device))
+    web = parser.add_argument_group('page in the browser')
+    web.add_argument('--web', action='store_true', help='search in the browser (default: off)')
+    text = 'index to search, at most one per modality (default: rendered people)'
+    web.add_argument('--index', type=expanded_path, action='append', metavar='INDEX', help=text)
+    text = f'address to listen at, 0.0.0.0 for all of this machine (default: {WEB_FLAGS["host"]})'
+    web.add_argument('--host', metavar='ADDRESS', help=text)
+    web.add_argument('--port', type=int, metavar='N', help=f'port to listen at (default: {WEB_FLAGS["port"]})')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run one of the two demos."""
+    foreign = {name: getattr(args, name) for name in (FLAGS if args.web else WEB_FLAGS)}
+    given = [
+        f'--{name} {value}'
+        for name, values in foreign.items()
+        if values is not None
+        for value in (values if isinstance(values, list) else [values])
+    ]
+    if given:
+        raise ValueError(f'{", ".join(given)}: only {"without" if args.web else "with"} --web')
+    own = WEB_FLAGS if args.web else FLAGS
+    values = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in own.items()}
+    if args.web:
+        from ..web.app import serve
+
+        serve(values['index'], host=values['host'], port=values['port'], device=args.device)
+    else:
+        run_demo(**values, device=args.device)
 
 
 def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'cuda') -> dict[str, Any]:

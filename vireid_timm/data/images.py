@@ -56,7 +56,7 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read one image as 8-bit RGB, whatever its format.
 
     EXIF orientation is applied, transparent parts become black, and only the first of several frames is read. A single
@@ -69,9 +69,10 @@ def read_image(path: str) -> Image.Image:
 
     Args:
         path: A file, or the address of a rendered image (`synthvi:...`).
+        max_pixels: Pixels of the largest file that is decoded.
 
     Raises:
-        ImageError: If the file is missing, truncated, not an image, or larger than `MAX_PIXELS`.
+        ImageError: If the file is missing, truncated, not an image, or too large.
     """
     if path.startswith(ADDRESS_PREFIX):
         return Image.fromarray(render_address(path))
@@ -79,8 +80,8 @@ def read_image(path: str) -> Image.Image:
         # Not by path: Pillow would map plain TIFFs into memory, and garbles mapped ones that need a rotation.
         with open(path, 'rb') as file, Image.open(file, formats=readable_formats()) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f'it has {width}x{height} pixels')
+            if width * height > max_pixels:
+                raise ValueError(f'it has {width}x{height} pixels, more than the limit of {max_pixels:,} pixels')
             if not width or not height:
                 raise ValueError(f'it is empty: {width}x{height} pixels')
             tile = image.tile[0] if image.tile else None

@@ -171,14 +171,15 @@ def rank_list_page(rows: Sequence[RankRow], title: str, size: tuple[int, int] = 
     Raises:
         ValueError: There is no row.
     """
-    sources = {path: _data_uri(image) for path, image in _load_images(rows, size).items()}
+    sources = {path: data_uri(image) for path, image in _load_images(rows, size).items()}
     body = '\n'.join(_section(row, sources, size) for row in rows)
     colours = {'hit': f'rgb{HIT}', 'miss': f'rgb{MISS}', 'unknown': f'rgb{UNKNOWN}'}
     page = _PAGE.substitute(colours, title=html.escape(title), width=size[1], body=body)
     return page.encode('utf-8', 'backslashreplace').decode('utf-8')  # file names may be in another encoding
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
+    """Return an image as an address that holds it, for a page."""
     buffer = io.BytesIO()
     image.save(buffer, format='JPEG', quality=90)
     return f'data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'

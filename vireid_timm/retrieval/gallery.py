@@ -369,7 +369,7 @@ class Gallery:
         if not all(isinstance(image, (str, Path)) for image in images):
             about = self.index.about
             with self._computing:
-                model = self._network()
+                model = self.network()
                 options = dict(size=about.size, features=about.features, batch_size=self._batch_size)
                 return embed(model, images, modality, **options)[0], [True] * len(images)
         table = torch.zeros(len(images), self.index.about.dimensions)
@@ -390,7 +390,7 @@ class Gallery:
         about = self.index.about
         options = dict(size=about.size, features=about.features, batch_size=self._batch_size)
         extraction = Extraction(device=self._device, cache='off', skip_broken=skip_broken, **options)
-        with closing(embed_batches(self._network(), paths, modality, extraction)) as batches:
+        with closing(embed_batches(self.network(), paths, modality, extraction)) as batches:
             while True:
                 with self._computing:  # threads take turns batch by batch
                     batch = next(batches, None)
@@ -398,7 +398,7 @@ class Gallery:
                     return
                 yield batch
 
-    def _network(self) -> nn.Module:
+    def network(self) -> nn.Module:
         """Return the model, loaded when it is first needed."""
         with self._computing:
             if self._model is None:

@@ -70,6 +70,9 @@ class TrainConfig:
 
     model: str = _setting('vireid_dml_r50', 'model', MODEL_HELP, everyday=True, is_path=True)
     pretrained: bool = _setting(False, 'model', "start from the model's weights", everyday=True)
+    pretrained_path: str = _setting(
+        '', 'model', "file with the weights that --pretrained loads: the model's or its backbone's", is_path=True
+    )
     model_kwargs: dict[str, Any] = _setting({}, 'model', "model's arguments, e.g. spatial_weights=static")
     input_size: list[int] | None = _setting(
         None,

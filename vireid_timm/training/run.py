@@ -278,6 +278,10 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError('--cre-fill is what the augmentation cre fills in: name cre in --augment, too')
     if config.freeze_bn and not config.pretrained:
         raise ValueError('--freeze-bn keeps the statistics of pretrained weights: give --pretrained, too')
+    if config.pretrained_path and not config.pretrained:
+        raise ValueError('--pretrained-path is the file that --pretrained loads: give --pretrained, too')
+    if config.pretrained_path and not config.resume and not Path(config.pretrained_path).is_file():
+        raise ValueError(f'--pretrained-path: there is no file {config.pretrained_path}')
     if config.tensorboard:
         summary_writer_type()
 
@@ -386,11 +390,14 @@ def _probe_model(config: TrainConfig) -> DualStream:
 
 def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
     pretrained = config.pretrained and not config.resume  # the checkpoint has all weights
-    name = resolve_model_name(config.model)
+    name, args = resolve_model_name(config.model), model_args(config)
+    if config.pretrained_path:
+        args['pretrained_cfg_overlay'] = {'file': config.pretrained_path}
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args(config))
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f'cannot load the weights of {config.model!r}: {error}') from error
+        source = config.pretrained_path or f'the weights of {config.model!r}'
+        raise ValueError(f'cannot load {source}: {error}') from error
     if pretrained and not model.starts_from_backbone:
         model.reset_classifier(num_classes)  # even as many identities are other ones
         _logger.info(
