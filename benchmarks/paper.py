@@ -217,7 +217,7 @@ def report(args: argparse.Namespace) -> str:
 
 def table_text(table: str, dataset: str, budget: str, lines: list[dict[str, str]], args: argparse.Namespace) -> str:
     """One table with its paired tests."""
-    split = 'validation' if table == 'readings' and dataset == 'SynthVI v1' else 'test'
+    split = 'validation' if table in ('plus', 'readings') and dataset == 'SynthVI v1' else 'test'
     protocol = MAIN_PROTOCOL.get(dataset, 'infrared-to-visible')
     lines = [line for line in lines if line['split'].startswith(split) and line['protocol'] == protocol]
     splits = list(dict.fromkeys(line['split'] for line in lines))

@@ -170,6 +170,8 @@ def _batches(run: Run) -> list[str]:
     people, each, steps = sampler.identities_per_batch, sampler.images_per_modality, run.batches_per_epoch
     count = 2 * people * each
     line = f'  {people} identities x ({each} visible + {each} infrared) = {count} images per batch'
+    if run.augments[VISIBLE].copies > 1:
+        line += ', the visible ones twice'
     if ranks > 1:
         line += f', {ranks} ranks: {ranks * count}'
     if accumulated > 1:

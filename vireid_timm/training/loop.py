@@ -60,6 +60,7 @@ from .config import TrainConfig
 from .interrupt import Stopped, StopRequest, stop_signals
 from .progress import TENSORBOARD, NonFiniteLoss, Progress
 from .run import Run, create_run, frozen_norms, model_args, refuse_existing_run, run_folder_of
+from .task import infrared_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ def _joined_triplets(run: Run, group: Sequence[Batch]) -> list[Any]:
         _seed(run, batch)  # dropout draws the same again when the gradients are computed
         with _autocast(run):
             features.append(run.task.cache_features(batch.inputs))
-    return run.task.join_triplet(features, [batch.labels for batch in group])
+    return run.task.join_triplet(features, [batch.labels for batch in group], infrared_rows(*group[0].inputs))
 
 
 def _seed(run: Run, batch: Batch) -> None:

@@ -30,7 +30,7 @@ from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
 from ..models.branches import DualStream
-from ..options import check_kinds
+from ..options import check_kinds, parse_augmentations
 from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
 from ..text import format_bytes
 from .config import TrainConfig
@@ -274,6 +274,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:
         raise ValueError('--cached-triplet compares accumulated batches: give --grad-accum-steps 2 or more, too')
+    if config.cre_fill and 'cre' not in parse_augmentations(config.augment):
+        raise ValueError('--cre-fill is what the augmentation cre fills in: name cre in --augment, too')
     if config.freeze_bn and not config.pretrained:
         raise ValueError('--freeze-bn keeps the statistics of pretrained weights: give --pretrained, too')
     if config.pretrained_path and not config.pretrained:
@@ -419,7 +421,7 @@ def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) ->
         global_weight=config.global_weight,
         fusion_weight=config.fusion_weight,
         mutual_constant=config.mutual_constant,
-        triplet_weight=config.triplet_weight,
+        loss=config.loss,
         smoothing=config.smoothing,
         gather_features=config.gather_features,
         device=device,
@@ -443,9 +445,8 @@ def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]
             data_config['std'],
             pad=config.pad,
             flip=config.hflip,
-            channel_combination=config.channel_combination,
-            erasing_probability=config.reprob,
-            erasing_fill='random' if config.erasing_fill is None else config.erasing_fill,
+            augmentations=config.augment,
+            cre_fill='random' if config.cre_fill is None else config.cre_fill,
         )
         for modality in (VISIBLE, INFRARED)
     }
