@@ -49,25 +49,26 @@ class _Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[tuple[Callable, tuple, dict, list[torch.Tensor]]] = []
+        self.operations: list[tuple[Callable, tuple, dict, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        results = [value for value in (result if isinstance(result, (tuple, list)) else [result])]
-        is_view = func.is_view or func.name().startswith(('aten::detach', 'aten::empty', 'aten::_unsafe_view'))
-        if not is_view:
-            self.operations.append((func, args, kwargs, results))
+        if not func.is_view and not func.name().startswith(('aten::detach', 'aten::empty', 'aten::_unsafe_view')):
+            self.operations.append((func, args, kwargs, result))
         return result
 
     def replay(self) -> None:
         """Compute everything again from what now lies in the tensors that come in, into the same results."""
         with torch.no_grad():
-            for func, args, kwargs, results in self.operations:
-                again = func(*args, **kwargs)
-                for new, old in zip(again if isinstance(again, (tuple, list)) else [again], results, strict=True):
+            for func, args, kwargs, result in self.operations:
+                for new, old in zip(_listed(func(*args, **kwargs)), _listed(result), strict=True):
                     if isinstance(old, torch.Tensor) and new is not old and new.data_ptr() != old.data_ptr():
                         old.copy_(new)
+
+
+def _listed(result: Any) -> Any:
+    return result if isinstance(result, (tuple, list)) else [result]
 
 
 class _Recorder:
