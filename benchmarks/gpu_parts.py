@@ -67,7 +67,7 @@ TINY_SCALE = {
     'batches': (4,),
     'identities': 2,
     'repeats': 1,
-    'steps': 5,
+    'steps': 4,
     'equal_steps': 5,
     'several': ((2, 'vireid_dml_r10t', (64, 32)),),
     'several_s': 0.2,

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,7 @@ def train_all(args: argparse.Namespace) -> bool:
     cells = list(dict.fromkeys(cell for table in args.what for _, cell, _ in TABLES[table]))
     waiting = [(cell, seed) for seed in args.seeds for cell in cells]
     end = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
+    collecting = Lock()
 
     def work(run: tuple[str, int]) -> bool:
         cell, seed = run
@@ -194,9 +196,10 @@ def train_all(args: argparse.Namespace) -> bool:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it saves a checkpoint
             status = process.wait()
-        if status not in (0, 143):
+        if status not in (0, 143, -signal.SIGTERM):  # the last one: stopped while it was evaluated
             _logger.error('%s, seed %d ended with status %d', cell, seed, status)
-        collect(args)
+        with collecting:
+            collect(args)
         return status == 0
 
     with ThreadPoolExecutor(args.jobs) as pool:
