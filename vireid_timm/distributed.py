@@ -1,6 +1,7 @@
 """Ranks that `torchrun` started together: join and leave, and the few things that they exchange."""
 
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,10 @@ def process_group(name: str = 'cuda') -> Iterator[torch.device]:
         error.known_to_all = getattr(error, 'known_to_all', False)
         raise
     finally:
+        # Gloo's thread may still have to drop the last tensor, which takes the interpreter. Leaving the group holds the
+        # interpreter while it waits for that thread: with torch 2.5 both waited forever, with 2.11 and later never.
+        if torch.__version__ < '2.11':
+            time.sleep(0.5)
         distributed.destroy_process_group()
 
 

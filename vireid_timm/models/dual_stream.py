@@ -1,14 +1,7 @@
 """Dual-stream ResNets for visible-infrared person re-identification, registered with timm.
 
-The network of "Visible-Infrared Person Re-Identification via Feature Fusion and Deep Mutual Learning" (Lin and Wang):
-one stem per modality, shared layers, a global branch over layer4, a fusion branch over layer1-3 with adaptive spatial
-weights (ASFF, arXiv:1911.09516), and a joint branch that concatenates the two. Retrieval uses the joint branch.
-
-Power-average the fused map to layer4's grid and concatenate it with layer4's map: the GeM of this joint map is the
-paper's V_joint (`layers/fusion.py` explains why that is exact). `forward_features` returns the joint map, so all of
-timm's conventions hold.
-
-AGW (arXiv:2001.04193), the common baseline of the field, is the global branch with non-local blocks in the trunk.
+The paper's networks: one stem per modality and shared layers, under the branches of `branches.py`. AGW
+(arXiv:2001.04193), the common baseline of the field, is the global branch with non-local blocks in the trunk.
 """
 
 import copy
@@ -17,12 +10,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_device_dtype
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -33,32 +25,18 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..layers.fusion import SPATIAL_WEIGHTS, FusionBranch
-from ..layers.head import BranchHead
 from ..layers.non_local import NonLocalBlock
-from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
 from ..layers.stem import DualStem, Stem
 from ..options import check_kinds
 from ..text import format_list
+from .branches import BranchOutput, DualStream, DualStreamFeatures, check_branches, height_and_width
 
 __all__ = ['BranchOutput', 'DualStreamResNet']
 
 _logger = logging.getLogger(__name__)
-
-
-class BranchOutput(NamedTuple):
-    """The part of a forward pass that training needs.
-
-    Attributes:
-        features: V_joint before the BN-neck, float32 also under autocast, [B, num_features].
-        logits: Branch name (`global`, `fusion`, `joint`) -> [B, num_classes]; empty when `num_classes=0`.
-    """
-
-    features: torch.Tensor
-    logits: dict[str, torch.Tensor]
 
 
 def set_last_stride(layer4: nn.Sequential, last_stride: int) -> None:
@@ -90,35 +68,11 @@ def _with_non_local(
     return nn.Sequential(modules)
 
 
-def _check_arguments(
-    fuse_layers: tuple[int, ...],
-    spatial_weights: str,
-    last_stride: int,
-    num_classes: int,
-    global_pool: str,
-) -> None:
-    if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
-        raise ValueError(f'fuse_layers must be increasing layer numbers from 1 to 4, got {fuse_layers}')
-    if spatial_weights not in SPATIAL_WEIGHTS:
-        raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
-    if last_stride not in (1, 2):
-        raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
-    if global_pool == '' and num_classes > 0:
-        raise ValueError("a classifier needs pooling: use num_classes=0 with global_pool=''")
-
-
 def _check_non_local(blocks: Sequence[int], width: Union[int, str], layers: Sequence[int]) -> None:
     if len(blocks) != 4 or not all(0 <= count <= num_blocks for count, num_blocks in zip(blocks, layers)):
         raise ValueError(f'non_local_blocks must be four counts of at most {tuple(layers)}, got {tuple(blocks)}')
     if width != 'half' and not (isinstance(width, int) and width >= 1):
         raise ValueError(f"non_local_width must be a positive number of channels or 'half', got {width!r}")
-
-
-def _height_and_width(img_size: Union[int, Sequence[int]]) -> tuple[int, int]:
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
-        raise ValueError(f'img_size must be height and width in pixels, or one number for both, got {img_size!r}')
-    return size
 
 
 def _check_timm_arguments(names: Iterable[str]) -> None:
@@ -134,7 +88,7 @@ def _check_timm_arguments(names: Iterable[str]) -> None:
         )
 
 
-class DualStreamResNet(nn.Module):
+class DualStreamResNet(DualStream):
     """Dual-stream ResNet with a global, a fusion and a joint branch, or with the global branch only (the baseline).
 
     Args:
@@ -162,6 +116,8 @@ class DualStreamResNet(nn.Module):
         ValueError: An argument is out of its range.
     """
 
+    pretrained_prefixes = ('stem.', 'layer')
+
     def __init__(
         self,
         block: Union[type[BasicBlock], type[Bottleneck]],
@@ -185,16 +141,14 @@ class DualStreamResNet(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        fuse_layers = tuple(fuse_layers)
-        height, width = _height_and_width(img_size)
         if 'output_stride' in (resnet_args or {}):
             _check_timm_arguments(['output_stride'])
-        _check_arguments(fuse_layers, spatial_weights, last_stride, num_classes, global_pool)
+        check_branches(fuse_layers, spatial_weights, num_classes, global_pool)
+        if last_stride not in (1, 2):
+            raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
         _check_non_local(non_local_blocks, non_local_width, layers)
-        self.num_classes = num_classes
+        size = height_and_width(img_size)
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.gem_power = gem_power
         self.grad_checkpointing = False
 
         trunk = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
@@ -206,74 +160,30 @@ class DualStreamResNet(nn.Module):
             channels = trunk.feature_info[i]['num_chs']
             layer = _with_non_local(getattr(trunk, f'layer{i}'), count, channels, non_local_width, dd)
             setattr(self, f'layer{i}', layer)
-        steps = (1, 2, 4, 4 * last_stride)
         self.feature_info = [
-            dict(info, reduction=4 * step, module=f'layer{i + 1}')
-            for i, (info, step) in enumerate(zip(trunk.feature_info[1:], steps))
+            dict(info, reduction=reduction, module=f'layer{i}')
+            for i, (info, reduction) in enumerate(zip(trunk.feature_info[1:], (4, 8, 16, 16 * last_stride)), start=1)
         ]
-
-        self.global_pool = GeneralizedMeanPool(gem_power, global_pool)
-        self.fuse_layers = fuse_layers
-        self.fusion = None
-        if fuse_layers:
-            self.fusion = FusionBranch(
-                [self.feature_info[i - 1]['num_chs'] for i in fuse_layers],
-                [steps[i - 1] for i in fuse_layers],
-                out_step=steps[3],
-                channels=fuse_width,
-                power=self.global_pool.power,
-                spatial_weights=spatial_weights,
-                grid=(-(-height // 4), -(-width // 4)),
-                plain=plain_fusion,
-                **dd,
-            )
-        self._create_heads(trunk.num_features, dd)
-
-    def _create_heads(self, global_features: int, dd: dict[str, Any]) -> None:
-        self.global_head = BranchHead(global_features, self.num_classes, self.drop_rate, **dd)
-        self.fusion_head = None
-        self.joint_head = None
-        self.num_features = self.head_hidden_size = global_features
-        self.branches = ('global',)  # retrieval uses the last one
-        if self.fusion is not None:
-            self.branches = ('global', 'fusion', 'joint')
-            fused = self.fusion.num_features
-            self.num_features = self.head_hidden_size = global_features + fused
-            self.fusion_head = BranchHead(fused, self.num_classes, self.drop_rate, **dd)
-            self.joint_head = BranchHead(self.num_features, self.num_classes, self.drop_rate, **dd)
+        self._create_branches(
+            size,
+            num_classes,
+            global_pool,
+            drop_rate,
+            fuse_layers,
+            fuse_width,
+            gem_power,
+            spatial_weights,
+            plain_fusion,
+            dd,
+        )
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return dict(stem=r'^stem', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the branch that retrieval uses."""
-        head = self.joint_head if self.joint_head is not None else self.global_head
-        return nn.Identity() if head is None else head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier of every branch but keep the necks; `global_pool=None` keeps the pooling."""
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool = GeneralizedMeanPool(self.gem_power, global_pool).train(self.training)
-        self.num_classes = num_classes
-        if self.fusion is not None:
-            self.fusion.power = self.global_pool.power
-        if self.global_head is None and global_pool:  # pruned: create a head for the remaining features
-            self._create_heads(self.num_features, get_device_dtype(self.stem))
-            self.global_head.train(self.training)
-        for head in (self.global_head, self.fusion_head, self.joint_head):
-            if head is not None:
-                head.reset(num_classes)
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -340,69 +250,6 @@ class DualStreamResNet(nn.Module):
             x4 = self.layer4(x3)
         return [x1, x2, x3, x4]
 
-    def _joint_map(self, levels: list[torch.Tensor]) -> torch.Tensor:
-        x = levels[3]
-        if self.fusion is not None:
-            size = [levels[0].shape[2], levels[0].shape[3]]
-            powers = self.fusion([levels[i - 1] for i in self.fuse_layers], size)
-            x = torch.cat([x, root(powers, self.global_pool.power)], dim=1)
-        return x
-
-    def forward_features(
-        self,
-        visible: Optional[torch.Tensor] = None,
-        infrared: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """Return the joint map [B, num_features, h, w], layer4's channels before the fused ones. Its GeM is V_joint."""
-        return self._joint_map(self._forward_levels(visible, infrared))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool the joint map, then apply BN-neck and classifier; `pre_logits` returns the features after BN."""
-        x = self.global_pool(x)
-        if self.global_pool.pool_type == '':
-            return x
-        if self.joint_head is not None:
-            return self.joint_head(x, pre_logits)
-        return self.global_head(x, pre_logits)
-
-    def forward(
-        self,
-        visible: Optional[torch.Tensor] = None,
-        infrared: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """Return joint logits [B, num_classes], or features after BN [B, num_features] when `num_classes=0`.
-
-        Args:
-            visible: Normalised visible images [B, 3, H, W].
-            infrared: Normalised infrared images [B, 3, H, W]. Their rows follow the visible ones.
-
-        Raises:
-            ValueError: Neither modality is given, or a shape is wrong.
-        """
-        return self.forward_head(self.forward_features(visible, infrared))
-
-    @torch.jit.ignore
-    def forward_branches(
-        self,
-        visible: Optional[torch.Tensor] = None,
-        infrared: Optional[torch.Tensor] = None,
-    ) -> BranchOutput:
-        """Return V_joint before BN and every branch's logits (eq. 3, 4), which the losses need; visible rows first."""
-        if self.global_pool.pool_type == '':
-            raise ValueError("forward_branches needs pooling, but this model has global_pool=''")
-        levels = self._forward_levels(visible, infrared)
-        size = levels[3].shape[2] * levels[3].shape[3]
-        mean_power = power_sum(levels[3], None, self.global_pool.power) / size
-        branch_features = {'global': root(mean_power, self.global_pool.power)}
-        if self.fusion is not None:
-            fused = [levels[i - 1] for i in self.fuse_layers]
-            mean_power = self.fusion.mean_power(fused, list(levels[0].shape[2:]))
-            branch_features['fusion'] = root(mean_power, self.global_pool.power)
-            branch_features['joint'] = torch.cat(list(branch_features.values()), dim=1)
-        heads = {'global': self.global_head, 'fusion': self.fusion_head, 'joint': self.joint_head}
-        logits = {name: heads[name](branch_features[name]) for name in self.branches} if self.num_classes else {}
-        return BranchOutput(branch_features[self.branches[-1]], logits)
-
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Map a timm or torchvision ImageNet ResNet onto the dual-stream network; our own weights pass unchanged.
@@ -450,18 +297,6 @@ def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) ->
         raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
 
 
-class DualStreamFeatures(FeatureGetterNet):
-    """timm's `features_only` wrapper, for one or both modalities."""
-
-    def forward(
-        self,
-        visible: Optional[torch.Tensor] = None,
-        infrared: Optional[torch.Tensor] = None,
-    ) -> list[torch.Tensor]:
-        options = dict(indices=self.out_indices, norm=self.norm, output_fmt=self.output_fmt)
-        return self.model.forward_intermediates(visible, infrared, intermediates_only=True, **options)
-
-
 def _create_dual_stream(
     variant: str,
     pretrained: bool = False,
@@ -472,7 +307,7 @@ def _create_dual_stream(
     _check_timm_arguments(kwargs)
     check_kinds(kwargs, [DualStreamResNet], 'argument ')
     check_kinds(kwargs.get('resnet_args') or {}, [ResNet], 'resnet_args: argument ')
-    size = get_pretrained_cfg(variant).input_size[1:] if img_size is None else _height_and_width(img_size)
+    size = get_pretrained_cfg(variant).input_size[1:] if img_size is None else height_and_width(img_size)
     model = build_model_with_cfg(
         DualStreamResNet,
         variant,
@@ -485,7 +320,7 @@ def _create_dual_stream(
     )
     # A saved model's own `img_size` comes back with its configuration, which may hold another input size.
     saved = (kwargs.get('pretrained_model_args') or {}).get('img_size')
-    if img_size is not None and (saved is None or _height_and_width(saved) != size):
+    if img_size is not None and (saved is None or height_and_width(saved) != size):
         cfg, cell = model.pretrained_cfg, 16 * kwargs.get('last_stride', 1)
         # The channels stay: as everywhere in timm, they are those of the weights.
         sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // cell) for side in size)}
