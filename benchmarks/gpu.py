@@ -175,11 +175,14 @@ def main() -> None:
     if unmet := unmet_requirements(ROOT / 'setup.cfg'):
         sys.exit(f'this needs {", ".join(unmet)}')
     sys.path.insert(0, str(ROOT))
-    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    paths = (str(ROOT), str(ROOT / 'benchmarks'), os.environ.get('PYTHONPATH'))
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))  # of the other processes
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(args.folder / 'compiled')
     args.folder.mkdir(parents=True, exist_ok=True)
     results = Results(args.output)
     parts = [part for part in args.parts if part in args.again or not results.is_complete(part)]
+    if 'compile' in parts:
+        shutil.rmtree(args.folder / 'compiled', ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended below
     rendering = start_rendering(args) if set(parts) & set(NEED_IMAGES) else None
     late = []

@@ -119,22 +119,15 @@ class PlainRecorder:
 @contextmanager
 def stepping(args: argparse.Namespace, graphs: bool, **settings: Any) -> Iterator[tuple[Run, Batch]]:
     """A run on a few rendered people that is ready to step, with its first batch."""
-    options = argparse.Namespace(**{**vars(args), 'torchcompile': settings.pop('torchcompile', False)})
-    images = args.batch_size // (2 * args.identities)
-    with training(options, images, cuda_graphs=graphs, **settings) as run:
+    gc.collect()
+    if args.device.type == 'cuda':  # give back what is not used any more, and forget how much it was
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(args.device)
+    with training(args, args.batch_size // (2 * args.identities), cuda_graphs=graphs, **settings) as run:
         if graphs != (run.graph is not None):
             raise RuntimeError('the steps were to become a CUDA graph, but do not')
         run.task.train()
         yield run, drawn(run, 1)[0]
-    release(args.device)
-
-
-def release(device: torch.device) -> None:
-    """Give memory back that is not used any more, and forget how much it was."""
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def times_over(count: int, work: Callable[[], Any]) -> Callable[[], None]:

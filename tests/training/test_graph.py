@@ -256,7 +256,7 @@ def test_what_is_recorded_never_reads_back_from_the_device(
         recorded = StepGraph(run.optimizer, run.device)
         images, labels = torch.rand(4, 3, 64, 32), torch.zeros(8, dtype=torch.int64)
         for count in range(3):
-            with recorded._on_the_device(), _NoHostData() if count else nullcontext():
+            with recorded._recordable(capturable=True), _NoHostData() if count else nullcontext():
                 result = step._learn(run, images, images, labels, joined=None, count=1, update=True)
         assert result['loss'].shape == ()
         with pytest.raises(Exception, match='_local_scalar_dense'):

@@ -28,16 +28,21 @@ def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]
         ValueError: The device has too little memory, or the step cannot become a CUDA graph.
     """
     try:
-        return _train_step(run, group)
+        results = _learn_group(run, group)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f'a step of {sum(len(batch.rows) for batch in group)} images does not fit into the memory of '
             f'{run.device}; try fewer --identities-per-batch (with --grad-accum-steps), --grad-checkpointing, or a '
             'smaller --input-size'
         ) from error
+    number = run.num_updates + 1
+    run.task.update_ema(step=number)
+    if run.scheduler is not None:
+        run.scheduler.step_update(number)
+    return results
 
 
-def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+def _learn_group(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
     results = []
     for batch, joined in zip(group, _joined_triplets(run, group), strict=True):
         is_last = batch is group[-1]
@@ -46,10 +51,6 @@ def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor
         with nullcontext() if is_last else run.task.no_sync():
             inputs = (*batch.inputs, batch.labels)
             results.append(work(*inputs) if run.graph is None else run.graph(work, *inputs))
-    number = run.num_updates + 1
-    run.task.update_ema(step=number)
-    if run.scheduler is not None:
-        run.scheduler.step_update(number)
     return results
 
 
@@ -68,23 +69,19 @@ def _learn(
     """
     with _autocast(run):
         result = run.task((visible, infrared), labels, joined=joined)
-    _backward_and_step(run, result['loss'] / count, update)
-    if update:
-        run.optimizer.zero_grad()
-    return {name: value.detach() for name, value in result.items()}
-
-
-def _backward_and_step(run: Run, loss: torch.Tensor, update: bool) -> None:
-    clip, mode = run.config.clip_grad, run.config.clip_mode
+    loss, clip, mode = result['loss'] / count, run.config.clip_grad, run.config.clip_mode
     parameters = run.task.get_clip_parameters() if clip is not None else None
     if run.scaler is not None:
         run.scaler(loss, run.optimizer, clip_grad=clip, clip_mode=mode, parameters=parameters, need_update=update)
-        return
-    loss.backward()
-    if update:
-        if clip is not None:
+    else:
+        loss.backward()
+        if update and clip is not None:
             dispatch_clip_grad(parameters, clip, mode=mode)
-        run.optimizer.step()
+        if update:
+            run.optimizer.step()
+    if update:
+        run.optimizer.zero_grad()
+    return {name: value.detach() for name, value in result.items()}
 
 
 def _joined_triplets(run: Run, group: Sequence[Batch]) -> list[Any]:
