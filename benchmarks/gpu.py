@@ -13,6 +13,7 @@ unless everything that was asked for is there.
 
 import argparse
 import configparser
+import ctypes
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -74,14 +76,28 @@ def start_rendering(args: argparse.Namespace) -> subprocess.Popen:
     command = [sys.executable, '-m', 'vireid_timm', 'synth', str(args.images), '--layout', 'sysu_mm01', *scale]
     command += ['--size', *map(str, args.size), '--workers', str(workers)]
     with open(args.folder / 'render.log', 'w') as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=lead_a_group)
 
 
-def in_turn(parts: list[str], rendering: subprocess.Popen | None) -> Iterator[str]:
+def lead_a_group() -> None:
+    """Let this process and those that it starts be ended together, and with the one that started it."""
+    os.setsid()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
+
+
+def end_group(leader: int) -> None:
+    """End such processes."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def in_turn(parts: list[str], rendering: subprocess.Popen | None, end: float) -> Iterator[str]:
     """Yield the parts in their order, those that need images not before these are rendered."""
     waiting = list(parts)
     while waiting:
-        ready = [part for part in waiting if part not in NEED_IMAGES or rendering.poll() is not None]
+        can_wait = rendering is not None and rendering.poll() is None and time.monotonic() < end
+        ready = [part for part in waiting if part not in NEED_IMAGES or not can_wait]
         if ready:
             waiting.remove(ready[0])
             yield ready[0]
@@ -112,6 +128,7 @@ class Results:
 
 def run_part(part: str, args: argparse.Namespace, sender: Connection) -> None:
     """What the process of a part does."""
+    lead_a_group()
     import gpu_parts
 
     gpu_parts.run(part, args, sender)
@@ -132,10 +149,11 @@ def measure(part: str, args: argparse.Namespace, limit: float, results: Results)
     except EOFError:
         process.join()
         if process.exitcode:
-            problem = (args.folder / f'{part}.log').read_text().strip().rpartition('\n')[2]
+            said = (args.folder / f'{part}.log').read_text().strip().rpartition('\n')[2]
+            problem = said or f'ended with status {process.exitcode}'
     finally:
         if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            end_group(process.pid)
     taken = round(time.monotonic() - start, 1)
     results.add(part, {'complete': not problem, 'problem': problem, 'seconds': taken})
 
@@ -191,7 +209,7 @@ def main() -> None:
         forkserver.ensure_running()
         if parts:
             measure('device', args, 60, results)
-        for part in in_turn(parts, rendering) if results.is_complete('device') else ():
+        for part in in_turn(parts, rendering, end) if results.is_complete('device') else ():
             left = end - time.monotonic()
             if left < min(20, 30 * args.minutes):
                 late.append(part)
@@ -199,7 +217,7 @@ def main() -> None:
                 measure(part, args, min(LIMITS[part], left), results)
     finally:
         if rendering is not None and rendering.poll() is None:
-            os.killpg(rendering.pid, signal.SIGKILL)
+            end_group(rendering.pid)
     complete = not late and all(results.is_complete(part) for part in args.parts)
     if late:
         print(f'There was no time for {", ".join(late)}; the same command measures the rest')

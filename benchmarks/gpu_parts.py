@@ -14,15 +14,13 @@ several         images/s of several trainings at once
 """
 
 import argparse
-import ctypes
 import gc
 import os
-import signal
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,10 +75,7 @@ Send = Callable[[dict[str, Any]], None]
 
 
 def run(part: str, args: argparse.Namespace, sender: Connection) -> None:
-    """Do a part in this process, which ends with the one that started it."""
-    os.setsid()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only
+    """Do a part in this process; what it prints goes to a file."""
     with open(args.folder / f'{part}.log', 'w') as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vireid_timm.run_folder import load_checkpoint
 from vireid_timm.training import graph, loop, run, step
 from vireid_timm.training.config import TrainConfig
+from vireid_timm.training.dry_run import TIMED_STEPS, dry_run
 from vireid_timm.training.graph import StepGraph, why_no_graph
 from vireid_timm.training.loop import train
 from vireid_timm.training.run import Run, create_optimizer, create_run
@@ -151,6 +152,21 @@ def test_a_recorded_run_equals_an_ordinary_one(
     assert recorder.recordings == 3
     states = [load_checkpoint(result.folder) for result in (ordinary, recorded, resumed)]
     assert states[0]['epoch'] == 2 and equal(states[0], states[1]) and equal(states[0], states[2])
+
+
+def test_a_dry_run_measures_recorded_steps(recorder: type[_Recorder]) -> None:
+    assert 'ms per optimiser step' in dry_run(SETTINGS)
+    assert (recorder.recordings, recorder.replays) == (1, 1 + TIMED_STEPS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_recorded_run_on_a_gpu_stays_near_an_ordinary_one(tmp_path: Path) -> None:
+    common = {**SETTINGS, 'device': 'cuda', 'deterministic': True, 'lr': 0.01, 'output': str(tmp_path)}
+    ordinary = train({**common, 'experiment': 'ordinary', 'cuda_graphs': False})
+    recorded = train({**common, 'experiment': 'recorded'})
+    assert 'steps as a CUDA graph' in (recorded.folder / 'train.log').read_text()
+    for one, other in zip(ordinary.summary, recorded.summary, strict=True):
+        assert one['train_loss'] == pytest.approx(other['train_loss'], rel=1e-3)
 
 
 def test_a_recorded_step_still_finds_nan(tmp_path: Path, recorder: type[_Recorder]) -> None:

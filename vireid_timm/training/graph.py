@@ -1,5 +1,6 @@
 """Training steps as one CUDA graph: recorded once on fixed memory, then repeated by the GPU without Python."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,7 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return a function that repeats the work's kernels; nothing is computed yet."""
+        gc.collect()  # not within the recording: an earlier run's graph may be among the garbage
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile: those that read images pin memory.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode='thread_local'):
