@@ -350,7 +350,6 @@ def profile(args: argparse.Namespace, send: Send) -> None:
                 }
             }
         )
-    args.settings = {**args.settings, 'cuda_graphs': False}  # a graph's kernels belong to no operation
     send({'by operation, eager': training_speed.profile(args)['profile']})
 
 

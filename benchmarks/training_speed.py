@@ -311,12 +311,11 @@ def serve_field_way(connection: Connection, args: argparse.Namespace, count: int
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Shares of a step's time by kind of operation."""
-    with training(args, images=args.batch_size // (2 * args.identities)) as run:
+    """Shares of a step's time by kind of operation; the kernels of a CUDA graph would belong to none."""
+    with training(args, images=args.batch_size // (2 * args.identities), cuda_graphs=False) as run:
         (batch,) = drawn(run, 1)
         run.task.train()
-        for _ in range(unsettled(run)):
-            train_step(run, [batch])
+        train_step(run, [batch])
         with torch.profiler.profile() as profiler:
             train_step(run, [batch])
             finish(args.device)
