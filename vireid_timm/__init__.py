@@ -11,7 +11,9 @@ from .version import __version__, check_timm
 
 with interrupt_ends_command():
     check_timm()
-    from .models.dual_stream import BranchOutput
+    importlib.import_module('.models.dual_stream', __name__)
+    importlib.import_module('.models.backbone', __name__)
+    from .models.branches import BranchOutput
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .data.augment import ChannelRandomErasing as ChannelRandomErasing

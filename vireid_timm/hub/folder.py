@@ -27,7 +27,7 @@ from ..evaluation.calibration import Calibration
 from ..evaluation.features import weights_fingerprint
 from ..evaluation.report import Report
 from ..files import check_writable, save_json, whole_file, whole_folder
-from ..models.dual_stream import DualStreamResNet
+from ..models.branches import DualStream
 from ..run_folder import BEST, LAST, MODEL_CONFIG, PREVIOUS, has_checkpoint, load_checkpoint
 from ..synthvi.render import contact_sheet
 from ..text import format_list
@@ -192,7 +192,7 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
     return f'local-dir:{folder}', None
 
 
-def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualStreamResNet:
+def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualStream:
     """Load a model with its classifiers, so that every tensor has to fit; `shown` replaces `source` in messages."""
     name, checkpoint = _locate(source)
     state = _checkpoint_state(checkpoint) if checkpoint is not None and pretrained else None
@@ -205,7 +205,7 @@ def _load(source: str | Path, pretrained: bool = True, shown: str = '') -> DualS
         raise ValueError(f'cannot load a model from {shown}: {one_line(error)}') from error
     finally:
         check_cache(name)
-    if not isinstance(model, DualStreamResNet):
+    if not isinstance(model, DualStream):
         raise ValueError(f'{shown} is a {type(model).__name__}, not a visible-infrared re-ID model of this library')
     return model
 

@@ -9,17 +9,19 @@ map is the paper's V_joint (`layers/fusion.py` explains why that is exact). `for
 all of timm's conventions hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import get_device_dtype
+from timm.models import is_model, model_entrypoint
 from timm.models._features import FeatureGetterNet
 
 from ..layers.fusion import SPATIAL_WEIGHTS, FusionBranch
 from ..layers.head import BranchHead
 from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
+from ..text import format_list
 
 __all__ = ['BranchOutput', 'DualStream']
 
@@ -63,14 +65,74 @@ def height_and_width(img_size: Union[int, Sequence[int]]) -> tuple[int, int]:
     return size
 
 
+def check_names(names: Iterable[str], module: str) -> None:
+    """Refuse to replace a model of another package; timm would only warn, which is easily overlooked.
+
+    Raises:
+        ImportError: Another package has registered one of the names.
+    """
+    for name in names:
+        owner = model_entrypoint(name).__module__ if is_model(name) else module
+        if owner != module:
+            raise ImportError(
+                f'cannot register the model {name} with timm, because {owner} has already registered this name; '
+                f'use {owner.partition(".")[0]} and vireid_timm in separate programs'
+            )
+
+
+def reset_input_size(
+    model: nn.Module,
+    reduction: int,
+    img_size: Optional[Union[int, Sequence[int]]],
+    kwargs: dict[str, Any],
+    overlay: dict[str, Any],
+) -> None:
+    """Write the image size that a model was created with, if one was given, and its grid to its configuration.
+
+    Args:
+        model: The model, or timm's wrapper of its features.
+        reduction: Pixels of a position of the last map, along each side.
+        img_size: The argument.
+        kwargs: The other arguments. A saved model's own `img_size` comes back with its configuration, which may hold
+            another input size.
+        overlay: What the caller wants the configuration to say.
+    """
+    cfg, saved = model.pretrained_cfg, (kwargs.get('pretrained_model_args') or {}).get('img_size')
+    size = cfg['input_size'][1:]
+    if img_size is not None and (saved is None or height_and_width(saved) != height_and_width(img_size)):
+        size = height_and_width(img_size)
+    # The channels stay: as everywhere in timm, they are those of the weights.
+    sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // reduction) for side in size)}
+    cfg.update({**sizes, **overlay})
+
+
+def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Require every key but the classifiers'. timm loads without `strict` if the number of classes differs.
+
+    Raises:
+        RuntimeError: The weights are of another network; the message names the keys.
+    """
+    given, own = (
+        {key for key in state if not key.endswith('_head.fc.weight')} for state in (state_dict, model.state_dict())
+    )
+    if given != own:
+        missing, unknown = (format_list(sorted(keys)) or 'none' for keys in (own - given, given - own))
+        raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
+
+
 class DualStream(nn.Module):
     """Global, fusion and joint branch over four levels, or the global branch only (the paper's baseline).
 
     A subclass makes the trunk, sets `feature_info` of its four levels, calls `_create_branches`, and gives
-    `_forward_levels`. The prefixes of its trunk's parameters are `pretrained_prefixes`: what ImageNet weights cover.
+    `_forward_levels`.
+
+    Attributes:
+        pretrained_prefixes: Prefixes of the parameters that a backbone's weights cover: stem and trunk.
+        starts_from_backbone: Whether the pretrained weights are a backbone's, and not those of a re-ID model.
     """
 
     pretrained_prefixes: tuple[str, ...]
+    starts_from_backbone = False
 
     def _create_branches(
         self,
@@ -91,15 +153,18 @@ class DualStream(nn.Module):
         self.gem_power = gem_power
         self.global_pool = GeneralizedMeanPool(gem_power, global_pool)
         self.fuse_layers = tuple(fuse_layers)
+        self.fuse_width = fuse_width
+        self.spatial_weights = spatial_weights
         self.fusion = None
         if fuse_layers:
             widths, reductions = ([info[key] for info in self.feature_info] for key in ('num_chs', 'reduction'))
+            self.fuse_width = fuse_width or widths[fuse_layers[0] - 1]
             steps = [reduction // reductions[0] for reduction in reductions]
             self.fusion = FusionBranch(
                 [widths[i - 1] for i in fuse_layers],
                 [steps[i - 1] for i in fuse_layers],
                 out_step=steps[3],
-                channels=fuse_width or widths[fuse_layers[0] - 1],
+                channels=self.fuse_width,
                 power=self.global_pool.power,
                 spatial_weights=spatial_weights,
                 grid=tuple(-(-side // reductions[0]) for side in img_size),
@@ -145,6 +210,13 @@ class DualStream(nn.Module):
         for head in (self.global_head, self.fusion_head, self.joint_head):
             if head is not None:
                 head.reset(num_classes)
+
+    def _remove_head(self, num_features: int) -> None:
+        """Leave only the last map that is there, of `num_features` channels."""
+        self.reset_classifier(0, '')
+        self.fusion = self.global_head = self.fusion_head = self.joint_head = None
+        self.branches = ('global',)
+        self.num_features = self.head_hidden_size = num_features
 
     def _joint_map(self, levels: list[torch.Tensor]) -> torch.Tensor:
         x = levels[3]

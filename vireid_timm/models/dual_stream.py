@@ -21,8 +21,6 @@ from timm.models import (
     clean_state_dict,
     generate_default_cfgs,
     get_pretrained_cfg,
-    is_model,
-    model_entrypoint,
     register_model,
 )
 from timm.models._features import feature_take_indices
@@ -32,7 +30,16 @@ from ..layers.non_local import NonLocalBlock
 from ..layers.stem import DualStem, Stem
 from ..options import check_kinds
 from ..text import format_list
-from .branches import BranchOutput, DualStream, DualStreamFeatures, check_branches, height_and_width
+from .branches import (
+    BranchOutput,
+    DualStream,
+    DualStreamFeatures,
+    check_branches,
+    check_names,
+    check_own_weights,
+    height_and_width,
+    reset_input_size,
+)
 
 __all__ = ['BranchOutput', 'DualStreamResNet']
 
@@ -149,6 +156,7 @@ class DualStreamResNet(DualStream):
         _check_non_local(non_local_blocks, non_local_width, layers)
         size = height_and_width(img_size)
         self.in_chans = in_chans
+        self.last_stride = last_stride
         self.grad_checkpointing = False
 
         trunk = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
@@ -226,10 +234,7 @@ class DualStreamResNet(DualStream):
         for i in range(last + 1, 4):
             setattr(self, f'layer{i + 1}', nn.Sequential().train(self.training))  # empty, for checkpoint_seq
         if prune_head or last < 3:
-            self.reset_classifier(0, '')
-            self.fusion = self.global_head = self.fusion_head = self.joint_head = None
-            self.branches = ('global',)
-            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+            self._remove_head(self.feature_info[last]['num_chs'])
         return take
 
     def _forward_levels(
@@ -264,7 +269,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """
     state_dict = clean_state_dict(state_dict)
     if any(key.startswith('stem.') for key in state_dict):
-        _check_own_weights(state_dict, model)
+        check_own_weights(state_dict, model)
         return state_dict
     mapped = {}
     for key, value in state_dict.items():
@@ -285,16 +290,6 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         'Loaded ImageNet weights into both stems and the trunk: a start for fine-tuning, not a re-identification model.'
     )
     return {**own, **mapped}
-
-
-def _check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Require every key but the classifiers'. timm loads without `strict` if the number of classes differs."""
-    given, own = (
-        {key for key in state if not key.endswith('_head.fc.weight')} for state in (state_dict, model.state_dict())
-    )
-    if given != own:
-        missing, unknown = (format_list(sorted(keys)) or 'none' for keys in (own - given, given - own))
-        raise RuntimeError(f'weights of another network. Missing key(s): {missing}. Unexpected key(s): {unknown}')
 
 
 def _create_dual_stream(
@@ -318,13 +313,9 @@ def _create_dual_stream(
         img_size=size,
         **kwargs,
     )
-    # A saved model's own `img_size` comes back with its configuration, which may hold another input size.
-    saved = (kwargs.get('pretrained_model_args') or {}).get('img_size')
-    if img_size is not None and (saved is None or height_and_width(saved) != size):
-        cfg, cell = model.pretrained_cfg, 16 * kwargs.get('last_stride', 1)
-        # The channels stay: as everywhere in timm, they are those of the weights.
-        sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // cell) for side in size)}
-        cfg.update({**sizes, **(pretrained_cfg_overlay or {})})
+    network = model.model if isinstance(model, DualStreamFeatures) else model
+    network.starts_from_backbone = (model.pretrained_cfg.get('tag') or '').endswith('in1k')
+    reset_input_size(model, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
     return model
 
 
@@ -383,18 +374,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _check_names(names: Iterable[str]) -> None:
-    """Refuse to replace a model of another package; timm would only warn, which is easily overlooked."""
-    for name in names:
-        owner = model_entrypoint(name).__module__ if is_model(name) else __name__
-        if owner != __name__:
-            raise ImportError(
-                f'cannot register the model {name} with timm, because {owner} has already registered this name; '
-                f'use {owner.partition(".")[0]} and vireid_timm in separate programs'
-            )
-
-
-_check_names(default_cfgs)
+check_names(default_cfgs, __name__)
 _R10T = dict(
     block=BasicBlock,
     layers=(1, 1, 1, 1),

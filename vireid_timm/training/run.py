@@ -29,7 +29,7 @@ from ..data.store import ImageStore, disk_problem, image_store
 from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
-from ..models.dual_stream import DualStreamResNet
+from ..models.branches import DualStream
 from ..options import check_kinds
 from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
 from ..text import format_bytes
@@ -374,18 +374,18 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
     return args
 
 
-def _probe_model(config: TrainConfig) -> DualStreamResNet:
+def _probe_model(config: TrainConfig) -> DualStream:
     """Create the model on the meta device: without weights and without memory."""
-    name, names = resolve_model_name(config.model), ', '.join(timm.list_models('vireid_*'))
-    for args in ({}, model_args(config)):
-        try:
-            check_kinds(args, [timm.create_model], 'argument ')
-            model = timm.create_model(name, pretrained=False, device='meta', **args)
-        except Exception as error:  # wrong arguments make timm and torch raise any type
-            hint = '; check --model-kwargs' if args else f' (models of this library: {names})'
-            raise ValueError(f'cannot create the model {config.model!r}: {error}{hint}') from error
-        if not isinstance(model, DualStreamResNet):
-            raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; choose one of {names}')
+    name, args = resolve_model_name(config.model), model_args(config)
+    names = f'models of this library: {", ".join(timm.list_models("vireid_*"))}'
+    try:
+        check_kinds(args, [timm.create_model], 'argument ')
+        model = timm.create_model(name, pretrained=False, device='meta', **args)
+    except Exception as error:  # wrong arguments make timm and torch raise any type
+        hint = f'; check --model-kwargs ({names})' if args else f' ({names})'
+        raise ValueError(f'cannot create the model {config.model!r}: {error}{hint}') from error
+    if not isinstance(model, DualStream):
+        raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; {names}')
     return model
 
 
@@ -396,7 +396,7 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args(config))
     except (RuntimeError, OSError) as error:
         raise ValueError(f'cannot load the weights of {config.model!r}: {error}') from error
-    if pretrained and not _has_imagenet_weights(model):
+    if pretrained and not model.starts_from_backbone:
         model.reset_classifier(num_classes)  # even as many identities are other ones
         _logger.info(
             f'Weights of {config.model} loaded, except for the classifiers: these are new, for {num_classes} identities'
@@ -451,14 +451,10 @@ def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]
     }
 
 
-def _has_imagenet_weights(model: nn.Module) -> bool:
-    return (model.pretrained_cfg.get('tag') or '').endswith('in1k')
-
-
 def _is_pretrained(model: nn.Module) -> Callable[[str], bool]:
     """Return a test for the parameters that pretrained weights cover: stem and trunk, or all but the classifiers."""
-    if _has_imagenet_weights(model):
-        return lambda name: name.startswith(('stem.', 'layer'))
+    if model.starts_from_backbone:
+        return lambda name: name.startswith(model.pretrained_prefixes)
     return lambda name: '.fc.' not in name
 
 

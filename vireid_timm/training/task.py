@@ -19,7 +19,7 @@ from ..distributed import rank_and_world_size
 from ..loss.identity import identity_losses
 from ..loss.mutual_learning import MutualLearningLoss
 from ..loss.triplet import WeightedRegularizedTriplet
-from ..models.dual_stream import BranchOutput, DualStreamResNet
+from ..models.branches import BranchOutput, DualStream
 from .joined_triplet import JoinedTriplet, join_triplets
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 class BranchForward(nn.Module):
     """Make `forward_branches` the forward of the module that DDP wraps: around DDP, gradients are not averaged."""
 
-    def __init__(self, model: DualStreamResNet) -> None:
+    def __init__(self, model: DualStream) -> None:
         super().__init__()
         self.model = model
 
@@ -41,7 +41,7 @@ class ViReIDTask(TrainingTask):
 
     def __init__(
         self,
-        model: DualStreamResNet,
+        model: DualStream,
         id_branches: Sequence[str] | None = None,
         mutual: str = 'joint-to-both',
         global_weight: float = 0.6,
