@@ -44,6 +44,7 @@ LIMITS = {
     'compile-again': 120,
     'several': 180,
 }
+LEAST = 20  # seconds left that are worth starting a part
 NEED_IMAGES = ('loop', 'evaluation')
 
 
@@ -154,6 +155,7 @@ def measure(part: str, args: argparse.Namespace, limit: float, results: Results)
     finally:
         if process.is_alive():
             end_group(process.pid)
+        process.join()
     taken = round(time.monotonic() - start, 1)
     results.add(part, {'complete': not problem, 'problem': problem, 'seconds': taken})
 
@@ -211,7 +213,7 @@ def main() -> None:
             measure('device', args, 60, results)
         for part in in_turn(parts, rendering, end) if results.is_complete('device') else ():
             left = end - time.monotonic()
-            if left < min(20, 30 * args.minutes):
+            if left < LEAST:
                 late.append(part)
             else:
                 measure(part, args, min(LIMITS[part], left), results)

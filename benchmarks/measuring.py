@@ -3,6 +3,7 @@
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,14 +54,22 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
+def commit() -> str:
+    """The commit of this checkout, or nothing outside of git."""
+    folder = Path(__file__).parent
+    command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def facts(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, as every result has them."""
+    """Versions, commit and hardware, as every result has them."""
     on_gpu = device.type == 'cuda'
     hardware = (
         torch.cuda.get_device_name(device) if on_gpu else f'{platform.machine()}, {torch.get_num_threads()} threads'
     )
     packages = {package.__name__: package.__version__ for package in (vireid_timm, torch, timm, np)}
-    return {'versions': packages, 'hardware': hardware}
+    return {'versions': packages, 'commit': commit(), 'hardware': hardware}
 
 
 def publish(result: dict[str, Any], table: str, device: torch.device, save: Path | None = None) -> None:

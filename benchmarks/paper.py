@@ -31,6 +31,7 @@ import numpy as np
 import synthvi_v1
 import torch
 import torch.nn.functional as F
+from measuring import commit
 from paper_tables import BUDGETS, CELLS, CLAIMS, TABLES
 
 import vireid_timm
@@ -136,14 +137,6 @@ def features_of(model: torch.nn.Module, dataset: vireid_timm.Dataset) -> Iterato
         width = model.global_head.num_features
         yield 'global', F.normalize(after[:, :width])
         yield 'fusion', F.normalize(after[:, width:])
-
-
-def commit() -> str:
-    """The commit of this checkout, or nothing outside of git."""
-    folder = Path(__file__).parent
-    command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def hardware() -> str:
