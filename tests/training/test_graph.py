@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import timm
 import torch
 from killing import THIN, equal
 from torch import nn
@@ -220,9 +221,8 @@ def test_a_step_that_cannot_be_recorded_is_an_error_that_says_what_to_do(
     ],
 )
 def test_what_cannot_be_recorded_is_named(settings: dict[str, Any], reason: str) -> None:
-    config, parameters = TrainConfig.from_mapping(settings), nn.Linear(1, 1)
-    parameters.pretrained_cfg = {}
-    optimizer = create_optimizer(config, parameters)
+    config = TrainConfig.from_mapping(settings)
+    optimizer = create_optimizer(config, timm.create_model('vireid_base_r10t', num_classes=2, **THIN))
     found = why_no_graph(config, optimizer, torch.device('cuda'), scaled=False)
     assert found == '' if reason == '' else reason in found
     assert 'float16' in why_no_graph(TrainConfig(), optimizer, torch.device('cuda'), scaled=True)
