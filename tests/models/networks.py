@@ -4,9 +4,11 @@ import timm
 import torch
 from torch import nn
 
-from vireid_timm.models.dual_stream import BranchOutput, DualStreamResNet
+from vireid_timm.models.branches import BranchOutput
+from vireid_timm.models.dual_stream import DualStreamResNet
 
-IMAGENET_TAGS = timm.list_pretrained('vireid_*in1k')
+RESNETS = timm.list_models('vireid_*', module='dual_stream')
+IMAGENET_TAGS = [tag for tag in timm.list_pretrained('vireid_*in1k') if tag.partition('.')[0] in RESNETS]
 TRUNK = ('layer1.', 'layer2.', 'layer3.', 'layer4.')
 # ResNet-10-T with an eighth of its channels.
 THIN = dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 32, 64))

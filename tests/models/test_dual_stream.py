@@ -13,6 +13,7 @@ import timm
 import torch
 from networks import (
     IMAGENET_TAGS,
+    RESNETS,
     THIN,
     TRUNK,
     forward_calls,
@@ -32,15 +33,15 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from vireid_timm.layers.power_mean import POWER_EPS, root
-from vireid_timm.models.dual_stream import BranchOutput, DualStreamResNet
+from vireid_timm.models.branches import BranchOutput
+from vireid_timm.models.dual_stream import DualStreamResNet
 
-MODELS = timm.list_models('vireid_*')
 SUBSETS = [layers for count in range(4) for layers in combinations((1, 2, 3), count)]  # table 2
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.fixture(scope='module', params=MODELS)
+@pytest.fixture(scope='module', params=RESNETS)
 def network(request):
     """Every registered network, with five classes and the statistics of a batch, so that deep ones do not overflow."""
     torch.manual_seed(0)
@@ -62,9 +63,9 @@ def pooled(features_map: torch.Tensor, power: float = 3.0) -> torch.Tensor:
 
 def test_the_papers_networks_are_registered():
     sizes = ('r10t', 'r18', 'r34', 'r50', 'r101')
-    assert {f'vireid_dml_{size}' for size in sizes} | {'vireid_base_r10t', 'vireid_base_r50'} <= set(MODELS)
-    assert 'vireid_agw_r50' in MODELS
-    assert {tag.partition('.')[0] for tag in IMAGENET_TAGS} == set(MODELS)
+    assert {f'vireid_dml_{size}' for size in sizes} | {'vireid_base_r10t', 'vireid_base_r50'} <= set(RESNETS)
+    assert 'vireid_agw_r50' in RESNETS
+    assert {tag.partition('.')[0] for tag in IMAGENET_TAGS} == set(RESNETS)
 
 
 def test_both_modalities_give_the_rows_of_each_alone(network):
@@ -134,7 +135,7 @@ def test_necks_and_classifiers_have_no_bias_and_classifiers_are_named(network):
     assert {key for key in state if '.fc.' in key} == {f'{name}.weight' for name in classifiers}
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_the_configuration_matches_the_network(name):
     model = on_meta(name)
     cfg = model.pretrained_cfg
@@ -155,7 +156,7 @@ def test_the_configuration_matches_the_network(name):
     assert reductions == [4, 8, 16, 16]
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_no_pooling_gives_the_map(name):
     x = images(1)
     model = on_meta(name, num_classes=0, global_pool='')
@@ -168,7 +169,7 @@ def test_no_pooling_gives_the_map(name):
         on_meta(name, num_classes=3, global_pool='')
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_new_classifiers_keep_device_type_mode_and_frozen_necks(name):
     model = on_meta(name, num_classes=4, dtype=torch.float64)
     model.requires_grad_(False)
@@ -186,7 +187,7 @@ def test_new_classifiers_keep_device_type_mode_and_frozen_necks(name):
     assert model.get_classifier().weight.shape == (9, model.num_features)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_arguments_reach_the_network(name):
     with pytest.raises(TypeError, match='not_an_argument'):
         on_meta(name, not_an_argument=1)
@@ -205,7 +206,7 @@ def test_arguments_reach_the_network(name):
     }
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_layer_decay_orders_stem_layers_and_head(name):
     model = on_meta(name, num_classes=3)
     assert not model.no_weight_decay()
@@ -407,7 +408,7 @@ def test_wrong_arguments_are_named(arguments, message):
         on_meta('vireid_dml_r10t', **arguments)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 @pytest.mark.parametrize('given, size', [(256, (256, 256)), ((256, 128), (256, 128)), ([90, 50], (90, 50))])
 def test_the_image_size_reaches_the_configuration(name, given, size):
     model = on_meta(name, img_size=given)
@@ -621,7 +622,7 @@ def test_pruning_nothing_changes_nothing():
     assert torch.equal(model(images()), expected)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_features_only_gives_the_layers(name):
     model = on_meta(name, features_only=True)
     maps = model(meta_images(model))
@@ -668,7 +669,7 @@ def test_features_only_trains_with_checkpointing():
 # As timm's scripts use a model
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_images_are_prepared_as_the_network_expects(name):
     """What timm's validate.py does: the whole image, squashed to the input size, normalised as for ImageNet."""
     model = on_meta(name)

@@ -24,13 +24,30 @@ class Stem(nn.Module):
 
 @register_notrace_module
 class DualStem(nn.Module):
-    """One stem per modality. The outputs are stacked along the batch, visible rows first."""
+    """One stem per modality. The outputs are stacked along the batch, visible rows first.
 
-    def __init__(self, visible: Stem, infrared: Stem, in_chans: int) -> None:
+    Args:
+        visible: The stem of visible images [B, in_chans, H, W].
+        infrared: That of infrared images.
+        in_chans: Channels of an image; None if what comes needs no check, since it is another stem's output.
+        only_size: Height and width if the layers that follow take no others.
+    """
+
+    in_chans: Optional[int]
+    only_size: Optional[tuple[int, int]]
+
+    def __init__(
+        self,
+        visible: nn.Module,
+        infrared: nn.Module,
+        in_chans: Optional[int] = None,
+        only_size: Optional[tuple[int, int]] = None,
+    ) -> None:
         super().__init__()
         self.visible = visible
         self.infrared = infrared
         self.in_chans = in_chans
+        self.only_size = only_size
 
     # Plain ifs, because TorchScript has to compile this.
     def forward(
@@ -57,5 +74,12 @@ class DualStem(nn.Module):
         return torch.cat(maps)
 
     def _check(self, images: torch.Tensor, modality: str) -> None:
+        if self.in_chans is None:
+            return
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f'{modality} images need shape [B, {self.in_chans}, H, W], got {list(images.shape)}')
+        if self.only_size is not None and (images.shape[2], images.shape[3]) != self.only_size:
+            raise ValueError(
+                f'{modality} images need height and width {list(self.only_size)}, got {list(images.shape[2:])}: the '
+                'backbone takes no others, so create the model with img_size=(height, width)'
+            )

@@ -1,34 +1,28 @@
 """The paper's network and its baseline on any timm backbone: `vireid_dml` and `vireid_base`.
 
-timm's models give the maps of their levels by `forward_intermediates`. What they compute before the first level becomes
-the stem, of which each modality has its own, and gives way to identities in the trunk.
+`trunk.py` takes a timm model apart: each modality gets a stem of its own, and the levels are shared.
 """
 
 import copy
 import inspect
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional, Union
 
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import PatchEmbed
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
     clean_state_dict,
     generate_default_cfgs,
-    get_pretrained_cfg,
-    is_model,
     register_model,
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 
 from ..layers.stem import DualStem
-from ..text import format_list
 from .branches import (
     DualStream,
     DualStreamFeatures,
@@ -38,6 +32,7 @@ from .branches import (
     height_and_width,
     reset_input_size,
 )
+from .trunk import Trunk, backbone_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +70,7 @@ class DualStreamBackbone(DualStream):
         ValueError: An argument is out of its range, or the backbone cannot be used; the message says what is missing.
     """
 
-    pretrained_prefixes = ('stem.', 'trunk.')
+    pretrained_prefixes = ('stem.', 'private_levels.', 'trunk.')
 
     def __init__(
         self,
@@ -110,38 +105,18 @@ class DualStreamBackbone(DualStream):
         self.backbone = backbone
         self.in_chans = in_chans
         self.private_stages = private_stages
-        self.only_size = size if _backbone_cfg(backbone).fixed_input_size else None
         self.grad_checkpointing = False
-        self.num_levels = 4  # fewer once pruned
 
-        trunk = _create_trunk(backbone, size, pretrained_backbone, weights, in_chans, backbone_args or {}, dd)
-        self.trunk = trunk.eval()
-        self.level_indices = _levels(trunk, backbone)
-        names = [trunk.feature_info[i]['module'] for i in self.level_indices]
-        image = torch.linspace(-1, 1, in_chans * size[0] * size[1], **dd).view(1, in_chans, *size)
-        with torch.no_grad():
-            try:
-                _set_last_stride(trunk, names[2], last_stride, lambda: self._trunk_maps(image))
-                expected, last_layer = _remove_head(trunk, lambda: self._trunk_maps(image))
-            except Exception as error:  # any, from code that was not made for this
-                raise ValueError(
-                    f'cannot use the backbone {backbone} with images of {size[0]}x{size[1]}: {error}'
-                ) from error
-            grids = [tuple(level.shape[2:]) for level in expected]
-            reductions = [trunk.feature_info[i]['reduction'] for i in self.level_indices]
-            reductions[3] = reductions[2] if grids[3] == grids[2] else reductions[3]
-            self.feature_info = [
-                dict(num_chs=level.shape[1], reduction=reduction, module=f'trunk.{name}')
-                for level, reduction, name in zip(expected, reductions, names)
-            ]
-            _check_grids(grids, self.feature_info)
-            stem = _cut_stem(trunk, names, private_stages, backbone)
-            # Both stems start from the same values, random or of the backbone's weights.
-            self.stem = DualStem(stem, copy.deepcopy(stem), in_chans)
-            self._check_cut(image, expected)
+        args = backbone_args or {}
+        self.trunk = Trunk(backbone, size, in_chans, last_stride, pretrained_backbone, weights, args, dd)
+        stem, *levels = self.trunk.cut_stem(private_stages)
+        # Both modalities start from the same values, random or of the backbone's weights.
+        self.stem = DualStem(stem, copy.deepcopy(stem), in_chans, self.trunk.only_size)
+        self.private_levels = nn.ModuleList([DualStem(level, copy.deepcopy(level)) for level in levels])
         self.train()
+        self.feature_info = [{**info, 'module': f'trunk.model.{info["module"]}'} for info in self.trunk.feature_info]
         if global_pool is None:
-            global_pool = 'gem' if isinstance(last_layer, (nn.ReLU, nn.ReLU6)) else 'avg'
+            global_pool = 'gem' if self.trunk.has_relu else 'avg'
         self._create_branches(
             size,
             num_classes,
@@ -155,70 +130,36 @@ class DualStreamBackbone(DualStream):
             dd,
         )
 
-    def _check_cut(self, image: torch.Tensor, expected: list[torch.Tensor]) -> None:
-        """Check that stem and trunk compute what the backbone did."""
-        try:
-            actual = self._trunk_maps(self.stem.visible(image))
-        except Exception as error:  # any, from code that was not made for this
-            actual, reason = [], f': {error}'
-        else:
-            reason = ''
-        if [level.shape for level in actual] == [level.shape for level in expected]:
-            if image.is_meta or all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(actual, expected)):
-                return
-        stages = f' and its first {self.private_stages} levels' if self.private_stages else ''
-        raise ValueError(
-            f'{self.backbone} cannot have one stem per modality: what comes before the levels that are shared is more '
-            f'than its stem{stages}, one layer after the other (position embeddings, say){reason}'
-        )
-
-    def _trunk_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return the maps [B, C, h, w] of the levels, of the last one the final map, from the stem's output."""
-        indices = self.level_indices[: self.num_levels]
-        final, levels = self.trunk.forward_intermediates(x, indices=indices)
-        if self.num_levels < 4:
-            return levels + levels[-1:] * (4 - self.num_levels)
-        if final.ndim == 3:  # tokens
-            tokens = final[:, getattr(self.trunk, 'num_prefix_tokens', 0) :]
-            final = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *levels[-1].shape[2:])
-        elif final.shape[2:] != levels[-1].shape[2:]:  # channels last
-            final = final.permute(0, 3, 1, 2)
-        return [*levels[:3], final]
-
     def _forward_levels(
         self,
         visible: Optional[torch.Tensor],
         infrared: Optional[torch.Tensor],
     ) -> list[torch.Tensor]:
-        given = visible if visible is not None else infrared
-        if self.only_size is not None and given is not None and tuple(given.shape[2:]) != self.only_size:
-            height, width = self.only_size
-            raise ValueError(
-                f'{self.backbone} was created for images of {height}x{width} and takes no others, got '
-                f'{list(given.shape)}; create the model with another img_size'
-            )
-        levels = self._trunk_maps(self.stem(visible, infrared))
-        _check_grids([tuple(level.shape[2:]) for level in levels], self.feature_info)
-        return levels
+        x, earlier = self.stem(visible, infrared), []
+        for level in self.private_levels:
+            earlier.append(x)
+            count = 0 if visible is None else visible.shape[0]
+            x = level(None if visible is None else x[:count], None if infrared is None else x[count:])
+        return self.trunk(x, earlier)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         def on_trunk(pattern: str) -> str:
-            return rf'^trunk\.(?:{pattern.replace("^", "")})'
+            return rf'^trunk\.model\.(?:{pattern.replace("^", "")})'
 
-        groups = self.trunk.group_matcher(coarse=coarse)
+        groups = self.trunk.model.group_matcher(coarse=coarse)
         blocks = groups['blocks']
         blocks = on_trunk(blocks) if isinstance(blocks, str) else [(on_trunk(one), order) for one, order in blocks]
-        return dict(stem=rf'^stem|{on_trunk(groups["stem"])}', blocks=blocks)
+        return dict(stem=rf'^stem|^private_levels|{on_trunk(groups["stem"])}', blocks=blocks)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {f'trunk.{name}' for name in getattr(self.trunk, 'no_weight_decay', set)()}
+        return {f'trunk.model.{name}' for name in getattr(self.trunk.model, 'no_weight_decay', set)()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-        self.trunk.set_grad_checkpointing(enable)
+        self.trunk.model.set_grad_checkpointing(enable)
 
     def forward_intermediates(
         self,
@@ -251,163 +192,10 @@ class DualStreamBackbone(DualStream):
     ) -> list[int]:
         """Remove the levels after the last of `indices`. The head goes too if any do, or if `prune_head` is set."""
         take, last = feature_take_indices(4, indices)
-        if last < 3:
-            self.trunk.prune_intermediate_layers([self.level_indices[last]], prune_norm=True)
-            self.num_levels = last + 1
+        self.trunk.prune(last)
         if prune_head or last < 3:
             self._remove_head(self.feature_info[last]['num_chs'])
         return take
-
-
-def _create_trunk(
-    backbone: str,
-    size: tuple[int, int],
-    pretrained: bool,
-    weights: Optional[dict[str, Any]],
-    in_chans: int,
-    backbone_args: dict[str, Any],
-    dd: dict[str, Any],
-) -> nn.Module:
-    """Create the backbone without its classifier."""
-    args = {'in_chans': in_chans, 'num_classes': 0, **backbone_args}
-    if _backbone_cfg(backbone).fixed_input_size:
-        args.setdefault('img_size', size)
-    try:
-        trunk = timm.create_model(backbone, pretrained=pretrained, pretrained_cfg_overlay=weights, **args, **dd)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f'cannot create the backbone {backbone} for images of {size[0]}x{size[1]}: {error}') from error
-    for name in ('forward_intermediates', 'prune_intermediate_layers'):
-        if not hasattr(trunk, name):
-            raise ValueError(f'{backbone} has no {name}, by which timm models give the maps of their levels')
-    trunk.feature_info = list(getattr(trunk.feature_info, 'info', trunk.feature_info))
-    return trunk
-
-
-def _backbone_cfg(backbone: str) -> PretrainedCfg:
-    """Return timm's configuration of a backbone."""
-    name, _, tag = backbone.partition('.')
-    if not is_model(name) or name.startswith('vireid_'):
-        raise ValueError(f'timm has no backbone {name!r}; timm.list_models() has the names')
-    try:
-        return get_pretrained_cfg(backbone) or PretrainedCfg()
-    except RuntimeError:
-        tags = [known.partition('.')[2] for known in timm.list_pretrained(name)]
-        raise ValueError(f'{name} has no weights {tag!r}, but {format_list(tags) or "none"}') from None
-
-
-def _remove_head(
-    trunk: nn.Module,
-    forward: Callable[[], list[torch.Tensor]],
-) -> tuple[list[torch.Tensor], nn.Module]:
-    """Run a forward pass and remove the layers of top-level modules that it does not call, such as the head's.
-
-    Parameters without a gradient would stop training on several GPUs.
-
-    Returns:
-        The maps, and the layer that was called last.
-    """
-    called = []
-    hooks = [module.register_forward_pre_hook(lambda one, _: called.append(one)) for module in trunk.modules()]
-    maps = forward()
-    for hook in hooks:
-        hook.remove()
-    for name, child in trunk.named_children():
-        if set(called).isdisjoint(child.modules()):
-            for inner, module in list(child.named_modules(prefix=name)):
-                if next(module.parameters(recurse=False), None) is not None:
-                    trunk.set_submodule(inner, nn.Identity())
-    layers = [one for one in called if not isinstance(one, nn.Identity) and not any(one.children())]
-    return maps, layers[-1]
-
-
-def _levels(trunk: nn.Module, backbone: str) -> list[int]:
-    """Return the indices of four levels in the backbone's `feature_info`."""
-    reductions = [info['reduction'] for info in trunk.feature_info]
-    count = len(reductions)
-    if count >= 4 and len(set(reductions)) == 1:
-        return [count * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
-    levels = [i for i, reduction in enumerate(reductions) if reduction >= 4]
-    if [reductions[i] for i in levels] != [4, 8, 16, 32]:
-        raise ValueError(
-            f'{backbone} has maps with 1/{", 1/".join(map(str, reductions))} of the image; needed are 1/4, 1/8, 1/16 '
-            'and 1/32, or the same for at least four blocks'
-        )
-    return levels
-
-
-def _set_last_stride(
-    trunk: nn.Module,
-    third_level: str,
-    last_stride: Optional[int],
-    forward: Callable[[], list[torch.Tensor]],
-) -> None:
-    """Remove the last level's stride, as is usual in re-ID, where that leaves the third level's grid."""
-    before = [level.shape[2:] for level in forward()]
-    if last_stride == 2 or before[3] == before[2]:
-        return
-    named = list(trunk.named_modules())
-    last = max(i for i, (name, _) in enumerate(named) if f'{name}.'.startswith(f'{third_level}.'))
-    strided = [
-        (name, module)
-        for name, module in named[last + 1 :]
-        if hasattr(module, 'kernel_size') and getattr(module, 'stride', None) in (2, (2, 2), [2, 2])
-    ]
-    # The pooling is that of a ResNet-D's shortcut or of a ResNeSt's block: it does nothing but reduce.
-    possible = all(
-        isinstance(module, nn.AvgPool2d) or (isinstance(module, nn.Conv2d) and all(s % 2 for s in module.kernel_size))
-        for _, module in strided
-    )
-    changed = [(name, nn.Identity() if isinstance(one, nn.AvgPool2d) else copy.copy(one)) for name, one in strided]
-    for name, module in changed if possible else ():
-        module.stride = (1, 1)
-        trunk.set_submodule(name, module)
-    try:
-        if forward()[3].shape[2:] == before[2]:
-            return
-    except RuntimeError:  # a shortcut that is strided by other means
-        pass
-    if last_stride == 1:
-        raise ValueError('last_stride=1 is not possible, because its last level merges neighbours')
-    for name, module in strided:
-        trunk.set_submodule(name, module)
-
-
-def _cut_stem(trunk: nn.Module, levels: list[str], private_stages: int, backbone: str) -> nn.Sequential:
-    """Return what the trunk computes before its first shared level, and leave identities there."""
-    children = [name for name, _ in trunk.named_children()]
-    tops = [level.partition('.')[0] for level in levels]
-    if not set(tops) <= set(children) or children[0] == tops[0]:
-        raise ValueError(f'{backbone} has no layers of its own before its first level, {levels[0]}: they are the stem')
-    first = children.index(tops[0])
-    patches = getattr(trunk, 'patch_embed', None)
-    if isinstance(patches, PatchEmbed) and not private_stages:
-        private = ['patch_embed.proj']
-    elif not private_stages:
-        private = children[:first]
-    elif tops[0] != tops[1]:
-        private = children[: children.index(tops[private_stages - 1]) + 1]
-    else:
-        stages = [name for name, _ in trunk.get_submodule(tops[0]).named_children()]
-        last = stages.index(levels[private_stages - 1].split('.')[1])
-        private = children[:first] + [f'{tops[0]}.{stage}' for stage in stages[: last + 1]]
-    stem = OrderedDict((name.replace('.', '_'), trunk.get_submodule(name)) for name in private)
-    for name in private:
-        trunk.set_submodule(name, nn.Sequential())  # an identity that can be iterated, as some stems are
-    if private == ['patch_embed.proj']:  # what arrives there now is a map with a position for each patch
-        patches.img_size, patches.patch_size = patches.grid_size, (1, 1)
-    return nn.Sequential(stem)
-
-
-def _check_grids(grids: list[tuple[int, int]], levels: list[dict[str, Any]]) -> None:
-    """Check that each position of a later level covers whole positions of the first one, those at the border aside."""
-    base = levels[0]['reduction']
-    for grid, level in zip(grids, levels):
-        step = level['reduction'] // base
-        if grid != tuple(-(-side // step) for side in grids[0]):
-            raise ValueError(
-                f'the levels are maps of {format_list([f"{h}x{w}" for h, w in grids])} at this image size, which do '
-                'not cover each other evenly: try a height and width that are multiples of 32, or another backbone'
-            )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -427,24 +215,20 @@ _SOURCES = ('file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom
 def _create_on_backbone(
     variant: str,
     pretrained: bool = False,
-    backbone: str = '',
+    backbone: str = 'resnet50.tv_in1k',
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
     img_size: Optional[Union[int, Sequence[int]]] = None,
     **kwargs: Any,
 ) -> DualStreamBackbone:
     """Create a network. The weights of a saved folder, or in the package, are its own; others are the backbone's."""
-    if not backbone:
-        raise ValueError(
-            f"{variant} needs a backbone, for instance timm.create_model({variant!r}, backbone='resnet26d')"
-        )
     _check_backbone_arguments(kwargs)
     cfg, overlay = resolve_pretrained_cfg(variant, pretrained_cfg), dict(pretrained_cfg_overlay or {})
     is_own = bool(cfg.file) or not isinstance(pretrained_cfg, (str, type(None)))
     weights = {}
     if not is_own:
         backbone = f'{backbone}.{cfg.tag}' if cfg.tag and '.' not in backbone else backbone
-        source = _backbone_cfg(backbone)
+        source = backbone_cfg(backbone)
         weights = {name: overlay.pop(name) for name in _SOURCES if name in overlay}
         size = _default_size(backbone, source) if img_size is None else height_and_width(img_size)
         overlay = {**{name: getattr(source, name) for name in _FACTS}, 'input_size': (3, *size), **overlay}
@@ -498,7 +282,8 @@ def _default_size(backbone: str, cfg: PretrainedCfg) -> tuple[int, int]:
     return tuple(side // patch * patch for side in DEFAULT_SIZE)
 
 
-def _cfg(heads: tuple[str, ...], hf_hub_id: Optional[str] = None) -> dict[str, Any]:
+def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True) -> dict[str, Any]:
+    heads = ('joint_head', 'global_head', 'fusion_head') if fused else ('global_head',)
     return {
         'hf_hub_id': hf_hub_id,
         'num_classes': 0,
@@ -510,15 +295,23 @@ def _cfg(heads: tuple[str, ...], hf_hub_id: Optional[str] = None) -> dict[str, A
     }
 
 
-_FUSED, _GLOBAL = ('joint_head', 'global_head', 'fusion_head'), ('global_head',)
-
-default_cfgs = generate_default_cfgs({'vireid_dml': _cfg(_FUSED), 'vireid_base': _cfg(_GLOBAL)})
+default_cfgs = generate_default_cfgs(
+    {
+        'vireid_dml': _cfg(),
+        'vireid_base': _cfg(fused=False),
+        'vireid_dml_efficientnet_lite0.in1k': _cfg('timm/tf_efficientnet_lite0.in1k'),
+        'vireid_dml_mobilenetv4_conv_medium.e500_r256_in1k': _cfg('timm/mobilenetv4_conv_medium.e500_r256_in1k'),
+        'vireid_dml_regnety_032.ra_in1k': _cfg('timm/regnety_032.ra_in1k'),
+        'vireid_dml_convnext_tiny.in12k_ft_in1k': _cfg('timm/convnext_tiny.in12k_ft_in1k'),
+        'vireid_dml_vit_small_dinov2.lvd142m': _cfg('timm/vit_small_patch14_dinov2.lvd142m'),
+    }
+)
 check_names(default_cfgs, __name__)
 
 
 @register_model
 def vireid_dml(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
-    """The paper's network on any timm backbone: `backbone='convnext_tiny'`. Default input 256x128."""
+    """The paper's network on any timm backbone, `backbone='convnext_tiny'`. Default input 256x128."""
     return _create_on_backbone('vireid_dml', pretrained, **kwargs)
 
 
@@ -526,3 +319,36 @@ def vireid_dml(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
 def vireid_base(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's baseline, the global branch only, on any timm backbone. Default input 256x128."""
     return _create_on_backbone('vireid_base', pretrained, **{'fuse_layers': (), **kwargs})
+
+
+@register_model
+def vireid_dml_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
+    """The paper's network on EfficientNet-Lite0, for phones and CPUs."""
+    model_args = {'backbone': 'tf_efficientnet_lite0', **kwargs}
+    return _create_on_backbone('vireid_dml_efficientnet_lite0', pretrained, **model_args)
+
+
+@register_model
+def vireid_dml_mobilenetv4_conv_medium(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
+    """The paper's network on MobileNetV4 Conv-M, for phones and CPUs."""
+    model_args = {'backbone': 'mobilenetv4_conv_medium', **kwargs}
+    return _create_on_backbone('vireid_dml_mobilenetv4_conv_medium', pretrained, **model_args)
+
+
+@register_model
+def vireid_dml_regnety_032(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
+    """The paper's network on RegNetY-3.2GF."""
+    return _create_on_backbone('vireid_dml_regnety_032', pretrained, **{'backbone': 'regnety_032', **kwargs})
+
+
+@register_model
+def vireid_dml_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
+    """The paper's network on ConvNeXt-T."""
+    return _create_on_backbone('vireid_dml_convnext_tiny', pretrained, **{'backbone': 'convnext_tiny', **kwargs})
+
+
+@register_model
+def vireid_dml_vit_small_dinov2(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
+    """The paper's network on a ViT-S/14 pretrained by DINOv2. Default input 252x126."""
+    model_args = {'backbone': 'vit_small_patch14_dinov2', **kwargs}
+    return _create_on_backbone('vireid_dml_vit_small_dinov2', pretrained, **model_args)

@@ -31,7 +31,6 @@ from ..layers.stem import DualStem, Stem
 from ..options import check_kinds
 from ..text import format_list
 from .branches import (
-    BranchOutput,
     DualStream,
     DualStreamFeatures,
     check_branches,
@@ -41,7 +40,7 @@ from .branches import (
     reset_input_size,
 )
 
-__all__ = ['BranchOutput', 'DualStreamResNet']
+__all__ = ['DualStreamResNet']
 
 _logger = logging.getLogger(__name__)
 
