@@ -251,6 +251,14 @@ class _NoHostData(TorchDispatchMode):
             model_kwargs={**THIN, 'spatial_weights': 'static'},
         ),
         dict(clip_grad=1.0, clip_mode='value', model='vireid_base_r10t'),
+        dict(
+            model='vireid_dml',
+            model_kwargs={'backbone': 'swin_tiny_patch4_window7_224', 'backbone_args': dict(embed_dim=12)},
+        ),
+        dict(
+            model='vireid_dml',
+            model_kwargs={'backbone': 'vit_small_patch16_dinov3', 'backbone_args': dict(embed_dim=48, depth=4)},
+        ),
     ],
 )
 def test_what_is_recorded_never_reads_back_from_the_device(
