@@ -55,11 +55,12 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def commit() -> str:
-    """The commit of this checkout, or nothing outside of git."""
-    folder = Path(__file__).parent
-    command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The commit of this checkout, or nothing outside of git or without it."""
+    command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--exclude=*']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ''
 
 
 def facts(device: torch.device) -> dict[str, Any]:
