@@ -270,7 +270,7 @@ def test_what_is_recorded_never_reads_back_from_the_device(
         run = create_run(config, tmp_path, torch.device('cpu'))
     loop.training_mode(run)
     fake = FakeTensorMode()
-    for module in run.model.modules():
+    for module in run.task.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(fake.from_tensor(value.detach())))
         for name, value in list(module.named_buffers(recurse=False)):
