@@ -24,12 +24,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import synthvi_v1
 import torch
 import torch.nn.functional as F
+from measuring import commit
 from paper_tables import BUDGETS, CELLS, CLAIMS, TABLES
 
 import vireid_timm
@@ -137,14 +139,6 @@ def features_of(model: torch.nn.Module, dataset: vireid_timm.Dataset) -> Iterato
         yield 'fusion', F.normalize(after[:, width:])
 
 
-def commit() -> str:
-    """The commit of this checkout, or nothing outside of git."""
-    folder = Path(__file__).parent
-    command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def hardware() -> str:
     """The device in words."""
     device = resolve_device()
@@ -176,6 +170,7 @@ def train_all(args: argparse.Namespace) -> bool:
     cells = list(dict.fromkeys(cell for table in args.what for _, cell, _ in TABLES[table]))
     waiting = [(cell, seed) for seed in args.seeds for cell in cells]
     end = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
+    collecting = Lock()
 
     def work(run: tuple[str, int]) -> bool:
         cell, seed = run
@@ -194,9 +189,10 @@ def train_all(args: argparse.Namespace) -> bool:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it saves a checkpoint
             status = process.wait()
-        if status not in (0, 143):
+        if status not in (0, 143, -signal.SIGTERM):  # the last one: stopped while it was evaluated
             _logger.error('%s, seed %d ended with status %d', cell, seed, status)
-        collect(args)
+        with collecting:
+            collect(args)
         return status == 0
 
     with ThreadPoolExecutor(args.jobs) as pool:

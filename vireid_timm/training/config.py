@@ -159,6 +159,7 @@ class TrainConfig:
     amp_dtype: str = _setting('bfloat16', 'device', 'type of mixed precision', choices=('bfloat16', 'float16'))
     channels_last: bool = _setting(True, 'device', 'channels-last memory format')
     torchcompile: bool = _setting(False, 'device', 'compile the network')
+    cuda_graphs: bool = _setting(True, 'device', 'repeat the step as one CUDA graph, where GPU and settings allow it')
 
     gather_features: bool = _setting(False, 'scale', 'compute the losses of --loss over the batches of all ranks')
     cached_triplet: bool = _setting(

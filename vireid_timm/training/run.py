@@ -34,6 +34,7 @@ from ..options import check_kinds, parse_augmentations
 from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
 from ..text import format_bytes
 from .config import TrainConfig
+from .graph import StepGraph, why_no_graph
 from .progress import summary_writer_type
 from .task import ViReIDTask
 
@@ -115,6 +116,7 @@ class Run:
     device: torch.device
     amp_dtype: torch.dtype | None
     scaler: NativeScaler | None
+    graph: StepGraph | None = None
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -213,6 +215,11 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
         amp_dtype=amp_dtype,
         scaler=scaler,
     )
+    reason = why_no_graph(config, optimizer, device, scaled=scaler is not None)
+    if not reason:
+        run.graph = StepGraph(optimizer, device)
+    elif device.type == 'cuda':
+        _logger.info(f'Steps do not become a CUDA graph: {reason}')
     _warn_of_traps(run)
     return run
 
