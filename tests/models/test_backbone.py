@@ -368,6 +368,7 @@ def test_names_with_a_backbone(name):
     assert model.pretrained_cfg['license'] == timm.get_pretrained_cfg(model.backbone).license
     assert f'{name}.{model.pretrained_cfg["tag"]}' in timm.list_pretrained('vireid_*')
     assert len(default_cfgs[name].tags) == 1
+    assert on_meta(name, backbone='resnet18').backbone == 'resnet18'
 
 
 def test_the_baseline_has_the_global_branch_only():

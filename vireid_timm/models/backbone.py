@@ -230,7 +230,8 @@ def create_on_backbone(
     is_own = bool(cfg.file) or not isinstance(pretrained_cfg, (str, type(None)))
     weights = {}
     if not is_own:
-        backbone = f'{backbone}.{cfg.tag}' if cfg.tag and '.' not in backbone else backbone
+        if cfg.hf_hub_id == f'timm/{backbone}.{cfg.tag}':  # the variant's own backbone, with the weights of its tag
+            backbone = f'{backbone}.{cfg.tag}'
         source = backbone_cfg(backbone)
         weights = {name: overlay.pop(name) for name in _SOURCES if name in overlay}
         size = _default_size(backbone, source, cfg) if img_size is None else height_and_width(img_size)

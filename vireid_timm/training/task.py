@@ -161,7 +161,8 @@ class ViReIDTask(TrainingTask):
     def _trial(self, forward: Callable[[torch.Tensor, torch.Tensor], BranchOutput]) -> Iterator[torch.Tensor]:
         """Yield the loss of four small black images; dropout's draws and batch norm's statistics stay as they are."""
         model = self.get_eval_model()
-        images = torch.zeros(2, model.in_chans, 32, 32, device=self.device, dtype=next(model.parameters()).dtype)
+        size = getattr(model.stem, 'only_size', None) or (32, 32)
+        images = torch.zeros(2, model.in_chans, *size, device=self.device, dtype=next(model.parameters()).dtype)
         labels = torch.zeros(4, dtype=torch.int64, device=self.device)
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []), _unrecorded(model):
             yield sum(self._terms(forward(images, images), labels, infrared_rows(images, images), None).values())
