@@ -201,3 +201,19 @@ def test_retrieval_prints_a_table_and_keeps_earlier_results(tmp_path: Path) -> N
     assert all(row['recall'] == 1 for row in result['rows'].values())
     assert result['rows']['40x16']['build_s'] is None and result['rows']['1100x16']['build_s'] > 0
     assert '| 1,100 | 16 |' in done.stdout
+
+
+def test_the_leaderboard_trains_ranks_and_draws(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / 'leaderboard.py'), '--budget', 'smoke', '--output', str(tmp_path)]
+    done = subprocess.run([*command, '--rows', 'stripes', 'method on regnet'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result['complete'] and {run['row'] for run in result['runs']} == {'stripes', 'method on regnet'}
+    for run in result['runs']:
+        assert run['gflops'] > 0 and run['images_per_second'] > 0 and 0 < run['scores']['test'][1] <= 100
+    assert (tmp_path / 'leaderboard.png').read_bytes().startswith(b'\x89PNG')
+    again = subprocess.run([*command, '--report'], capture_output=True, text=True)
+    assert json.loads(again.stdout.splitlines()[-1])['runs'] == result['runs']
+    rows = [line.split(' | ') for line in again.stdout.splitlines() if line.startswith('| ')][1:]
+    scores = [float(row[3]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 2

@@ -383,7 +383,10 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
 def _probe_model(config: TrainConfig) -> DualStream:
     """Create the model on the meta device: without weights and without memory."""
     name, args = resolve_model_name(config.model), model_args(config)
-    names = f'models of this library: {", ".join(timm.list_models("vireid_*"))}'
+    known = timm.list_models('vireid_*')
+    names = f'models of this library: {", ".join(known)}'
+    if timm.is_model(name.partition('.')[0]) and name.partition('.')[0] not in known:
+        raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; {names}')
     try:
         check_kinds(args, [timm.create_model], 'argument ')
         model = timm.create_model(name, pretrained=False, device='meta', **args)
