@@ -129,6 +129,7 @@ class _Killed(Exception):
             smoothing=0.1,
         ),
         dict(clip_grad=0.1, clip_mode='value', mutual='none', id_branches=['joint'], amp=True),
+        dict(augment=['three_way', 'rrle'], loss={'prototype': 1.0, 'hetero_center': 0.01, 'triplet': 1.0}),
     ],
 )
 def test_a_recorded_run_equals_an_ordinary_one(
@@ -218,6 +219,8 @@ def test_a_step_that_cannot_be_recorded_is_an_error_that_says_what_to_do(
         (dict(opt='lamb'), '--opt lamb'),
         (dict(opt='lookahead_adamw'), '--opt lookahead_adamw'),
         (dict(opt_kwargs={'fused': False}), '--opt sgd'),
+        (dict(loss={'triplet': 1.0, 'prototype': 1.0}), ''),
+        (dict(loss={'triplet': 1.0, 'pml.CircleLoss': 0.1}), 'pytorch-metric-learning'),
     ],
 )
 def test_what_cannot_be_recorded_is_named(settings: dict[str, Any], reason: str) -> None:

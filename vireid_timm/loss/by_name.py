@@ -42,7 +42,7 @@ class FeatureLosses(nn.Module):
         check_losses(weights)
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         self.losses = nn.ModuleList(
-            _library_loss(name) if _is_library(name) else LOSSES[name]() for name in self.weights
+            _library_loss(name) if is_library_loss(name) else LOSSES[name]() for name in self.weights
         )
 
     def forward(
@@ -57,7 +57,7 @@ class FeatureLosses(nn.Module):
         """
         terms = {}
         for (name, weight), loss in zip(self.weights.items(), self.losses, strict=True):
-            if _is_library(name):
+            if is_library_loss(name):
                 with torch.autocast(features.device.type, enabled=False):
                     value = loss(full_precision(features), identities)
             elif name == 'triplet':  # takes all images alike
@@ -76,7 +76,7 @@ def check_losses(weights: Mapping[str, Any]) -> None:
             does not exist, cannot be used by name alone, or is not installed.
     """
     for name, weight in weights.items():
-        if name not in LOSSES and not _is_library(name):
+        if name not in LOSSES and not is_library_loss(name):
             raise ValueError(
                 f'unknown loss {name!r}; expected some of {", ".join(LOSSES)}, or pml.NAME of pytorch-metric-learning, '
                 'e.g. pml.CircleLoss'
@@ -84,11 +84,12 @@ def check_losses(weights: Mapping[str, Any]) -> None:
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not 0 <= weight < math.inf:
             raise ValueError(f'the weight of the loss {name!r} must be a number of at least 0, got {weight!r}')
-        if _is_library(name):
+        if is_library_loss(name):
             _library_loss(name)
 
 
-def _is_library(name: str) -> bool:
+def is_library_loss(name: str) -> bool:
+    """Return whether a name is that of a loss of pytorch-metric-learning."""
     return name.startswith(_LIBRARY)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ..distributed import rank_and_world_size
+from ..loss.by_name import is_library_loss
 from .config import TrainConfig
 
 WARM_UP = 3  # steps before the recording, in which cuDNN chooses its kernels and the optimiser creates its state
@@ -25,6 +26,7 @@ def why_no_graph(config: TrainConfig, optimizer: torch.optim.Optimizer, device: 
         '--torchcompile launches its own kernels': config.torchcompile,
         '--grad-accum-steps makes steps of several batches': config.grad_accum_steps > 1,
         '--grad-checkpointing saves random states': config.grad_checkpointing,
+        'losses of pytorch-metric-learning read back from the GPU': any(map(is_library_loss, config.loss)),
         f"--opt {config.opt} is not torch's fused SGD, Adam or AdamW": not is_fused,
     }
     return next((reason for reason, holds in reasons.items() if holds), '')

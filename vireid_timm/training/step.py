@@ -1,6 +1,6 @@
 """One optimiser step: losses and gradients of its batches, and the update."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -60,7 +60,7 @@ def _learn(
     visible: torch.Tensor,
     infrared: torch.Tensor,
     labels: torch.Tensor,
-    joined: JoinedTriplet | None,
+    joined: Mapping[str, JoinedTriplet] | None,
     count: int,
     update: bool,
 ) -> dict[str, torch.Tensor]:
