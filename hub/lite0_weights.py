@@ -7,13 +7,15 @@
 The package (Apache-2.0) holds the weights of another implementation, whose tensors have the order of timm's.
 """
 
+import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import save_file
+
+from vireid_timm.files import check_writable, whole_file
 
 
 def lite0_weights() -> dict[str, torch.Tensor]:
@@ -35,13 +37,18 @@ def lite0_weights() -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Write the file that the command line names."""
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('output', type=Path, help='a .safetensors file')
+    output = parser.parse_args().output
     try:
-        save_file(lite0_weights(), sys.argv[1])
+        if output.suffix != '.safetensors':
+            raise ValueError(f'{output} should end with .safetensors')
+        check_writable(output)
+        with whole_file(output) as temporary:
+            save_file(lite0_weights(), temporary)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'lite0_weights.py: error: {error}') from error
-    print(f'Weights: {sys.argv[1]}')
+        raise SystemExit(f'lite0_weights.py: error: {error}') from None
+    print(f'Weights: {output}')
 
 
 if __name__ == '__main__':

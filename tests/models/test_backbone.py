@@ -65,7 +65,7 @@ def network(request):
 @pytest.mark.parametrize('modality', ['visible', 'infrared'])
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_levels_and_final_map_are_the_backbones(backbone, modality):
-    model = network_on(backbone, last_stride=2 if max(BACKBONES[backbone][1]) != 14 else None)
+    model = network_on(backbone, last_stride=2 if len(set(BACKBONES[backbone][1])) > 1 else None)
     args, size = BACKBONES[backbone][0], size_for(backbone)
     fixed = {'img_size': size} if timm.get_pretrained_cfg(backbone).fixed_input_size else {}
     original = timm.create_model(backbone, num_classes=0, **args, **fixed).eval()
@@ -155,6 +155,20 @@ def test_the_configuration_matches_the_network(network):
     assert network.fuse_width == first  # the paper's 256 are layer1's channels
     assert network.num_features == network.feature_info[3]['num_chs'] + 3 * first
     assert (levels[3] < 0).any() == (pooling == 'avg')
+
+
+def test_training_and_retrieval_pool_alike(network):
+    """GeM takes negative values for 0, the average does not."""
+    x = images_for(network.backbone, 3)
+    with torch.inference_mode():
+        last = network.forward_intermediates(x, intermediates_only=True)[3]
+        clamped = (last.clamp(min=0) ** 3).mean(dim=(2, 3)) ** (1 / 3)
+        expected = last.mean(dim=(2, 3)) if network.global_pool.pool_type == 'avg' else clamped
+        features = network.forward_branches(x).features[:, : last.shape[1]]
+        torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+        pooled = network.global_pool(network.forward_features(x))
+        torch.testing.assert_close(pooled[:, : last.shape[1]], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(pooled, network.forward_branches(x).features, rtol=1e-3, atol=1e-3)
 
 
 def test_every_parameter_is_trained_with_and_without_checkpointing(network):
@@ -324,6 +338,12 @@ def test_stages_of_each_modality(backbone, private):
         (dict(backbone='resnet18', fuse_layers=(3, 1)), r'increasing layer numbers .*got \(3, 1\)'),
         (dict(backbone='resnet18', backbone_args=dict(nonsense=1)), 'cannot create the backbone resnet18 .*nonsense'),
         (dict(backbone='vit_tiny_patch16_224', private_stages=1), 'cannot have one stem .* and its first 1 levels'),
+        (dict(backbone='vit_tiny_patch16_224', last_stride=2), 'last_stride=2 is not possible, because .* equal grids'),
+        (dict(backbone=5), "'backbone' must be text, got 5"),
+        (dict(backbone='resnet18', backbone_args=3), "'backbone_args' must be .*, got 3"),
+        (dict(backbone='resnet18', fuse_layers=3), "'fuse_layers' must be a list, .* got 3"),
+        (dict(backbone='resnet18', fuse_width=0), 'fuse_width must be at least 1, got 0'),
+        (dict(backbone='resnet18', backbone_args=dict(num_classes=3)), 'num_classes cannot be among backbone_args'),
         (dict(backbone='convnext_atto', last_stride=1), 'last_stride=1 is not possible, because .* merges neighbours'),
         (dict(backbone='swin_tiny_patch4_window7_224', last_stride=1), 'last_stride=1 is not possible'),
         (dict(backbone='convnext_atto', img_size=(120, 60)), 'convnext_atto are maps of .* multiples of 32'),
@@ -406,6 +426,39 @@ def test_the_weights_of_a_backbone_arrive_in_both_stems_and_the_trunk(tmp_path, 
     lines = [record.getMessage() for record in caplog.records if 'start for fine-tuning' in record.getMessage()]
     assert len(lines) == 1 and 'mobilenetv4_conv_small_035' in lines[0]
     assert model.starts_from_backbone
+
+
+def test_files_of_other_weights_are_refused_and_those_of_the_network_taken(tmp_path):
+    arguments = dict(backbone='resnet10t', img_size=SIZE, num_classes=3)
+    other = timm.create_model('test_convnext').state_dict()
+    half = {key: value for key, value in timm.create_model('resnet10t').state_dict().items() if 'layer3' not in key}
+    for name, state in {'other': other, 'half': half}.items():
+        torch.save(state, tmp_path / f'{name}.pth')
+        overlay = dict(file=str(tmp_path / f'{name}.pth'))
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict'):
+            timm.create_model('vireid_dml', pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    own = randomised(timm.create_model('vireid_dml', **arguments))
+    torch.save(own.state_dict(), tmp_path / 'own.pth')
+    overlay = dict(file=str(tmp_path / 'own.pth'), num_classes=3)
+    model = timm.create_model('vireid_dml', pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in own.state_dict().items())
+    assert not model.starts_from_backbone
+
+
+def numbers_kept_for_backward(model: nn.Module) -> int:
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        model.forward_branches(images(4, SIZE), images(4, SIZE))
+    return sum(sizes)
+
+
+def test_grad_checkpointing_keeps_fewer_numbers_of_private_levels_too():
+    model = network_on('resnet18', num_classes=3, private_stages=3).train()
+    before = numbers_kept_for_backward(model)
+    model.set_grad_checkpointing()
+    assert numbers_kept_for_backward(model) < 0.6 * before
+    with pytest.raises(ValueError, match='dla34 cannot recompute its activations'):
+        on_meta('vireid_dml', backbone='dla34').set_grad_checkpointing()
 
 
 def test_the_weights_of_a_transformer_are_resized(tmp_path):

@@ -116,6 +116,10 @@ def test_parts_of_each_modality_share_nothing_but_their_heads():
     names = {name.split('.')[0] for name, _ in model.named_parameters()}
     assert names == {'stem', 'private_levels', 'parts'}
     assert {f'{name}.weight' for name in model.pretrained_cfg['classifier']} <= set(model.state_dict())
+    with pytest.raises(ValueError, match='fuse_layers: a network of stripes takes their averages'):
+        on_meta('vireid_parts_r50', fuse_layers=(1, 2))
+    with pytest.raises(ValueError, match='global_pool: a network of stripes'):
+        on_meta('vireid_parts_r50', global_pool='gem')
     with pytest.raises(ValueError, match='num_parts and part_width must be at least 1, got 0 and 512'):
         on_meta('vireid_parts_r50', num_parts=0)
 
@@ -142,6 +146,9 @@ def test_saving_resetting_and_tracing(create, tmp_path):
         loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
         assert torch.equal(loaded(*x), expected)
         assert tuple(loaded.pretrained_cfg['input_size']) == (3, *SIZE)
+        for count in (0, 7):
+            other = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, num_classes=count).eval()
+            torch.testing.assert_close(other.forward_head(other.forward_features(*x), pre_logits=True), features)
         _, nodes = get_graph_node_names(model)
         traced = create_feature_extractor(model, nodes[-1:])
         torch.testing.assert_close(next(iter(traced(x[0]).values())), model(x[0]))

@@ -111,7 +111,7 @@ class GeneralizedMeanPool(nn.Module):
 
     Args:
         power: The exponent p. 1 is average pooling; large values approach max pooling.
-        pool_type: timm's name of the pooling: `gem`, `avg` (p = 1, whatever `power` is), or '' for no pooling.
+        pool_type: timm's name of the pooling: `gem`, `avg` (the mean, also of negative values), or '' for no pooling.
 
     Raises:
         ValueError: The power is below 1, or the pool type is unknown.
@@ -127,9 +127,11 @@ class GeneralizedMeanPool(nn.Module):
         self.pool_type = pool_type
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool values >= 0 (negative ones count as 0): [B, C, H, W] -> [B, C]; '' returns the map itself."""
+        """Pool [B, C, H, W] -> [B, C]; GeM takes negative values for 0. '' returns the map itself."""
         if self.pool_type == '':
             return x
+        if self.pool_type == 'avg':
+            return full_precision(x).mean(dim=(2, 3))
         return root(full_precision(x).clamp(min=0.0).pow(self.power).mean(dim=(2, 3)), self.power)
 
     def extra_repr(self) -> str:

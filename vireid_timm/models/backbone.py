@@ -6,7 +6,9 @@
 import copy
 import inspect
 import logging
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import timm
@@ -15,8 +17,10 @@ import torch.nn as nn
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
+    checkpoint,
     clean_state_dict,
     generate_default_cfgs,
+    load_state_dict,
     register_model,
     resolve_pretrained_cfg,
 )
@@ -24,14 +28,15 @@ from timm.models._features import feature_take_indices
 
 from ..constants import MODALITIES
 from ..layers.stem import DualStem
+from ..options import check_kinds
 from .branches import (
     DualStream,
     DualStreamFeatures,
     check_branches,
     check_names,
     check_own_weights,
+    complete_cfg,
     height_and_width,
-    reset_input_size,
 )
 from .trunk import Trunk, backbone_cfg
 
@@ -100,16 +105,17 @@ class DualStreamBackbone(DualStream):
             raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
         if private_stages not in (0, 1, 2, 3, 4):
             raise ValueError(f'private_stages must be from 0 to 4, got {private_stages}')
-        check_branches(fuse_layers, spatial_weights, num_classes, global_pool)
+        check_branches(fuse_layers, fuse_width, spatial_weights, num_classes, global_pool)
         size = height_and_width(img_size)
         # Attributes with the names of arguments are saved with a model.
         self.backbone = backbone
         self.in_chans = in_chans
-        self.private_stages = private_stages
+        self.private_stages = int(private_stages)
         self.grad_checkpointing = False
 
         args = backbone_args or {}
         self.trunk = Trunk(backbone, size, in_chans, last_stride, pretrained_backbone, weights, args, dd)
+        self.last_stride = 1 if len({info['reduction'] for info in self.trunk.feature_info[2:]}) == 1 else 2
         stem, *levels = self.trunk.cut_stem(private_stages)
         # Both modalities start from the same values, random or of the backbone's weights.
         self.stem = DualStem(stem, copy.deepcopy(stem), in_chans, self.trunk.only_size)
@@ -136,20 +142,29 @@ class DualStreamBackbone(DualStream):
         visible: Optional[torch.Tensor],
         infrared: Optional[torch.Tensor],
     ) -> list[torch.Tensor]:
-        x, earlier = self.stem(visible, infrared), []
+        recompute = self.grad_checkpointing and self.private_stages > 0
+        x = checkpoint(self.stem, visible, infrared) if recompute else self.stem(visible, infrared)
+        earlier = []
         for level in self.private_levels:
             earlier.append(x)
             count = 0 if visible is None else visible.shape[0]
-            x = level(None if visible is None else x[:count], None if infrared is None else x[count:])
+            parts = None if visible is None else x[:count], None if infrared is None else x[count:]
+            x = checkpoint(level, *parts) if recompute else level(*parts)
         return self.trunk(x, earlier)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         def on_trunk(pattern: str) -> str:
-            return rf'^trunk\.model\.(?:{pattern.replace("^", "")})'
+            unanchored = re.sub(r'(^|[|])\^', r'\1', pattern)
+            return rf'^trunk\.model\.(?:{unanchored})'
 
-        groups = self.trunk.model.group_matcher(coarse=coarse)
-        blocks = groups['blocks']
+        try:
+            groups = self.trunk.model.group_matcher(coarse=coarse)
+            blocks = groups['blocks']
+        except (AttributeError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{self.backbone} does not say how its layers follow each other: no layer decay'
+            ) from error
         blocks = on_trunk(blocks) if isinstance(blocks, str) else [(on_trunk(one), order) for one, order in blocks]
         return dict(stem=rf'^stem|^private_levels|{on_trunk(groups["stem"])}', blocks=blocks)
 
@@ -159,8 +174,13 @@ class DualStreamBackbone(DualStream):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        try:
+            self.trunk.model.set_grad_checkpointing(enable)
+        except AssertionError as error:
+            raise ValueError(
+                f'{self.backbone} cannot recompute its activations: leave out grad checkpointing'
+            ) from error
         self.grad_checkpointing = enable
-        self.trunk.model.set_grad_checkpointing(enable)
 
     def forward_intermediates(
         self,
@@ -226,6 +246,7 @@ def create_on_backbone(
 ) -> DualStreamBackbone:
     """Create a network. The weights of a saved folder, or in the package, are its own; others are the backbone's."""
     _check_backbone_arguments(kwargs, model_cls)
+    check_kinds({'backbone': backbone, **kwargs}, [DualStreamBackbone, model_cls], 'argument ')
     cfg, overlay = resolve_pretrained_cfg(variant, pretrained_cfg), dict(pretrained_cfg_overlay or {})
     is_own = bool(cfg.file) or not isinstance(pretrained_cfg, (str, type(None)))
     weights = {}
@@ -234,6 +255,10 @@ def create_on_backbone(
             backbone = f'{backbone}.{cfg.tag}'
         source = backbone_cfg(backbone)
         weights = {name: overlay.pop(name) for name in _SOURCES if name in overlay}
+        if 'file' in weights and Path(weights['file']).is_file():
+            weights['state_dict'] = clean_state_dict(load_state_dict(weights.pop('file')))
+        if any(key.startswith('trunk.model.') for key in weights.get('state_dict', ())):
+            overlay, weights, is_own = {**overlay, **weights}, {}, True  # what `state_dict` of such a network gave
         size = _default_size(backbone, source, cfg) if img_size is None else height_and_width(img_size)
         facts = {name: getattr(source, name) for name in _FACTS}
         overlay = {**facts, 'first_conv': _first_conv(source), 'input_size': (3, *size), **overlay}
@@ -255,7 +280,7 @@ def create_on_backbone(
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
     network.starts_from_backbone = not is_own
-    reset_input_size(model, network.feature_info[3]['reduction'], img_size, kwargs, overlay)
+    complete_cfg(model, network.feature_info[3]['reduction'], img_size, kwargs, overlay)
     if pretrained and not is_own:
         _logger.warning(
             f'Loaded the weights of {backbone} into both stems and the trunk: a start for fine-tuning, not a '

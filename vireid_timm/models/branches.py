@@ -40,6 +40,7 @@ class BranchOutput(NamedTuple):
 
 def check_branches(
     fuse_layers: Sequence[int],
+    fuse_width: Optional[int],
     spatial_weights: str,
     num_classes: int,
     global_pool: str,
@@ -47,6 +48,8 @@ def check_branches(
     """Raise ValueError, which names the argument, if the branches cannot be as the arguments say."""
     if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
         raise ValueError(f'fuse_layers must be increasing layer numbers from 1 to 4, got {tuple(fuse_layers)}')
+    if fuse_width is not None and fuse_width < 1:
+        raise ValueError(f'fuse_width must be at least 1, got {fuse_width}')
     if spatial_weights not in SPATIAL_WEIGHTS:
         raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
     if global_pool == '' and num_classes > 0:
@@ -80,14 +83,14 @@ def check_names(names: Iterable[str], module: str) -> None:
             )
 
 
-def reset_input_size(
+def complete_cfg(
     model: nn.Module,
     reduction: int,
     img_size: Optional[Union[int, Sequence[int]]],
     kwargs: dict[str, Any],
     overlay: dict[str, Any],
 ) -> None:
-    """Write the image size that a model was created with, if one was given, and its grid to its configuration.
+    """Write to a model's configuration: the image size, if one was given, its grid, and the names of the classifiers.
 
     Args:
         model: The model, or timm's wrapper of its features.
@@ -103,7 +106,8 @@ def reset_input_size(
         size = height_and_width(img_size)
     # The channels stay: as everywhere in timm, they are those of the weights.
     sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // reduction) for side in size)}
-    cfg.update({**sizes, **overlay})
+    network = model.model if isinstance(model, FeatureGetterNet) else model
+    cfg.update({**sizes, 'classifier': network.classifier_names, **overlay})
 
 
 def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
@@ -112,8 +116,9 @@ def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     Raises:
         RuntimeError: The weights are of another network; the message names the keys.
     """
+    classifiers = tuple(f'{name}.' for name in model.classifier_names)
     given, own = (
-        {key for key in state if not key.endswith('_head.fc.weight')} for state in (state_dict, model.state_dict())
+        {key for key in state if not key.startswith(classifiers)} for state in (state_dict, model.state_dict())
     )
     if given != own:
         missing, unknown = (format_list(sorted(keys)) or 'none' for keys in (own - given, given - own))
@@ -158,7 +163,7 @@ class DualStream(nn.Module):
         self.fusion = None
         if fuse_layers:
             widths, reductions = ([info[key] for info in self.feature_info] for key in ('num_chs', 'reduction'))
-            self.fuse_width = fuse_width or widths[fuse_layers[0] - 1]
+            self.fuse_width = widths[fuse_layers[0] - 1] if fuse_width is None else fuse_width
             steps = [reduction // reductions[0] for reduction in reductions]
             self.fusion = FusionBranch(
                 [widths[i - 1] for i in fuse_layers],
@@ -185,6 +190,11 @@ class DualStream(nn.Module):
             self.num_features = self.head_hidden_size = global_features + fused
             self.fusion_head = BranchHead(fused, self.num_classes, self.drop_rate, **dd)
             self.joint_head = BranchHead(self.num_features, self.num_classes, self.drop_rate, **dd)
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Names of the classifiers, as in timm's configurations."""
+        return tuple(f'{branch}_head.fc' for branch in reversed(self.branches))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -269,9 +279,12 @@ class DualStream(nn.Module):
         if self.global_pool.pool_type == '':
             raise ValueError("forward_branches needs pooling, but this model has global_pool=''")
         levels = self._forward_levels(visible, infrared)
-        size = levels[3].shape[2] * levels[3].shape[3]
-        mean_power = power_sum(levels[3], None, self.global_pool.power) / size
-        branch_features = {'global': root(mean_power, self.global_pool.power)}
+        if self.global_pool.pool_type == 'avg':
+            branch_features = {'global': self.global_pool(levels[3])}
+        else:
+            size = levels[3].shape[2] * levels[3].shape[3]
+            mean_power = power_sum(levels[3], None, self.global_pool.power) / size
+            branch_features = {'global': root(mean_power, self.global_pool.power)}
         if self.fusion is not None:
             fused = [levels[i - 1] for i in self.fuse_layers]
             mean_power = self.fusion.mean_power(fused, list(levels[0].shape[2:]))

@@ -36,8 +36,8 @@ from .branches import (
     check_branches,
     check_names,
     check_own_weights,
+    complete_cfg,
     height_and_width,
-    reset_input_size,
 )
 
 __all__ = ['DualStreamResNet']
@@ -150,7 +150,7 @@ class DualStreamResNet(DualStream):
         dd = {'device': device, 'dtype': dtype}
         if 'output_stride' in (resnet_args or {}):
             _check_timm_arguments(['output_stride'])
-        check_branches(fuse_layers, spatial_weights, num_classes, global_pool)
+        check_branches(fuse_layers, fuse_width, spatial_weights, num_classes, global_pool)
         if last_stride not in (1, 2):
             raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
         _check_non_local(non_local_blocks, non_local_width, layers)
@@ -333,7 +333,7 @@ def create_dual_stream(
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
     network.starts_from_backbone = (model.pretrained_cfg.get('tag') or '').endswith('in1k')
-    reset_input_size(model, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
+    complete_cfg(model, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
     return model
 
 

@@ -63,7 +63,12 @@ class PartsNet(DualStreamBackbone):
         private_stages: int = 4,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, drop_rate=drop_rate, private_stages=private_stages, **{**kwargs, 'fuse_layers': ()})
+        refused = sorted({'fuse_layers', 'fuse_width', 'spatial_weights', 'plain_fusion', 'gem_power'} & set(kwargs))
+        if refused or kwargs.get('global_pool') not in (None, 'avg', ''):
+            name = refused[0] if refused else 'global_pool'
+            raise ValueError(f'{name}: a network of stripes takes their averages, and fuses no levels')
+        kwargs['global_pool'] = '' if kwargs.get('global_pool') == '' else 'avg'
+        super().__init__(backbone, drop_rate=drop_rate, private_stages=private_stages, fuse_layers=(), **kwargs)
         if num_parts < 1 or part_width < 1:
             raise ValueError(f'num_parts and part_width must be at least 1, got {num_parts} and {part_width}')
         self.num_parts, self.part_width = num_parts, part_width
@@ -75,6 +80,11 @@ class PartsNet(DualStreamBackbone):
         )
         self.num_features, self.head_hidden_size = channels, num_parts * part_width
         self.branches = tuple(f'part{part + 1}' for part in range(num_parts))
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Names of the classifiers, as in timm's configurations."""
+        return tuple(f'parts.{part}.fc' for part in range(len(self.parts)))
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -53,7 +53,7 @@ class Trunk(nn.Module):
         self.backbone = backbone
         self.only_size = size if backbone_cfg(backbone).fixed_input_size else None
         self.num_levels = 4  # fewer once pruned
-        self.model = _create(backbone, size, pretrained, weights, {'in_chans': in_chans, **backbone_args}, dd).eval()
+        self.model = _create(backbone, size, pretrained, weights, {**backbone_args, 'in_chans': in_chans}, dd).eval()
         self.indices = _levels(self.model, backbone)
         infos = [self.model.feature_info[i] for i in self.indices]
         modules = dict(self.model.named_modules())
@@ -111,10 +111,11 @@ class Trunk(nn.Module):
         for grid, level in zip(grids[: self.num_levels], self.feature_info):
             step = level['reduction'] // self.feature_info[0]['reduction']
             if grid != tuple(-(-side // step) for side in grids[0]):
+                shown = format_list([f'{height}x{width}' for height, width in grids])
                 raise ValueError(
-                    f'the levels of {self.backbone} are maps of {format_list([f"{h}x{w}" for h, w in grids])} at this '
-                    'image size, which do not cover each other evenly: try a height and width that are multiples of '
-                    '32, or another backbone'
+                    f'the levels of {self.backbone} are maps of {shown} at this image size, which do not cover each '
+                    'other evenly: try a height and width that are multiples of 32; if they are, this backbone has no '
+                    'levels to fuse'
                 )
 
     @torch.no_grad()
@@ -138,7 +139,9 @@ class Trunk(nn.Module):
         except Exception as error:  # any, from code that was not made for this
             actual, reason = [], f': {_words(error)}'
         if [level.shape for level in actual] == [level.shape for level in expected]:
-            if self.probe.is_meta or all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(actual, expected)):
+            if self.probe.is_meta or all(
+                torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in zip(actual, expected)
+            ):
                 del self.probe
                 return parts
         stages = f' and its first {private_stages} levels' if private_stages else ''
@@ -163,8 +166,18 @@ def _create(
     dd: dict[str, Any],
 ) -> nn.Module:
     """Create timm's model without its classifier."""
-    if backbone_cfg(backbone).fixed_input_size:
+    refused = sorted({'img_size', 'num_classes', 'features_only', 'pretrained'} & set(args))
+    if refused:
+        raise ValueError(f'{", ".join(refused)} cannot be among backbone_args: the network has such an argument itself')
+    cfg = backbone_cfg(backbone)
+    if cfg.fixed_input_size:
         args = {'img_size': size, **args}
+    if pretrained and weights and 'state_dict' in weights:
+        # Without its classifier, so that timm requires every other tensor to be there, and to have a place.
+        names = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
+        classifiers = tuple(f'{name}.' for name in names)
+        state = {key: value for key, value in weights['state_dict'].items() if not key.startswith(classifiers)}
+        weights = {**weights, 'state_dict': state, 'num_classes': 0}
     try:
         model = timm.create_model(
             backbone, pretrained=pretrained, pretrained_cfg_overlay=weights, num_classes=0, **args, **dd
@@ -248,7 +261,11 @@ def _set_last_stride(
 ) -> None:
     """Remove the last level's stride, as is usual in re-ID, where that leaves the third level's grid."""
     before = [level.shape[2:] for level in forward()]
-    if last_stride == 2 or before[3] == before[2]:
+    if before[3] == before[2]:
+        if last_stride == 2:
+            raise ValueError('last_stride=2 is not possible, because its levels have equal grids')
+        return
+    if last_stride == 2:
         return
     named = list(model.named_modules())
     last = max(i for i, (name, _) in enumerate(named) if f'{name}.'.startswith(f'{third_level}.'))

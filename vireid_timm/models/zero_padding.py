@@ -7,7 +7,6 @@ from typing import Any, Optional
 
 import torch
 import torch.nn as nn
-from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.resnet import Bottleneck
 
@@ -21,14 +20,15 @@ GREY = (0.299, 0.587, 0.114)
 class ZeroPadding(nn.Module):
     """Images [B, 3 or 1, H, W] -> [B, 2, H, W]: their grey values in one channel, zeros in the other."""
 
-    def __init__(self, channel: int, in_chans: int, dd: dict[str, Any]) -> None:
+    def __init__(self, channel: int, in_chans: int) -> None:
         super().__init__()
-        weights = torch.tensor(GREY if in_chans == 3 else [1 / in_chans] * in_chans, **dd)
-        self.register_buffer('weights', weights.view(1, -1, 1, 1), persistent=False)
+        self.weights = GREY if in_chans == 3 else (1 / in_chans,) * in_chans
         self.channel = channel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grey = (x * self.weights).sum(dim=1, keepdim=True)
+        grey = x[:, :1] * self.weights[0]
+        for i in range(1, len(self.weights)):
+            grey = grey + x[:, i : i + 1] * self.weights[i]
         zeros = torch.zeros_like(grey)
         return torch.cat([grey, zeros] if self.channel == 0 else [zeros, grey], dim=1)
 
@@ -39,8 +39,7 @@ class ZeroPaddedStem(nn.Module):
 
     def __init__(self, stem: Stem, in_chans: int) -> None:
         super().__init__()
-        dd = get_device_dtype(stem)
-        self.padding = DualStem(ZeroPadding(0, in_chans, dd), ZeroPadding(1, in_chans, dd), in_chans)
+        self.padding = DualStem(ZeroPadding(0, in_chans), ZeroPadding(1, in_chans), in_chans)
         self.shared = stem
 
     def forward(

@@ -415,6 +415,7 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
         )
     if not config.pretrained and not config.resume:
         own = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
+        own = getattr(model, 'backbone', own)
         _logger.info(
             f'The weights start at random, which takes many images and epochs: --pretrained starts from {own}, '
             '--config fine_tune from a small model that knows the task'
