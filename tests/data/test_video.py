@@ -139,8 +139,8 @@ def test_hitsz_vcm_may_have_all_identities_in_one_folder(trees, tmp_path):
     expected = create_dataset('hitsz_vcm', root)
     for split in ('Train', 'Test'):
         for person in list((root / split).iterdir()):
-            person.rename(root / person.name)
-        (root / split).rmdir()
+            (root / person.name).symlink_to(person.resolve())
+        (root / split).unlink()
     dataset = create_dataset('hitsz_vcm', root)
     for table, other in ((dataset.train, expected.train), (dataset.test, expected.test)):
         paths = [path.replace('/Train/', '/').replace('/Test/', '/') for path in other.path.tolist()]
@@ -185,8 +185,8 @@ MISTAKES = {
     ),
     'no image': (
         'hitsz_vcm',
-        lambda root: (root / 'Train/0002/rgb').rename(root / 'x'),
-        '2 wrong lines: .* is no file',
+        lambda root: edit(root / 'info/train_name.txt', r'F1\.jpg', 'F2.jpg'),
+        'track_train_info.txt, line 1: there is no file .*/rgb/D[0-9]/2.jpg; .*info/',
     ),
     'no json': ('buptcampus', lambda root: (root / 'data_paths.json').unlink(), 'there is no .*data_paths.json'),
     'broken json': ('buptcampus', lambda root: (root / 'data_paths.json').write_text('{"1":'), 'is no JSON file'),
@@ -212,8 +212,8 @@ MISTAKES = {
     ),
     'a missing file': (
         'buptcampus',
-        lambda root: next((root / 'DATA/1/IR').glob('*/*_8000.jpg')).unlink(),
-        'train.txt, line 1: there is no file .*_8000.jpg',
+        lambda root: edit(root / 'data_paths.json', r'_8000\.jpg', '_8001.jpg'),
+        'train.txt, line 1: there is no file .*_8001.jpg',
     ),
 }
 

@@ -143,7 +143,7 @@ def test_a_calibration_is_about_tracklets_or_about_images(model, rendered, caplo
     options = dict(store=store, size=(32, 16))
     single = with_column(dataset, tracklet=None)
     for fitted, other in ((dataset, single), (single, dataset)):
-        calibration = calibrate(model, fitted, 'infrared-to-visible', **options)
+        calibration = calibrate(model, fitted, **options)
         for tested, expected in ((fitted, True), (other, False)):
             caplog.clear()
             with caplog.at_level(logging.WARNING):

@@ -542,7 +542,7 @@ def _market_files(scan: Scan, root: str, split: str) -> list[Row]:
             elif int(identity) == 0 and split != 'gallery':
                 scan.note(
                     'distractor',
-                    'images show nobody in particular (identity 0) outside the gallery and are left out',
+                    'images show nobody in particular (identity 0) and are left out',
                     path,
                 )
             else:
