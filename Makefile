@@ -14,6 +14,8 @@
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$name && break; done)
+# Two processes; the tests of a file stay together, since they share what they have prepared.
+TWO := -n 2 --dist loadfile
 INSTALLED := .venv/installed
 DOCS_INSTALLED := .venv/installed-docs
 
@@ -23,10 +25,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(TWO)
 
 test-strict: $(INSTALLED)
-	.venv/bin/python -m pytest -W error
+	.venv/bin/python -m pytest $(TWO) -W error
 
 format: $(INSTALLED)
 	.venv/bin/ruff check --fix .

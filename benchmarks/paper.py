@@ -20,16 +20,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import synthvi_v1
 import torch
 import torch.nn.functional as F
+from measuring import commit
 from paper_tables import BUDGETS, CELLS, CLAIMS, TABLES
 
 import vireid_timm
@@ -92,22 +94,29 @@ def test_sets(args: argparse.Namespace) -> dict[str, vireid_timm.Dataset]:
 
 def run_cell(cell: str, seed: int, args: argparse.Namespace) -> None:
     """Train or resume one cell with one seed, evaluate it, and write `lines.json` to its folder when it is finished."""
-    folder = folder_of(cell, seed, args)
-    if (folder / 'lines.json').is_file():
-        return
-    vireid_timm.train({'resume': str(folder)} if has_checkpoint(folder) else settings_of(cell, seed, args))
-    model = vireid_timm.load_model(folder)
-    with open(folder / SUMMARY, encoding='utf-8', newline='') as file:
-        last = list(csv.DictReader(file))[-1]
     facts = {
         'dataset': 'SynthVI v1' if args.dataset == 'synthetic' else args.dataset,
         'budget': args.budget,
         'cell': cell,
         'seed': seed,
+    }
+    train_and_evaluate(folder_of(cell, seed, args), settings_of(cell, seed, args), facts, args)
+
+
+def train_and_evaluate(folder: Path, settings: dict[str, Any], facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """Do what `run_cell` does, for any settings; `facts` go into every line."""
+    if (folder / 'lines.json').is_file():
+        return
+    vireid_timm.train({'resume': str(folder)} if has_checkpoint(folder) else settings)
+    model = vireid_timm.load_model(folder)
+    with open(folder / SUMMARY, encoding='utf-8', newline='') as file:
+        last = list(csv.DictReader(file))[-1]
+    facts = {
+        **facts,
         'train_accuracy': round(float(last['train_accuracy']), 4),
         'train_images_per_second': round(float(last['train_images_per_second']), 1),
         'parameters': sum(value.numel() for value in model.parameters()),
-        'features': model.num_features,
+        'features': model.head_hidden_size,
         'commit': commit(),
         'hardware': hardware(),
         'torch': torch.__version__,
@@ -131,18 +140,10 @@ def features_of(model: torch.nn.Module, dataset: vireid_timm.Dataset) -> Iterato
     after = vireid_timm.embed(model, dataset.test, cache='auto')[0]
     yield 'after BN', after
     yield 'before BN', vireid_timm.embed(model, dataset.test, cache='auto', features='before-bn')[0]
-    if len(model.branches) > 1:
+    if model.fusion is not None:
         width = model.global_head.num_features
         yield 'global', F.normalize(after[:, :width])
         yield 'fusion', F.normalize(after[:, width:])
-
-
-def commit() -> str:
-    """The commit of this checkout, or nothing outside of git."""
-    folder = Path(__file__).parent
-    command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def hardware() -> str:
@@ -172,35 +173,57 @@ def collect(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def train_all(args: argparse.Namespace) -> bool:
-    """Train all cells of the tables, each in a process of its own; return whether all of them are done."""
+    """Train all cells of the tables; return whether all of them are done."""
     cells = list(dict.fromkeys(cell for table in args.what for _, cell, _ in TABLES[table]))
-    waiting = [(cell, seed) for seed in args.seeds for cell in cells]
-    end = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
+    runs = {}
+    for seed in args.seeds:
+        for cell in cells:
+            command = [sys.executable, __file__, 'cell', '--cell', cell, '--seeds', str(seed), *shared_options(args)]
+            runs[f'{cell}, seed {seed}'] = (folder_of(cell, seed, args) / 'lines.json', command)
+    return run_all(runs, args, lambda: collect(args))
 
-    def work(run: tuple[str, int]) -> bool:
-        cell, seed = run
+
+def shared_options(args: argparse.Namespace) -> list[str]:
+    """Flags that a process for one run has from this one."""
+    data = ['--dataset', args.dataset, *(['--data-dir', args.data_dir] if args.data_dir else [])]
+    return ['--output', str(args.output), '--budget', args.budget, *data]
+
+
+def run_all(runs: dict[str, tuple[Path, list[str]]], args: argparse.Namespace, collect: Callable[[], Any]) -> bool:
+    """Run commands, some side by side and within the time limit; return whether all of them are done.
+
+    Each has a process of its own, so that nothing of a run can fail another one, and memory is given back.
+
+    Args:
+        runs: Name -> a file that is there when it is done, and the command.
+        args: With `jobs` and `minutes`.
+        collect: Called after each run, never twice at once.
+    """
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
+    collecting = Lock()
+
+    def work(name: str) -> bool:
+        finished, command = runs[name]
         left = end - time.monotonic()
-        if (folder_of(cell, seed, args) / 'lines.json').is_file():
+        if finished.is_file():
             return True
         if left <= 0:
             return False
-        _logger.info('%s, seed %d', cell, seed)
-        # Beside it, so that nothing of a run can fail another one, and memory is given back.
-        options = ['--cell', cell, '--seeds', str(seed), '--output', str(args.output), '--budget', args.budget]
-        data = ['--dataset', args.dataset, *(['--data-dir', args.data_dir] if args.data_dir else [])]
-        process = subprocess.Popen([sys.executable, __file__, 'cell', *options, *data])
+        _logger.info(name)
+        process = subprocess.Popen(command)
         try:
             status = process.wait(None if left == float('inf') else left)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it saves a checkpoint
             status = process.wait()
-        if status not in (0, 143):
-            _logger.error('%s, seed %d ended with status %d', cell, seed, status)
-        collect(args)
+        if status not in (0, 143, -signal.SIGTERM):  # the last one: stopped while it was evaluated
+            _logger.error('%s ended with status %d', name, status)
+        with collecting:
+            collect()
         return status == 0
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        return all(list(pool.map(work, waiting)))
+        return all(list(pool.map(work, runs)))
 
 
 def report(args: argparse.Namespace) -> str:
@@ -217,7 +240,7 @@ def report(args: argparse.Namespace) -> str:
 
 def table_text(table: str, dataset: str, budget: str, lines: list[dict[str, str]], args: argparse.Namespace) -> str:
     """One table with its paired tests."""
-    split = 'validation' if table == 'readings' and dataset == 'SynthVI v1' else 'test'
+    split = 'validation' if table in ('plus', 'readings') and dataset == 'SynthVI v1' else 'test'
     protocol = MAIN_PROTOCOL.get(dataset, 'infrared-to-visible')
     lines = [line for line in lines if line['split'].startswith(split) and line['protocol'] == protocol]
     splits = list(dict.fromkeys(line['split'] for line in lines))

@@ -1,20 +1,23 @@
-"""The paper's tables as recipes: what each row changes, what the paper reports for it, and what a table claims."""
+"""The paper's tables as recipes: what each row changes, what the paper reports for it, and what a table claims.
+
+The table `plus` is not the paper's: it has what other papers add to such a method, each alone.
+"""
 
 from typing import Any
 
 from vireid_timm.training.config import load_yaml
 
-UNMIXED = {'channel_combination': False}
-UNERASED = {'reprob': 0.0}
+PLAIN = {'augment': []}
 BASELINE = {'model': 'baseline'}
+PLUS_AUGMENTATIONS = ('erasing', 'mrle rrle', 'rfa', 'rfa exchange=1', 'exchange', 'three_way')
 
 # A cell is what it changes in the paper's full method.
 CELLS: dict[str, dict[str, Any]] = {
     'full': {},
-    'baseline': {**BASELINE, **UNMIXED, **UNERASED},
-    'fusion': {'mutual': 'none', **UNMIXED, **UNERASED},
-    'rcc': {**BASELINE, **UNERASED},
-    'cre': {**BASELINE, **UNMIXED},
+    'baseline': {**BASELINE, **PLAIN},
+    'fusion': {'mutual': 'none', **PLAIN},
+    'rcc': {**BASELINE, 'augment': ['rcc']},
+    'cre': {**BASELINE, 'augment': ['cre']},
     'rcc+cre': BASELINE,
     'no mutual': {'mutual': 'none'},
     **{
@@ -34,6 +37,14 @@ CELLS: dict[str, dict[str, Any]] = {
     'width 256': {'model_kwargs': {'fuse_width': 256}},
     'partner constant': {'mutual_constant': 'partner'},
     'teacher constant': {'mutual_constant': 'teacher'},
+    **{f'+ {name}': {'augment': ['rcc', 'cre', *name.split()]} for name in PLUS_AUGMENTATIONS},
+    **{
+        f'+ {name} {weight}': {'loss': {'triplet': 1.0, name: weight}}
+        for name, weight in (('prototype', 1.0), ('hetero_center', 0.05), ('hetero_center_triplet', 2.0))
+    },
+    **{f'smoothing {share}': {'smoothing': share} for share in (0.1, 0.2)},
+    'triplet 3': {'loss': {'triplet': 3.0}},
+    'ema': {'model_ema': True, 'model_ema_decay': 0.999, 'model_ema_warmup': True},
 }
 # Rows of a table: label, cell, and what the paper reports (rank-1 and mAP on SYSU-MM01, all-search, single-shot).
 TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
@@ -84,6 +95,17 @@ TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
         ('θ1 = 0.6, θ2 = 1.8: the method', 'full', (72.57, 68.61)),
         ('θ1 = 0.6, θ2 = 2', 'theta2 2.0', None),
     ],
+    'plus': [
+        ('the method', 'full', None),
+        *((f'and {name}', f'+ {name}', None) for name in PLUS_AUGMENTATIONS),
+        ('averaged weights', 'ema', None),
+        ('label smoothing 0.1', 'smoothing 0.1', None),
+        ('label smoothing 0.2', 'smoothing 0.2', None),
+        ('prototype contrast', '+ prototype 1.0', None),
+        ('hetero-center loss', '+ hetero_center 0.05', None),
+        ('hetero-center triplet', '+ hetero_center_triplet 2.0', None),
+        ('the triplet as heavy as three identity losses', 'triplet 3', None),
+    ],
     'readings': [
         ('baseline with RCC and CRE', 'rcc+cre', None),
         ('fusion without mutual learning', 'no mutual', None),
@@ -108,6 +130,7 @@ CLAIMS: dict[str, list[tuple[str, str]]] = {
     'table3': [('full', row[1]) for row in TABLES['table3'] if row[1] != 'full'],
     'table4': [(row[1], 'no mutual') for row in TABLES['table4'] if row[1] != 'no mutual'],
     'fig4': [],
+    'plus': [(row[1], 'full') for row in TABLES['plus'] if row[1] != 'full'],
     'readings': [(row[1], 'rcc+cre') for row in TABLES['readings'] if row[1] != 'rcc+cre']
     + [('teacher constant', 'full'), ('partner constant', 'full'), ('full', 'width 256')],
 }

@@ -1,7 +1,6 @@
 """How fast training is beside a bare ResNet, beside its own step, and beside the way that re-ID code trains.
 
-    python benchmarks/training_speed.py                                     on the CPU, some minutes
-    python benchmarks/training_speed.py --device cuda --torchcompile --batches 64 128 256 512 --full-size DIR
+    python benchmarks/training_speed.py                       on the CPU, some minutes; on a GPU begin with gpu.py
     python benchmarks/training_speed.py --save benchmarks/results/training_speed.cpu.json
 
 Parts, each measured side by side in this one run (`--parts` chooses):
@@ -16,8 +15,6 @@ Parts, each measured side by side in this one run (`--parts` chooses):
     saving      what `--grad-checkpointing`, and `--cached-triplet` over two batches, cost in time
     batches     rate and memory of other batch sizes
     profile     where the time of a step goes, by kind of operation (torch's profiler)
-    full-size   an epoch of SYSU-MM01's size, on SynthVI images that are written to DIR unless they are there, and
-                what the recipe's 80 epochs would take
 
 `--settings` go to every run of this library's, as flags of `vireid train` would: `amp=False grad_checkpointing=True`.
 Prints a table and, as its last line, one JSON object. Ratios are medians over repeats that alternate.
@@ -39,19 +36,19 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from measuring import finish, publish, seconds
+from measuring import alternate, finish, publish, ratio
 from PIL import Image
 from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from vireid_timm.data.layouts import write_layout
 from vireid_timm.data.loader import Batch
 from vireid_timm.data.workers import default_workers
 from vireid_timm.device import keep_memory, peak_memory, resolve_device, seeded_torch
 from vireid_timm.models.dual_stream import set_last_stride
 from vireid_timm.training.checkpoint import CheckpointInterval
 from vireid_timm.training.config import TrainConfig
+from vireid_timm.training.graph import WARM_UP, StepGraph
 from vireid_timm.training.interrupt import StopRequest
 from vireid_timm.training.loop import (
     batch_groups,
@@ -60,12 +57,11 @@ from vireid_timm.training.loop import (
     learning_rates,
     save_if_due,
     start_epoch,
-    train_step,
 )
 from vireid_timm.training.run import Run, create_run
+from vireid_timm.training.step import train_step
 
-PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches', 'full-size')
-EPOCHS = 80  # of the recipe
+PARTS = ('data', 'step', 'loop', 'peers', 'profile', 'saving', 'batches')
 DATA_BATCHES = 16  # of an epoch without steps: enough to forget how it began
 
 # What torch's profiler calls the operations of a step; the first that fits counts.
@@ -79,22 +75,6 @@ OPERATIONS = {
     'optimiser': ('sgd', 'Optimizer'),
     'copies and conversions': ('copy', 'contiguous', 'aten::cat', 'aten::fill_', 'aten::zero'),
 }
-
-
-def alternate(works: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Times of all, in turn, after one call of each that does not count."""
-    for work in works.values():
-        work()
-    times = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            times[name].append(seconds(work, device))
-    return times
-
-
-def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    """Median over the repeats: what was measured together is divided."""
-    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
 @contextmanager
@@ -193,22 +173,33 @@ def drawn_one_by_one(run: Run) -> Iterator[Batch]:
         yield from all_of_them
 
 
+def unsettled(run: Run) -> int:
+    """Steps that are slower than all later ones: the first, or those before and with the recording of a CUDA graph."""
+    return WARM_UP + 1 if run.graph else 1
+
+
 def bare_step(run: Run, num_classes: int) -> Callable[[Batch], None]:
-    """An optimiser step of timm's ResNet alone: one stem for all images, one classifier, one loss."""
+    """An optimiser step of timm's ResNet alone, treated as the run's own: one stem, one classifier, one loss."""
     depth = run.config.model.partition('.')[0].rpartition('_r')[2]
     network = timm.create_model(f'resnet{depth}', num_classes=num_classes)
     set_last_stride(network.layer4, 1)
     network = network.to(run.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
     forward = torch.compile(network) if run.config.torchcompile else network
+    graph = StepGraph(optimizer, run.device) if run.graph else None
 
-    def step(batch: Batch) -> None:
-        images = torch.cat(batch.inputs)
+    def learn(visible: torch.Tensor, infrared: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        images = torch.cat((visible, infrared))
         with torch.autocast(run.device.type, dtype=run.amp_dtype or torch.bfloat16, enabled=run.amp_dtype is not None):
-            loss = F.cross_entropy(forward(images), batch.labels)
+            loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return {'loss': loss.detach()}
+
+    def step(batch: Batch) -> None:
+        inputs = (*batch.inputs, batch.labels)
+        learn(*inputs) if graph is None else graph(learn, *inputs)
 
     return step
 
@@ -220,7 +211,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         bare = bare_step(run, len(run.data.class_map))
         works = {'bare': lambda: bare(batch), 'ours': lambda: train_step(run, [batch])}
         run.task.train()
-        times = alternate(works, args.device, args.repeats)
+        times = alternate(works, args.device, args.repeats, unsettled(run))
         precision = str(run.amp_dtype or torch.float32).removeprefix('torch.')
     return {
         'precision': precision,
@@ -245,12 +236,12 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def epoch(run: Run) -> None:
-    """One epoch of the training loop, always the first."""
+def epoch(run: Run, steps: int | None = None) -> None:
+    """One epoch of the training loop, always the first, or its first steps."""
     interval, stop = CheckpointInterval(''), StopRequest()
     with closing(create_progress(run)) as progress:
         start_epoch(run, progress)
-        for group in batch_groups(run):
+        for group in islice(batch_groups(run), steps):
             for batch, result in zip(group, train_step(run, group), strict=True):
                 progress.add(result, batch.labels)
             run.state.step = progress.step
@@ -320,8 +311,8 @@ def serve_field_way(connection: Connection, args: argparse.Namespace, count: int
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Shares of a step's time by kind of operation."""
-    with training(args, images=args.batch_size // (2 * args.identities)) as run:
+    """Shares of a step's time by kind of operation; the kernels of a CUDA graph would belong to none."""
+    with training(args, images=args.batch_size // (2 * args.identities), cuda_graphs=False) as run:
         (batch,) = drawn(run, 1)
         run.task.train()
         train_step(run, [batch])
@@ -368,29 +359,10 @@ def other_batches(args: argparse.Namespace) -> dict[str, Any]:
             (batch,) = drawn(run, 1)
             run.task.train()
             works = {'step': lambda run=run, batch=batch: train_step(run, [batch])}
-            times = alternate(works, args.device, args.repeats)
+            times = alternate(works, args.device, args.repeats, unsettled(run))
             memory = peak_memory(args.device)
         sizes[size] = {'images_per_s': size / statistics.median(times['step']), 'peak_gib': memory / 2**30}
     return {'batches': sizes}
-
-
-def full_size(args: argparse.Namespace) -> dict[str, float]:
-    """An epoch of SYSU-MM01's size after one of warm-up, as `vireid train` runs it."""
-    if not args.full_size.exists():
-        write_layout(args.full_size, 'sysu_mm01', full_size=True, size=args.size)
-    real = {'dataset': 'sysu_mm01', 'data_dir': str(args.full_size), 'dataset_kwargs': {}, 'cache': 'auto'}
-    with training(args, 0, identities_per_batch=8, images_per_modality=4, **real) as run:
-        if args.device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(args.device)
-        epoch(run)
-        taken = seconds(lambda: epoch(run), args.device)
-        count = run.batches_per_epoch
-    return {
-        'full_size_batches': count,
-        'full_size_epoch_s': taken,
-        'full_size_projected_min': EPOCHS * taken / 60,
-        'full_size_peak_gib': peak_memory(args.device) / 2**30,
-    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -409,8 +381,6 @@ def table(result: dict[str, Any]) -> str:
         ('over_peers', '... times faster', '{:.2f}'),
         ('checkpointing_over_step', 'a step with --grad-checkpointing, times one without', '{:.2f}'),
         ('cached_triplet_over_step', '... with --cached-triplet over two batches', '{:.2f}'),
-        ('full_size_epoch_s', "an epoch of SYSU-MM01's size, s", '{:.1f}'),
-        ('full_size_projected_min', '... the 80 epochs of the recipe, projected, min', '{:.1f}'),
     )
     lines = [f'| {text} | {form.format(result[name])} |' for name, text, form in rows if name in result]
     for kind, share in result.get('profile', {}).items():
@@ -437,14 +407,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--same-allocator', action='store_true', help="this library's, for the field's way too")
     parser.add_argument('--torchcompile', action='store_true')
     parser.add_argument('--settings', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
-    parser.add_argument('--full-size', type=Path, metavar='DIR')
     parser.add_argument('--save', type=Path, help='write the JSON there, too')
     args = parser.parse_args()
     args.device = resolve_device(args.device)
     args.steps = args.steps or (4 if args.device.type == 'cpu' else 60)
     # An epoch has one batch more than the images fill.
     args.images = max(1, args.steps - 1) * args.batch_size // (2 * args.identities)
-    args.parts += [part for part, given in (('batches', args.batches), ('full-size', args.full_size)) if given]
+    args.parts += ['batches'] if args.batches else []
     return args
 
 
@@ -461,7 +430,6 @@ def main() -> None:
         'profile': profile,
         'saving': saving,
         'batches': other_batches,
-        'full-size': full_size,
     }
     result: dict[str, Any] = {
         'batch_size': args.batch_size,

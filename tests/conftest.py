@@ -100,3 +100,11 @@ def hub(server: 'HubServer', tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     _close_connections()
     yield server
     _close_connections()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Names that are not UTF-8 are in some logs, and cannot be sent from one test process to another."""
+    report = yield
+    report.sections = [(name, text.encode('utf-8', 'backslashreplace').decode()) for name, text in report.sections]
+    return report

@@ -4,9 +4,12 @@ import argparse
 import hashlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from vireid_timm.synthvi.render import render_address
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
-paper, synthvi_v1 = importlib.import_module('paper'), importlib.import_module('synthvi_v1')
+gpu, paper, synthvi_v1 = map(importlib.import_module, ('gpu', 'paper', 'synthvi_v1'))
 
 
 def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
@@ -38,6 +41,44 @@ def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> No
     assert abs(sum(result['profile'].values()) - 1) < 1e-6 and result['profile']['convolutions'] > 0
     assert result['batches'].keys() == {'4'}
     assert '| ... times the bare one |' in done.stdout
+
+
+def test_what_a_gpu_gives_is_kept_when_the_program_is_killed_and_only_the_rest_is_measured_then(tmp_path: Path) -> None:
+    saved = tmp_path / 'results' / 'gpu.json'
+    command = [sys.executable, str(BENCHMARKS / 'gpu.py'), '--device', 'cpu', '--tiny', '--output', str(saved)]
+    command += ['--folder', str(tmp_path / 'gpu')]
+    # Compiling takes minutes on a CPU, so the compiled network is the network itself.
+    environment = {**os.environ, 'TORCHDYNAMO_DISABLE': '1', 'OMP_NUM_THREADS': '1'}
+    with open(tmp_path / 'log', 'w') as log:
+        killed = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
+    while '"problem": "", "seconds"' not in (tmp_path / 'log').read_text().partition('step: ')[2]:
+        assert killed.poll() is None, (tmp_path / 'log').read_text()
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    first = json.loads(saved.read_text())['parts']
+    assert first['step']['complete'] and first['step']['4 graph']['over_bare'] > 0
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'step: ' not in done.stdout and '| step, 4 eager, ms |' in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text()) and result['parts']['step'] == first['step']
+    parts = result['parts']
+    assert set(gpu.LIMITS) < set(parts) and all(part['complete'] for part in parts.values())
+    assert parts['graphs']['deterministic'] == {'resumed_equal': True, 'eager_equal': True}
+    assert parts['loop']['epoch_s'] > 0 and parts['compile-again']['first_step_s'] > 0
+    again = subprocess.run([*command, '--again', 'step', '--minutes', '0'], capture_output=True, text=True)
+    assert again.returncode == 1 and json.loads(saved.read_text())['parts']['step'] == first['step']
+
+
+def test_what_a_gpu_program_needs_is_checked_before_anything_is_imported(tmp_path: Path) -> None:
+    (tmp_path / 'setup.cfg').write_text(
+        '[options]\ninstall_requires =\n    torch>=99.1\n    timm>=0.1\n    no-such-package>=1\n'
+    )
+    torch_found = version('torch')
+    expected = [f'torch>=99.1 (found {torch_found})', 'no-such-package>=1 (missing)']
+    assert gpu.unmet_requirements(tmp_path / 'setup.cfg') == expected
+    assert gpu.unmet_requirements(BENCHMARKS.parent / 'setup.cfg') == []
 
 
 def test_startup_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
@@ -160,3 +201,19 @@ def test_retrieval_prints_a_table_and_keeps_earlier_results(tmp_path: Path) -> N
     assert all(row['recall'] == 1 for row in result['rows'].values())
     assert result['rows']['40x16']['build_s'] is None and result['rows']['1100x16']['build_s'] > 0
     assert '| 1,100 | 16 |' in done.stdout
+
+
+def test_the_leaderboard_trains_ranks_and_draws(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / 'leaderboard.py'), '--budget', 'smoke', '--output', str(tmp_path)]
+    done = subprocess.run([*command, '--rows', 'stripes', 'method on regnet'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result['complete'] and {run['row'] for run in result['runs']} == {'stripes', 'method on regnet'}
+    for run in result['runs']:
+        assert run['gflops'] > 0 and run['images_per_second'] > 0 and 0 < run['scores']['test'][1] <= 100
+    assert (tmp_path / 'leaderboard.png').read_bytes().startswith(b'\x89PNG')
+    again = subprocess.run([*command, '--report'], capture_output=True, text=True)
+    assert json.loads(again.stdout.splitlines()[-1])['runs'] == result['runs']
+    rows = [line.split(' | ') for line in again.stdout.splitlines() if line.startswith('| ')][1:]
+    scores = [float(row[3]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 2

@@ -37,7 +37,13 @@ ROWS = (
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}
 
 # What a distribution is imported as, where that is not its own name.
-IMPORT_NAMES = {'pillow': 'PIL', 'pillow-heif': 'pillow_heif', 'pyyaml': 'yaml', 'faiss-cpu': 'faiss'}
+IMPORT_NAMES = {
+    'pillow': 'PIL',
+    'pillow-heif': 'pillow_heif',
+    'pyyaml': 'yaml',
+    'faiss-cpu': 'faiss',
+    'pytorch-metric-learning': 'pytorch_metric_learning',
+}
 
 # Modalities are visible and infrared: no name and no flag has these words, no argument is called these. Exempt is, by
 # module, what means something else: `thermal` as a spectrum of SynthVI, `rgb` as Pillow's image mode.

@@ -37,7 +37,7 @@ def test_the_import_registers_the_models_and_loads_nothing_else() -> None:
         import sys
         import vireid_timm
         loaded = {name.split('.')[1] for name in sys.modules if name.startswith('vireid_timm.')}
-        assert loaded == {'cli', 'layers', 'models', 'options', 'text', 'version'}, loaded
+        assert loaded == {'cli', 'constants', 'layers', 'models', 'options', 'text', 'version'}, loaded
         from vireid_timm import train  # the function, not a module
         assert callable(train) and callable(vireid_timm.evaluate)
     """

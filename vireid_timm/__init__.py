@@ -13,6 +13,8 @@ with interrupt_ends_command():
     check_timm()
     importlib.import_module('.models.dual_stream', __name__)
     importlib.import_module('.models.backbone', __name__)
+    importlib.import_module('.models.zero_padding', __name__)
+    importlib.import_module('.models.parts', __name__)
     from .models.branches import BranchOutput
 
 if TYPE_CHECKING:  # for editors and type checkers

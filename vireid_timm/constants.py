@@ -20,3 +20,17 @@ GROUPINGS = ('camera', 'identity', 'modality')  # of a breakdown
 EXPORT_FORMATS = ('onnx', 'pt2')  # ONNX, and programs of torch.export
 SOURCES = ('agw', 'caj')  # whose checkpoints can be converted
 DIST_BN = ('reduce', 'broadcast')  # running statistics of batch norm: the mean over the ranks, or those of rank 0
+
+# Augmentations by name, in the order in which they are applied, with the probability for each image that their papers
+# use (RFA: ours). `docs/losses_and_augmentations.md` describes them.
+AUGMENTATIONS = {
+    'rcc': 1.0,
+    'rfa': 0.5,
+    'exchange': 0.75,
+    'three_way': 1.0,
+    'mrle': 0.5,
+    'rrle': 0.5,
+    'cre': 0.5,
+    'erasing': 0.5,
+}
+PAPER_AUGMENTATIONS = ('rcc', 'cre')

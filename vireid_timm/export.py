@@ -196,7 +196,7 @@ def _metadata(
         'mean': list(config['mean']),
         'std': list(config['std']),
         'features': settings['features'],
-        'dimension': model.num_features,
+        'dimension': model.head_hidden_size,
         'half': half,
         'versions': package_versions(),
     }

@@ -1,4 +1,4 @@
-"""Check what callers give: whole numbers in their range, and options of the kind that a function takes."""
+"""Check what callers give: whole numbers in their range, augmentations, options of the kind that a function takes."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,6 +7,8 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
+
+from .constants import AUGMENTATIONS
 
 MANY = 1_000_000  # more of anything that is counted is a slip, and may never end
 LARGEST_SEED = 2**63 - 1  # integer that torch and NumPy take
@@ -23,6 +25,42 @@ def check_range(name: str, value: int, minimum: int = 0, maximum: int = MANY) ->
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
     if value > maximum:
         raise ValueError(f'{name} must be at most {maximum}, got {value}')
+
+
+def parse_augmentations(words: Sequence[str]) -> dict[str, float]:
+    """Return the probability of each augmentation that is named.
+
+    Args:
+        words: Names from `AUGMENTATIONS`, each alone or as `name=probability`.
+
+    Returns:
+        Name -> probability, in the order in which they are applied; without those of probability 0.
+
+    Raises:
+        ValueError: An unknown name, one that comes twice, or a probability outside 0..1.
+    """
+    chosen = {}
+    for word in words:
+        name, equals, text = word.partition('=')
+        if name not in AUGMENTATIONS:
+            raise ValueError(
+                f'unknown augmentation {name!r}; expected some of {", ".join(AUGMENTATIONS)}, each alone or as '
+                'name=probability'
+            )
+        if name in chosen:
+            raise ValueError(f'augmentation {name!r} is named twice')
+        chosen[name] = _probability(word, text) if equals else AUGMENTATIONS[name]
+    return {name: chosen[name] for name in AUGMENTATIONS if chosen.get(name)}
+
+
+def _probability(word: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ValueError(f'expected a probability in 0..1 after {word.partition("=")[0]}=, got {text!r}')
+    return value
 
 
 def check_kinds(options: Mapping[str, Any], functions: Sequence[Callable], where: str = '') -> None:

@@ -55,10 +55,13 @@ def test_every_setting_has_a_flag_and_only_given_flags_are_returned() -> None:
 
 
 def test_flags_parse_to_the_settings_types() -> None:
-    words = '--lr 0.02 --epochs 3 --no-channel-combination --amp --decay-milestones 3 5 --input-size 3 64 32'
+    words = '--lr 0.02 --epochs 3 --augment cre=0.3 mrle --loss triplet=1 pml.CircleLoss=0.5 --amp'
+    words += ' --decay-milestones 3 5 --input-size 3 64 32'
     words += ' --model-kwargs spatial_weights=static fuse_layers=(2,3) --dataset-kwargs trial=4'
     config = TrainConfig.from_mapping(_parse_train(*words.split(), '--identities-per-batch', '6', '--clip-grad', '1'))
-    assert config.lr == 0.02 and config.epochs == 3 and config.channel_combination is False and config.amp is True
+    assert config.lr == 0.02 and config.epochs == 3 and config.augment == ['cre=0.3', 'mrle'] and config.amp is True
+    assert config.loss == {'triplet': 1, 'pml.CircleLoss': 0.5}
+    assert TrainConfig.from_mapping(_parse_train('--augment', '--loss')).augment == []
     assert config.decay_milestones == [3, 5] and config.input_size == [3, 64, 32]
     assert config.model_kwargs == {'spatial_weights': 'static', 'fuse_layers': (2, 3)}
     assert config.dataset_kwargs == {'trial': 4} and config.identities_per_batch == 6 and config.clip_grad == 1.0

@@ -35,7 +35,7 @@ def _said(capsys: pytest.CaptureFixture, arguments: list[str]) -> tuple[int, str
         *([*TRAIN, flag] for flag in ('--dataset-kwargs', '--model-kwargs', '--opt-kwargs')),
     ],
 )
-@pytest.mark.parametrize('words', ['trial 3', 'trial', '=3', '3=4', 'a-b=3', 'trial=3 seed', 'trial={[]:1}'])
+@pytest.mark.parametrize('words', ['trial 3', 'trial', '=3', '3=4', 'a-b=3', 'a.=3', 'trial=3 seed', 'trial={[]:1}'])
 def test_options_that_are_no_assignments_are_named(
     capsys: pytest.CaptureFixture, command: list[str], words: str
 ) -> None:

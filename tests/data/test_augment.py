@@ -327,7 +327,7 @@ def parts_in_order(modality: str, stored: torch.Tensor, draws: torch.Generator) 
 
 @pytest.mark.parametrize('modality', ['visible', 'infrared'])
 def test_augment_is_its_parts_in_order(modality: str) -> None:
-    augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, erasing_fill=(0.1, 0.2, 0.3))
+    augment = Augment(modality, MEAN, STD, pad=4, flip=0.3, cre_fill=(0.1, 0.2, 0.3))
     # Several batches, also of other sizes: the memory is reused, and nothing of one batch may show in the next.
     for seed, shape in enumerate([(40, 3, 32, 16), (40, 3, 32, 16), (3, 3, 32, 16), (3, 3, 16, 32), (3, 3, 16, 32)]):
         stored = random_images(*shape, seed=seed)
@@ -343,7 +343,7 @@ def test_augment_is_its_parts_in_order(modality: str) -> None:
 
 def test_augment_without_anything_is_the_normalised_image() -> None:
     stored = random_images(4, 3, 9, 7)
-    augment = Augment('visible', MEAN, STD, pad=0, flip=0.0, channel_combination=False, erasing_probability=0.0)
+    augment = Augment('visible', MEAN, STD, pad=0, flip=0.0, augmentations=[])
     expected = (stored / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(augment(stored), expected)
 
@@ -357,7 +357,7 @@ def test_augment_of_nothing_and_without_waiting_for_the_device() -> None:
 
 def test_infrared_channels_stay_equal_until_erasing() -> None:
     stored = random_images(8, 1, 20, 10).expand(8, 3, 20, 10)
-    result = Augment('infrared', (0.5,) * 3, (0.25,) * 3, erasing_probability=0.0)(stored, generator())
+    result = Augment('infrared', (0.5,) * 3, (0.25,) * 3, augmentations=['rcc'])(stored, generator())
     assert torch.equal(result[:, 0], result[:, 1])
     assert torch.equal(result[:, 0], result[:, 2])
 

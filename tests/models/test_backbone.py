@@ -281,7 +281,7 @@ def in_shared(key: str) -> str:
 @pytest.mark.parametrize(
     ('backbone', 'private'),
     [
-        ('resnet18', {1: ['layer1'], 2: ['layer1', 'layer2'], 3: ['layer1', 'layer2', 'layer3']}),
+        ('resnet18', {1: ['layer1'], 2: ['layer1', 'layer2'], 4: ['layer1', 'layer2', 'layer3', 'layer4']}),
         ('regnety_002', {1: ['s1'], 2: ['s1', 's2']}),
         ('convnext_atto', {1: ['stages_0'], 3: ['stages_0', 'stages_1', 'stages_2']}),
         ('tf_efficientnet_lite0', {1: ['blocks_0', 'blocks_1'], 2: ['blocks_0', 'blocks_1', 'blocks_2']}),
@@ -319,7 +319,7 @@ def test_stages_of_each_modality(backbone, private):
         (dict(backbone='xcit_nano_12_p16_224'), 'xcit_nano_12_p16_224 cannot have one stem per modality'),
         (dict(backbone='efficientformer_l1'), 'cannot use the backbone efficientformer_l1 with images of 256x128'),
         (dict(backbone='resnet18', img_size=(0, 3)), 'img_size must be height and width'),
-        (dict(backbone='resnet18', private_stages=4), 'private_stages must be from 0 to 3, got 4'),
+        (dict(backbone='resnet18', private_stages=5), 'private_stages must be from 0 to 4, got 5'),
         (dict(backbone='resnet18', last_stride=3), 'last_stride must be 1 or 2, got 3'),
         (dict(backbone='resnet18', fuse_layers=(3, 1)), r'increasing layer numbers .*got \(3, 1\)'),
         (dict(backbone='resnet18', backbone_args=dict(nonsense=1)), 'cannot create the backbone resnet18 .*nonsense'),
@@ -368,6 +368,7 @@ def test_names_with_a_backbone(name):
     assert model.pretrained_cfg['license'] == timm.get_pretrained_cfg(model.backbone).license
     assert f'{name}.{model.pretrained_cfg["tag"]}' in timm.list_pretrained('vireid_*')
     assert len(default_cfgs[name].tags) == 1
+    assert on_meta(name, backbone='resnet18').backbone == 'resnet18'
 
 
 def test_the_baseline_has_the_global_branch_only():

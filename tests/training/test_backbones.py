@@ -1,12 +1,14 @@
 """Networks on backbones of different families, from the command line: train, evaluate, save, reload, export."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start_two
 from safetensors.torch import load_file
 
 import vireid_timm
@@ -55,6 +57,25 @@ def test_a_backbone_from_training_to_export(backbone: str, folder: Path, monkeyp
     features = vireid_timm.embed(model, images, 'infrared')[0]
     assert torch.equal(features, vireid_timm.embed(vireid_timm.load_model(run), images, 'infrared')[0])
     assert main(f'export --model release-{backbone} exported-{backbone} --format pt2'.split()) == 0
+
+
+def _train(folder: Path, words: list[str]) -> int:
+    os.chdir(folder)
+    return main(['train', *words])
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224', 'parts'])
+def test_two_processes_train_every_parameter(name: str, folder: Path, tmp_path: Path) -> None:
+    """A transformer takes no other images than its own; parameters without a gradient would stop both processes."""
+    model = ['--model', 'vireid_parts_r50', '--model-kwargs', 'backbone=test_resnet', 'part_width=8']
+    if name != 'parts':
+        args = BACKBONES[name].replace('=', '":').replace(' ', ',"')
+        model = ['--model', 'vireid_dml', '--model-kwargs', f'backbone={name}', f'backbone_args={{"{args}}}']
+    words = [*SETTINGS.split(), *model, '--experiment', f'two-{name}', '--identities-per-batch', '2']
+    statuses, said = start_two(_train, folder, words, folder=tmp_path)
+    assert statuses == [0, 0], said
+    assert 'not trained' not in said
+    assert vireid_timm.load_model(folder / f'output/train/two-{name}').head_hidden_size
 
 
 def test_training_starts_from_imagenet_weights_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.epochs, config.lr, config.momentum, config.weight_decay) == (80, 0.1, 0.9, 5e-4)
     assert (config.global_weight, config.fusion_weight, config.mutual) == (0.6, 1.8, 'joint-to-both')
     assert (config.identities_per_batch, config.images_per_modality) == (None, 4)
-    assert (config.channel_combination, config.reprob, config.smoothing) == (True, 0.5, 0.0)
+    assert (config.augment, config.loss, config.smoothing) == (['rcc', 'cre'], {'triplet': 1.0}, 0.0)
 
 
 def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
@@ -51,7 +51,14 @@ def test_yaml_gives_the_same_settings(tmp_path: Path) -> None:
         ('input_size: 288', 'input_size must be a list, got 288'),
         ('decay_milestones: [a]', "decay_milestones must be a whole number, got 'a'"),
         ('id_branches: joint', "id_branches must be a list, got 'joint'"),
-        ('erasing_fill: [0, zero, 0]', "erasing_fill must be a number, got 'zero'"),
+        ('cre_fill: [0, zero, 0]', "cre_fill must be a number, got 'zero'"),
+        ('augment: rcc', "augment must be a list, got 'rcc'"),
+        ('augment: [rcc, cre: 0.5]', r"augment must be text, got \{'cre': 0.5\}"),
+        ('augment: [rcc, mixup]', "augment: unknown augmentation 'mixup'; expected some of rcc, rfa, exchange"),
+        ('augment: [cre=2]', 'augment: expected a probability in 0..1 after cre='),
+        ('loss: triplet', "loss must be names with values, got 'triplet'"),
+        ('loss: {triplets: 1}', "loss: unknown loss 'triplets'; expected some of triplet, hetero_center"),
+        ('loss: {triplet: -1}', "loss: the weight of the loss 'triplet' must be a number of at least 0, got -1"),
         ('model_kwargs: static', "model_kwargs must be names with values, got 'static'"),
         ('model_kwargs: {1: 2}', r'model_kwargs must be names with values, got \{1: 2\}'),
         (f'seed: {2**63}', f'seed must be at most {2**63 - 1}, got {2**63}'),

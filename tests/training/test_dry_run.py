@@ -52,6 +52,26 @@ def _files(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob('*')}
 
 
+@pytest.mark.parametrize(
+    ('words', 'answer'),
+    [
+        ('--augment rcc mixup', "configuration: augment: unknown augmentation 'mixup'; expected some of rcc, rfa"),
+        ('--augment cre=2', "augment: expected a probability in 0..1 after cre=, got '2'"),
+        ('--loss triplet=1 centre=1', "configuration: loss: unknown loss 'centre'; expected some of triplet, hetero"),
+    ],
+)
+def test_names_are_checked_before_anything_is_read(words: str, answer: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(['train', '--dry-run', '--data-dir', 'nowhere', *words.split()]) == 1
+    said, error = capsys.readouterr()
+    assert not said and answer in error and error.count('\n') == 1
+
+
+def test_it_says_that_visible_images_have_copies(images: Path, capsys: pytest.CaptureFixture) -> None:
+    said = _dry_run(capsys, '--data-dir', images, '--val-share', '0', '--augment', 'three_way', 'cre=0.3')
+    assert '= 12 images per batch, the visible ones twice\n' in said
+    assert re.search(r'\n +augment +three_way cre=0.3\n', said), said
+
+
 def test_it_says_what_there_is_and_writes_nothing(images: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
     before, state = _files(images), torch.get_rng_state()
     said = _dry_run(capsys, '--data-dir', images, '--val-share', '0')

@@ -85,7 +85,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_learns_and_leaves_a_model_that_timm_loads(tmp_path: Path) -> None:
-    result = _train(tmp_path, epochs=6, val_share=0.0, opt='adamw', lr=0.002, reprob=0.0)
+    result = _train(tmp_path, epochs=6, val_share=0.0, opt='adamw', lr=0.002, augment=['rcc'])
     losses = [row['train_id_joint'] for row in result.summary]
     assert losses[-1] < 0.8 * losses[0]
     names = {path.name for path in result.folder.iterdir()}
@@ -161,6 +161,7 @@ def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[st
         (4, dict(model_ema=True, model_ema_warmup=True, drop=0.1, opt='lookahead_adamw', sched_on_updates=True)),
         (5, dict(grad_accum_steps=2, cached_triplet=True, drop=0.1, clip_grad=1.0, opt='lamb', sched='none')),
         (2, dict(amp=True, amp_dtype='float16', grad_accum_steps=2, epochs=1)),
+        (3, dict(loss={'triplet': 1.0, 'prototype': 0.5}, augment=['three_way', 'mrle', 'rrle', 'rfa', 'erasing'])),
     ],
 )
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
@@ -178,6 +179,19 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
     assert equal(*states)
     lines = [(run.folder / 'summary.csv').read_text().splitlines() for run in (whole, resumed)]
     assert len(lines[0]) == len(lines[1]) == common['epochs'] + 1
+
+
+def test_losses_can_change_when_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = _train(tmp_path, experiment='run', model_kwargs=THIN, val_share=0.0, epochs=1, augment=['three_way'])
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        resumed = train({'resume': str(first.folder), 'epochs': 2, 'loss': {'prototype': 1, 'pml.CircleLoss': 0.01}})
+    assert 'The run had no prototypes: they start anew' in caplog.text
+    state = load_checkpoint(resumed.folder)['task_state']['prototypes']
+    assert state.any(1).all(), 'everybody was seen'
+    assert 'train_triplet' in resumed.summary[0] and 'train_triplet' not in resumed.summary[1]
+    assert resumed.summary[1]['train_pml.CircleLoss'] > 0 and resumed.summary[1]['train_prototype'] > 0
+    train({'resume': str(first.folder), 'epochs': 3, 'loss': {}})
+    assert 'task_state' not in load_checkpoint(resumed.folder)
 
 
 def test_more_epochs_continue_a_finished_run(tmp_path: Path) -> None:
@@ -430,7 +444,7 @@ def test_names_that_are_not_utf8_are_saved_and_found_again(tmp_path: Path, monke
 
 
 def test_the_images_of_a_nan_batch_are_those_that_the_network_saw(tmp_path: Path) -> None:
-    plain = dict(pad=0, hflip=0.0, reprob=0.0, channel_combination=False, epochs=1, val_share=0.0)
+    plain = dict(pad=0, hflip=0.0, augment=[], epochs=1, val_share=0.0)
     with pytest.raises(FloatingPointError):  # the loss overflows after the first step
         _train(tmp_path, experiment='run', lr=1e30, log_interval=1, **plain)
     (folder,) = (tmp_path / 'run').glob('nan-epoch0-step*')
@@ -469,6 +483,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
         ({'resume': 'no/such/run'}, 'no/such/run'),
         ({'cached_triplet': True}, '--grad-accum-steps'),
         ({'checkpoint_interval': '10 minutes'}, "500, 10m, or nothing for none, got '10 minutes'"),
+        ({'augment': ['rcc', 'mixup']}, "unknown augmentation 'mixup'; expected some of rcc"),
+        ({'augment': ['rcc'], 'cre_fill': [0, 0, 0]}, 'name cre in --augment, too'),
+        ({'loss': {'triplet': 1, 'pml.RoundLoss': 1}}, "no loss 'RoundLoss'"),
         ({'opt': 'sgdx'}, "cannot create the optimiser 'sgdx'.*list_optimizers"),
         ({'opt': 'lookahead_adahessian'}, 'needs second derivatives'),
         ({'opt_kwargs': {'foo': 1}}, "cannot create the optimiser 'sgd'.*foo.*--opt-kwargs"),
@@ -665,6 +682,8 @@ def test_drawing_batches_never_waits_for_the_device() -> None:
     [
         dict(model_ema=True, sched_on_updates=True, clip_grad=1.0, drop=0.1),
         dict(grad_accum_steps=2, cached_triplet=True, opt='adamw', amp=True, mutual='none'),
+        dict(grad_accum_steps=2, cached_triplet=True, augment=['three_way'], loss={'hetero_center': 0.1}),
+        dict(loss={'prototype': 1.0, 'hetero_center_triplet': 1.0, 'cross_modality_triplet': 1.0}),
     ],
 )
 def test_the_host_never_waits_for_the_device_within_a_step(tmp_path: Path, settings: dict[str, Any]) -> None:

@@ -29,11 +29,12 @@ import vireid_timm
 from vireid_timm.cli.main import main
 from vireid_timm.data.loader import load_batches
 from vireid_timm.distributed import rank_and_world_size
+from vireid_timm.loss.prototype import PrototypeContrast
 from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 from vireid_timm.models.dual_stream import DualStreamResNet
 from vireid_timm.run_folder import load_checkpoint
 from vireid_timm.training import loop
-from vireid_timm.training.task import ViReIDTask
+from vireid_timm.training.task import ViReIDTask, infrared_rows
 
 PROCESSES = 3  # with two, the order in which gradients are added up would not matter
 BATCHES = 2  # that each process accumulates for a step
@@ -72,7 +73,7 @@ PARTIAL = {
     'baseline': ('vireid_base_r10t', {}),
     'joint identity loss alone': ('vireid_dml_r10t', {'id_branches': ['joint'], 'mutual': 'none'}),
     'one pair': ('vireid_dml_r10t', {'id_branches': ['joint'], 'mutual': 'joint-to-global'}),
-    'no fusion': ('vireid_dml_r10t', {'id_branches': ['global'], 'mutual': 'none', 'triplet_weight': 0.0}),
+    'no fusion': ('vireid_dml_r10t', {'id_branches': ['global'], 'mutual': 'none', 'loss': {}}),
 }
 
 
@@ -101,7 +102,7 @@ def _accumulate(task: ViReIDTask, batches: Sequence[Batch], cached: bool) -> dic
     joined = [None] * len(batches)
     if cached:
         features = [task.cache_features(inputs) for inputs, _ in batches]
-        joined = task.join_triplet(features, [labels for _, labels in batches])
+        joined = task.join_triplet(features, [labels for _, labels in batches], infrared_rows(*batches[0][0]))
     triplets = []
     for number, ((inputs, labels), part) in enumerate(zip(batches, joined)):
         with nullcontext() if number + 1 == len(batches) else task.no_sync():
@@ -118,10 +119,10 @@ def _apart(batches: Sequence[Batch], groups: Sequence[Sequence[int]]) -> dict[st
     Every batch goes through the network alone, since batch norm sees it alone.
     """
     model = _model().double()
-    task = ViReIDTask(model, triplet_weight=0.0, verbose=False)
+    task = ViReIDTask(model, loss={}, verbose=False)
     branches = [model.forward_branches(*inputs) for inputs, _ in batches]
     others = sum(
-        sum(task._terms(branch, labels, None).values()) for branch, (_, labels) in zip(branches, batches)
+        sum(task._terms(branch, labels, labels < 0, None).values()) for branch, (_, labels) in zip(branches, batches)
     ) / len(batches)
     triplets = [
         WeightedRegularizedTriplet()(
@@ -167,6 +168,19 @@ def _gathered(rank: int, _: Path) -> dict[str, Any]:
     """Batch norm frozen, so that a single process can take the joined batch in one go."""
     task = ViReIDTask(_model().double(), gather_features=True, verbose=False).prepare_distributed()
     return _accumulate(task.eval(), _own_batches(rank, 1), cached=False)
+
+
+def _others(rank: int, _: Path) -> dict[str, Any]:
+    """Losses that know the modality, and prototypes, which follow the batches of all processes."""
+    weights = {'hetero_center': 0.5, 'cross_modality_triplet': 1.0, 'prototype': 1.0}
+    task = ViReIDTask(_model().double(), loss=weights, gather_features=True, verbose=False).prepare_distributed()
+    task.eval()(*_own_batches(rank, 1)[0])['loss'].backward()
+    gradients = {name: value.grad.clone() for name, value in task.get_eval_model().named_parameters()}
+    unseen = task.prototype.prototypes.any()
+    task.train()
+    for batch in _own_batches(rank):
+        task(*batch)
+    return {'gradients': gradients, 'unseen': unseen, 'prototypes': task.prototype.prototypes}
 
 
 def _gathered_and_cached(rank: int, _: Path) -> dict[str, Any]:
@@ -294,6 +308,7 @@ SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         _gathered,
+        _others,
         _gathered_and_cached,
         _cached,
         _trained,
@@ -341,6 +356,27 @@ def test_gathered_loss_and_gradients_are_those_of_a_single_process(found: list[d
     for process in found:
         assert process['_gathered']['triplets'] == pytest.approx([result['triplet'].item()])
         _assert_gradients(process['_gathered'], {name: value.grad for name, value in model.named_parameters()})
+
+
+def test_other_losses_see_all_processes_and_prototypes_are_the_same_on_each(found: list[dict[str, Any]]) -> None:
+    model = _model().double().eval()
+    task = ViReIDTask(model, loss={'hetero_center': 0.5, 'cross_modality_triplet': 1.0}, verbose=False)
+    inputs, labels = zip(*[_own_batches(rank, 1)[0] for rank in range(PROCESSES)])
+    visible, infrared = (torch.cat(images) for images in zip(*inputs))
+    halves = zip(*[each.chunk(2) for each in labels])
+    task((visible, infrared), torch.cat([torch.cat(half) for half in halves]))['loss'].backward()
+    for process in found:
+        _assert_gradients(process['_others'], {name: value.grad for name, value in model.named_parameters()})
+
+    expected = PrototypeContrast(NUM_CLASSES, model.num_features)
+    for step in range(BATCHES):
+        batches = [_own_batches(rank)[step] for rank in range(PROCESSES)]
+        features = [_model().double().forward_branches(*inputs).features.detach() for inputs, _ in batches]
+        expected.update(torch.cat(features), torch.cat([labels for _, labels in batches]))
+    for process in found:
+        assert not process['_others']['unseen'], 'eval mode moves nothing'
+        torch.testing.assert_close(process['_others']['prototypes'], expected.prototypes, rtol=1e-5, atol=1e-6)
+        assert torch.equal(process['_others']['prototypes'], found[0]['_others']['prototypes'])
 
 
 def test_the_triplet_over_all_accumulated_batches_of_all_processes(found: list[dict[str, Any]]) -> None:

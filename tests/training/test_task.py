@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from vireid_timm.hub.folder import save_model_folder
+from vireid_timm.loss.by_name import FeatureLosses
+from vireid_timm.loss.cross_modality_triplet import CrossModalityTriplet
+from vireid_timm.loss.hetero_center import HeteroCenter
+from vireid_timm.loss.prototype import PrototypeContrast
 from vireid_timm.loss.triplet import WeightedRegularizedTriplet
 from vireid_timm.training import task as task_module
-from vireid_timm.training.task import ViReIDTask
+from vireid_timm.training.task import ViReIDTask, infrared_rows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -55,7 +59,7 @@ def test_gradients_reach_every_parameter_and_both_sides_of_the_mutual_learning()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
     teacher = _model()
-    task = ViReIDTask(teacher, id_branches=[], mutual='joint-to-global', triplet_weight=0.0, verbose=False)
+    task = ViReIDTask(teacher, id_branches=[], mutual='joint-to-global', loss={}, verbose=False)
     task(_images(), LABELS)['loss'].backward()
     assert teacher.joint_head.fc.weight.grad.abs().sum() > 0
     assert teacher.global_head.fc.weight.grad.abs().sum() > 0
@@ -122,13 +126,16 @@ def test_cached_features_are_those_of_the_forward_pass_and_leave_no_trace(traini
     )
 
 
-def test_the_triplet_across_accumulated_batches_is_that_of_the_joined_batch() -> None:
+@pytest.mark.parametrize('weights', [{'triplet': 0.5}, {'triplet': 0.5, 'hetero_center_triplet': 2.0}])
+def test_losses_across_accumulated_batches_are_those_of_the_joined_batch(weights: dict[str, float]) -> None:
     batches = [(_images(seed), (LABELS + seed) % 5) for seed in range(3)]
     model = _model().double()
     doubled = [((visible.double(), infrared.double()), labels) for (visible, infrared), labels in batches]
-    task = ViReIDTask(model, id_branches=[], mutual='none', triplet_weight=0.5, verbose=False)
+    task = ViReIDTask(model, id_branches=[], mutual='none', loss=weights, verbose=False)
     joined = task.join_triplet(
-        [task.cache_features(inputs) for inputs, _ in doubled], [labels for _, labels in doubled]
+        [task.cache_features(inputs) for inputs, _ in doubled],
+        [labels for _, labels in doubled],
+        infrared_rows(*doubled[0][0]),
     )
     values = []
     for (inputs, labels), part in zip(doubled, joined):
@@ -138,16 +145,59 @@ def test_the_triplet_across_accumulated_batches_is_that_of_the_joined_batch() ->
 
     reference = _model().double()
     features = torch.cat([reference.forward_branches(*inputs).features for inputs, _ in doubled])
-    expected = 0.5 * WeightedRegularizedTriplet()(features, torch.cat([labels for _, labels in doubled]))
+    arguments = features, torch.cat([labels for _, labels in doubled]), infrared_rows(*doubled[0][0]).repeat(3)
+    expected = sum(FeatureLosses(weights)(*arguments).values())
     expected.backward()
     assert values == pytest.approx(3 * [expected.item()])
     for (name, value), other in zip(model.named_parameters(), reference.parameters()):
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-10, msg=name)
 
 
+def test_other_losses_join_the_sum_and_know_the_modality() -> None:
+    """Three visible images for one infrared one, as after CAJ's channel augmentation."""
+    images, labels = (_images()[0], _images()[1][:2]), torch.tensor([0, 0, 1, 1, 0, 1])
+    weights = {'hetero_center': 0.5, 'cross_modality_triplet': 2.0, 'prototype': 0.25, 'hetero_center_triplet': 0.0}
+    task = ViReIDTask(_model(), loss=weights, verbose=False)
+    result = task(images, labels)
+    features, _ = _model().forward_branches(*images)
+    infrared = torch.tensor([False] * 4 + [True] * 2)
+    torch.testing.assert_close(result['hetero_center'], 0.5 * HeteroCenter()(features, labels, infrared))
+    torch.testing.assert_close(result['cross_modality_triplet'], 2 * CrossModalityTriplet()(features, labels, infrared))
+    names = {'id_global', 'id_fusion', 'id_joint', 'mutual', 'hetero_center', 'cross_modality_triplet', 'prototype'}
+    assert set(result) == {'loss', 'output', *names} and result['prototype'] == 0, (
+        'no prototypes before the first batch'
+    )
+    torch.testing.assert_close(result['loss'], sum(result[name] for name in names))
+
+    reference = PrototypeContrast(5, task.get_eval_model().num_features)
+    reference.update(features, labels)
+    torch.testing.assert_close(task.prototype.prototypes, reference.prototypes)
+    assert task(images, labels)['prototype'] > 0
+
+
+def test_prototypes_move_in_training_only_and_belong_to_the_checkpoint() -> None:
+    task = ViReIDTask(_model(), loss={'prototype': 1.0}, verbose=False)
+    task.eval()(_images(), LABELS)
+    assert not task.prototype.prototypes.any()
+    task.train()(_images(), LABELS)
+    state = task.get_checkpoint_state()
+    assert set(state) == {'state_dict', 'task_state'}
+    other = ViReIDTask(_model(), loss={'prototype': 1.0}, verbose=False)
+    other.load_checkpoint_state(**state)
+    assert torch.equal(other.prototype.prototypes, task.prototype.prototypes) and task.prototype.prototypes.any()
+    ViReIDTask(_model(), verbose=False).load_checkpoint_state(**state)  # a task without them has no use for them
+    other.load_checkpoint_state(state['state_dict'])
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        ViReIDTask(_model('vireid_base_r10t'), loss={'prototype': 1.0}, verbose=False).load_task_state(
+            state['task_state']
+        )
+
+
 def test_joined_batches_are_of_one_size() -> None:
     with pytest.raises(ValueError, match=r'batches of one size, got \[6, 8\]'):
-        ViReIDTask(_model(), verbose=False).join_triplet([torch.rand(8, 3), torch.rand(6, 3)], [LABELS, LABELS[:6]])
+        ViReIDTask(_model(), verbose=False).join_triplet(
+            [torch.rand(8, 3), torch.rand(6, 3)], [LABELS, LABELS[:6]], LABELS > 0
+        )
 
 
 def test_alone_there_is_nobody_to_share_with() -> None:

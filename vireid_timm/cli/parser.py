@@ -46,7 +46,7 @@ class KeyValues(ParseKwargs):
         """Store the values as a dict; Python literals are evaluated, and everything else is text."""
         for value in values:
             key, equals, _ = value.partition('=')
-            if not key.isidentifier() or not equals:
+            if not equals or not all(part.isidentifier() for part in key.split('.')):
                 raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value!r}')
             try:
                 super().__call__(parser, namespace, [value])

@@ -16,6 +16,7 @@ _METAVARS = {
     'checkpoint_interval': 'INTERVAL',
     'output': 'PATH',
     'resume': 'PATH',
+    'loss': 'NAME=WEIGHT',
 }
 
 
@@ -68,7 +69,8 @@ def _add_setting(group: Any, setting: dataclasses.Field, shown: bool) -> None:
     if kind is bool:
         add_switch(group, flag, text, **argument)
     elif get_origin(kind) is dict:
-        group.add_argument(flag, help=text, nargs='*', action=KeyValues, metavar='KEY=VALUE', **argument)
+        metavar = _METAVARS.get(setting.name, 'KEY=VALUE')
+        group.add_argument(flag, help=text, nargs='*', action=KeyValues, metavar=metavar, **argument)
     else:
         argument['type'] = get_args(kind)[0] if get_origin(kind) is list else kind
         argument.update({name: metadata[name] for name in ('nargs', 'choices') if name in metadata})
@@ -78,7 +80,9 @@ def _add_setting(group: Any, setting: dataclasses.Field, shown: bool) -> None:
 
 def _default(setting: dataclasses.Field) -> str:
     if setting.default is dataclasses.MISSING:
-        return ' '.join(map(str, setting.default_factory())) or 'none'
+        value = setting.default_factory()
+        words = [f'{key}={entry}' for key, entry in value.items()] if isinstance(value, dict) else map(str, value)
+        return ' '.join(words) or 'none'
     if isinstance(setting.default, bool):
         return 'on' if setting.default else 'off'
     return setting.metadata.get('unset', 'none') if setting.default in (None, '') else str(setting.default)

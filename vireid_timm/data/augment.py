@@ -11,7 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..constants import MODALITIES, VISIBLE
+from ..constants import MODALITIES, PAPER_AUGMENTATIONS, VISIBLE
+from ..options import parse_augmentations
+from .appearance import (
+    draw_rectangles,
+    erase_pixels,
+    exchange_channels,
+    mix_channels,
+    scale_regions,
+    swap_low_frequencies,
+    to_device_of,
+    uniform,
+)
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601, as in PIL and OpenCV)
 
@@ -20,20 +31,8 @@ GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601, as
 CHANNEL_ORDERS = np.array([(0, 1, 2), (0, 2, 1), (2, 1, 0), (2, 0, 1), (1, 2, 0), (1, 0, 2), (0, 1, 2)])
 GRAY_OUTCOME = 6
 
-_ERASING_CANDIDATES = 10  # rectangles drawn per image; the first that fits is used
-
-
-def _uniform(shape: Sequence[int], generator: torch.Generator) -> np.ndarray:
-    """Draw from [0, 1) with a generator on any device, float32."""
-    return torch.rand(shape, generator=generator, device=generator.device).cpu().numpy()
-
-
-def _to_device_of(images: torch.Tensor, values: np.ndarray | Sequence[float]) -> torch.Tensor:
-    """Move numbers to the images' device without waiting for it; floats also get the images' type."""
-    values = torch.as_tensor(values)
-    if values.is_floating_point():
-        values = values.to(images.dtype)
-    return values.to(images.device, non_blocking=True)
+_VISIBLE_ONLY = {'rcc', 'exchange', 'three_way', 'mrle'}  # the channels of infrared images are equal
+_OF_ONE_BATCH = {'exchange': exchange_channels, 'mrle': mix_channels, 'rrle': scale_regions}  # images in 0..1
 
 
 def _check_images(images: torch.Tensor, floating: bool = True) -> None:
@@ -61,7 +60,7 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
         [B, 3, H, W] of the same type and memory format.
     """
     _check_images(images)
-    mean, std = (_to_device_of(images, values).view(3, 1, 1) for values in (mean, std))
+    mean, std = (to_device_of(images, values).view(3, 1, 1) for values in (mean, std))
     return (images - mean).div_(std)
 
 
@@ -105,7 +104,7 @@ class PadCropFlip:
 
     def _draw(self, batch: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the first row and column of each crop in the padded image, and whether it is mirrored; [B] each."""
-        top, left, mirrored = _uniform((3, batch), generator)
+        top, left, mirrored = uniform((3, batch), generator)
         positions = 2 * self.pad + 1
         return (top * positions).astype(np.int64), (left * positions).astype(np.int64), mirrored < self.flip
 
@@ -130,7 +129,7 @@ class PadCropFlip:
         planes = planes + (np.arange(channels) if orders is None else orders)  # [B, 3]
         starts = (planes * padded.shape[3] + top[:, None]) * padded.shape[4] + left[:, None]
         rows = torch.arange(height, device=images.device) * padded.shape[4]
-        index = _to_device_of(images, starts)[:, :, None] + rows  # [B, 3, H]
+        index = to_device_of(images, starts)[:, :, None] + rows  # [B, 3, H]
         return padded.flatten().unfold(0, width, 1).index_select(0, index.flatten()).view(images.shape)
 
     def _blank(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -148,12 +147,19 @@ class RandomChannelCombination:
     after it, a new order would also change the scale of each channel.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        """Seed the object's own generator.
+    def __init__(self, probability: float = 1.0, seed: int = 0) -> None:
+        """Set the range of the draws.
 
         Args:
+            probability: Probability of a draw of one of the seven, for each image.
             seed: Seed of the draws of calls without a generator.
+
+        Raises:
+            ValueError: On a probability outside 0..1.
         """
+        if not 0 <= probability <= 1:
+            raise ValueError(f'expected a probability of channel combination in 0..1, got {probability}')
+        self.probability = probability
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -169,12 +175,15 @@ class RandomChannelCombination:
         _check_images(images)
         outcomes = self._draw(len(images), generator or self.generator)
         planes = np.arange(len(images))[:, None] * 3 + CHANNEL_ORDERS[outcomes]
-        mixed = images.flatten(0, 1).index_select(0, _to_device_of(images, planes.flatten())).view(images.shape)
+        mixed = images.flatten(0, 1).index_select(0, to_device_of(images, planes.flatten())).view(images.shape)
         self._gray(mixed, outcomes)
         return _in_format_of(images, mixed)
 
     def _draw(self, batch: int, generator: torch.Generator) -> np.ndarray:
-        return (_uniform((batch,), generator) * len(CHANNEL_ORDERS)).astype(np.int64)
+        outcomes = (uniform((batch,), generator) * len(CHANNEL_ORDERS)).astype(np.int64)
+        if self.probability < 1:
+            outcomes[uniform((batch,), generator) >= self.probability] = 0
+        return outcomes
 
     def _gray(self, images: torch.Tensor, outcomes: np.ndarray) -> None:
         """Convert the images [B, 3, H, W] with the gray outcome to grayscale, in place."""
@@ -248,26 +257,19 @@ class ChannelRandomErasing:
     def _draw(self, shape: torch.Size, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the images to erase in [E], their rectangles' top, bottom, left, right [E, 4], and fills [E, 3]."""
         batch, _, height, width = shape
-        chosen = _uniform((batch,), generator) < self.probability
-        area, aspect, top, left = _uniform((4, batch, _ERASING_CANDIDATES), generator)
+        chosen = uniform((batch,), generator) < self.probability
+        edges, fits = draw_rectangles(batch, (height, width), self.area, self.aspect, generator)
         if self.fill == 'random':
             fill = torch.randn((batch, 3), generator=generator, device=generator.device).cpu().numpy()
         else:
             fill = np.broadcast_to(np.float32(self.fill), (batch, 3))
-        area = (self.area[0] + area * (self.area[1] - self.area[0])) * (height * width)
-        aspect = self.aspect[0] + aspect * (self.aspect[1] - self.aspect[0])
-        tall, wide = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
-        fits = (tall < height) & (wide < width)
-        # A place for every candidate, uniform over all places inside the image.
-        top, left = np.floor(top * (height - tall + 1)), np.floor(left * (width - wide + 1))
-        edges = np.stack((top, top + tall, left, left + wide), axis=2).astype(np.int64)  # [B, candidates, 4]
         erased = np.flatnonzero(chosen & fits.any(axis=1))
         return erased, edges[erased, fits[erased].argmax(axis=1)], fill[erased]
 
     def _erase(self, images: torch.Tensor, erased: np.ndarray, edges: np.ndarray, fill: np.ndarray) -> None:
         """Erase rectangles in images [B, 3, H, W], in place."""
         # One by one: a mask would be a pass over the whole batch, and on a CPU the most expensive one.
-        fills = _to_device_of(images, fill)[:, :, None, None].unbind()
+        fills = to_device_of(images, fill)[:, :, None, None].unbind()
         for row, (top, bottom, left, right), value in zip(erased.tolist(), edges.tolist(), fills, strict=True):
             images[row, :, top:bottom, left:right] = value
 
@@ -275,8 +277,7 @@ class ChannelRandomErasing:
 class Augment:
     """Training augmentation of one modality (paper, sections 3.1 and 4.2), from stored images to network input.
 
-    The steps are pad, crop and flip; random channel combination for visible images; normalisation; channel random
-    erasing.
+    The steps are pad, crop and flip; what changes the look of images in 0..1; normalisation; erasing.
     """
 
     def __init__(
@@ -286,9 +287,8 @@ class Augment:
         std: Sequence[float],
         pad: int = 10,
         flip: float = 0.5,
-        channel_combination: bool = True,
-        erasing_probability: float = 0.5,
-        erasing_fill: str | Sequence[float] = 'random',
+        augmentations: Sequence[str] = PAPER_AUGMENTATIONS,
+        cre_fill: str | Sequence[float] = 'random',
         seed: int = 0,
     ) -> None:
         """Compose the steps.
@@ -299,13 +299,13 @@ class Augment:
             std: Standard deviation of each channel.
             pad: Border of the random crop, in pixels.
             flip: Probability of a horizontal flip.
-            channel_combination: Use RCC on visible images; no effect on infrared ones.
-            erasing_probability: Probability of CRE, for each image; 0 for none.
-            erasing_fill: `random`, or one value per channel in normalised units.
+            augmentations: Names from `constants.AUGMENTATIONS`, each alone or as `name=probability`; by default the
+                paper's. What exchanges or mixes channels leaves infrared images alone: their channels are equal.
+            cre_fill: Of channel random erasing: `random`, or one value per channel in normalised units.
             seed: Seed of the draws of calls without a generator.
 
         Raises:
-            ValueError: On an unknown modality or a value out of range.
+            ValueError: On an unknown modality or augmentation, or a value out of range.
         """
         if modality not in MODALITIES:
             raise ValueError(f'unknown modality {modality!r}; expected one of {", ".join(MODALITIES)}')
@@ -313,27 +313,41 @@ class Augment:
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.crop = PadCropFlip(pad, flip)
-        self.combination = RandomChannelCombination() if channel_combination and modality == VISIBLE else None
-        self.erasing = ChannelRandomErasing(erasing_probability, fill=erasing_fill) if erasing_probability else None
+        skipped = () if modality == VISIBLE else _VISIBLE_ONLY
+        chosen = {name: value for name, value in parse_augmentations(augmentations).items() if name not in skipped}
+        self.copies = 2 if 'three_way' in chosen else 1
+        self.combination = RandomChannelCombination(chosen['rcc']) if 'rcc' in chosen else None
+        self.looks = {name: chosen[name] for name in ('rfa', 'exchange', 'three_way', 'mrle', 'rrle') if name in chosen}
+        self.erasing = ChannelRandomErasing(chosen['cre'], fill=cre_fill) if 'cre' in chosen else None
+        self.pixel_erasing = chosen.get('erasing', 0.0)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        images: torch.Tensor,
+        generator: torch.Generator | None = None,
+        others: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Turn stored images into network input.
 
         Args:
             images: [B, 3, H, W] uint8, as stored.
             generator: Source of the draws; None for the object's own.
+            others: Stored images of the other modality, [N, 3, H, W] uint8; only `rfa` needs them.
 
         Returns:
-            [B, 3, H, W] float32, normalised, in the standard memory format.
+            [B, 3, H, W] float32, normalised, in the standard memory format. With `three_way` [2 B, 3, H, W]: the second
+            copies, with their channels exchanged, follow the first.
 
         Raises:
-            ValueError: If this is not a batch of uint8 images.
+            ValueError: If this is not a batch of uint8 images, or `others` are missing.
         """
         _check_images(images, floating=False)
         if images.dtype != torch.uint8:
             raise ValueError(f'expected uint8 images, as an image store returns them, got {images.dtype}')
         generator = generator or self.generator
+        if self.copies > 1:
+            images = torch.cat([images] * self.copies)
         cuts = self.crop._draw(len(images), generator)
         outcomes = orders = None
         if self.combination is not None:
@@ -343,9 +357,27 @@ class Augment:
         augmented = self.crop._cut(images, cuts, orders).float()
         if outcomes is not None:
             self.combination._gray(augmented, outcomes)
+        largest = 255
+        if self.looks and len(images):
+            self._change_looks(augmented.div_(255), generator, others)
+            largest = 1
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             plane = augmented[:, channel]
-            torch.add(plane.new_full((), -mean / std), plane, alpha=1 / (255 * std), out=plane)  # in one pass
+            torch.add(plane.new_full((), -mean / std), plane, alpha=1 / (largest * std), out=plane)  # in one pass
         if self.erasing is not None:
             self.erasing._erase(augmented, *self.erasing._draw(augmented.shape, generator))
+        if self.pixel_erasing:
+            erase_pixels(augmented, generator, self.pixel_erasing)
         return augmented
+
+    def _change_looks(self, images: torch.Tensor, generator: torch.Generator, others: torch.Tensor | None) -> None:
+        """Apply what needs images in 0..1, in place."""
+        for name, probability in self.looks.items():
+            if name == 'rfa':
+                if others is None or not len(others):
+                    raise ValueError("the augmentation 'rfa' needs images of the other modality: pass others=")
+                swap_low_frequencies(images, others, generator, probability)
+            elif name == 'three_way':
+                exchange_channels(images[len(images) // 2 :], generator, probability)
+            else:
+                _OF_ONE_BATCH[name](images, generator, probability)

@@ -19,9 +19,9 @@ class Batch(NamedTuple):
 
     Attributes:
         step: Number of the batch in its epoch, from 0.
-        inputs: (visible, infrared), [B, 3, H, W] each.
-        labels: Class labels of the visible images, then of the infrared ones, [2 B] long.
-        rows: Rows of the store in the same order, [2 B].
+        inputs: (visible, infrared), [B, 3, H, W] each; with the augmentation `three_way` [2 B, 3, H, W] visible ones.
+        labels: Class labels of the visible images, then of the infrared ones, [N] long.
+        rows: Rows of the store in the same order, [N].
     """
 
     step: int
@@ -66,7 +66,11 @@ def load_batches(
         for step, (rows, images) in enumerate(images_ahead, first_step):
             generator.manual_seed(step_seed(seed, epoch, step, sampler.rank, stream=1))
             visible, infrared = images.to(device, non_blocking=True).chunk(2)
-            inputs = (augments[VISIBLE](visible, generator), augments[INFRARED](infrared, generator))
+            inputs = (
+                augments[VISIBLE](visible, generator, infrared),
+                augments[INFRARED](infrared, generator, visible),
+            )
+            rows = rows[: len(visible)] * augments[VISIBLE].copies + rows[len(visible) :]
             yield Batch(step, inputs, labels[rows].to(device, non_blocking=True), rows)
 
 

@@ -166,7 +166,7 @@ def embed_batches(
     read = partial(_read_batch, paths, size=size, extraction=extraction)
     with closing(in_order(read, batches, workers=2)) as loaded:  # two threads read ahead
         for rows, images, broken in loaded:
-            features = torch.empty(0, model.num_features)
+            features = torch.empty(0, model.head_hidden_size)
             if rows:
                 with _inference(model, device):
                     features = _batch_features(model, modality, images, device, extraction).cpu()
@@ -280,7 +280,7 @@ def extract(
         _check_agreement(model, records, extraction)
     batches = _batches(records, extraction.batch_size)[number::count]
     device = extraction.device or next(model.parameters()).device
-    table = torch.zeros(len(records), model.num_features, device=device)
+    table = torch.zeros(len(records), model.head_hidden_size, device=device)
     all_ranks(lambda: _fill(table, model, batches, store, store_rows, extraction))
     if count > 1:
         _gather(table, [row for _, rows in batches for row in rows.tolist()])

@@ -294,7 +294,9 @@ def save_model_folder(
             contact_sheet(range(3)).save(temporary / SAMPLE)
         architecture, shown = model.pretrained_cfg['architecture'], SAMPLE if sample else ''
         texts = dict(table=table, license=license, sample=shown)
-        (temporary / CARD).write_text(model_card(architecture, model.num_features, facts, **texts), encoding='utf-8')
+        (temporary / CARD).write_text(
+            model_card(architecture, model.head_hidden_size, facts, **texts), encoding='utf-8'
+        )
 
 
 def check_target(folder: str | Path, files: Sequence[str] = FILES) -> Path:

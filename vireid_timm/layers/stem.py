@@ -74,12 +74,11 @@ class DualStem(nn.Module):
         return torch.cat(maps)
 
     def _check(self, images: torch.Tensor, modality: str) -> None:
-        if self.in_chans is None:
-            return
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f'{modality} images need shape [B, {self.in_chans}, H, W], got {list(images.shape)}')
-        if self.only_size is not None and (images.shape[2], images.shape[3]) != self.only_size:
+        in_chans, size = self.in_chans, self.only_size
+        if in_chans is not None and (images.dim() != 4 or images.shape[1] != in_chans):
+            raise ValueError(f'{modality} images need shape [B, {in_chans}, H, W], got {list(images.shape)}')
+        if size is not None and (images.shape[2] != size[0] or images.shape[3] != size[1]):
             raise ValueError(
-                f'{modality} images need height and width {list(self.only_size)}, got {list(images.shape[2:])}: the '
+                f'{modality} images need height and width [{size[0]}, {size[1]}], got {list(images.shape[2:])}: the '
                 'backbone takes no others, so create the model with img_size=(height, width)'
             )

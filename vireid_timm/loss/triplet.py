@@ -8,9 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..layers.power_mean import full_precision
-
-_ROWS = 64  # rows of distances computed at a time: on a GPU their gradient needs [rows, N, D] floats
+from .distance import check_features, pairwise_distances
 
 
 class WeightedRegularizedTriplet(nn.Module):
@@ -32,8 +30,8 @@ class WeightedRegularizedTriplet(nn.Module):
     # Differs from AGW: each softmax is shifted by the maximum of its own entries. AGW shifts the negatives by a
     # maximum that is always 0, so beyond distances of about 16 its 1e-6 in the denominator dominates and the weights no
     # longer sum to 1 (at 20 they sum to 0.11, so far negatives look near).
-    # Differs from AGW: distances are computed from differences, not from |a|² + |b|² − 2ab. The distance of an image
-    # to itself is exactly 0 (AGW: at least 1e-6), and the gradient of the square root there is 0.
+    # Differs from AGW: distances are computed from differences, not from |a|² + |b|² − 2ab, so that of an image to
+    # itself is exactly 0 (AGW: at least 1e-6).
 
     def forward(self, features: torch.Tensor, identities: torch.Tensor) -> torch.Tensor:
         """Compare every image with all others in the batch.
@@ -48,15 +46,8 @@ class WeightedRegularizedTriplet(nn.Module):
         Raises:
             ValueError: The shapes do not match.
         """
-        if features.ndim != 2 or identities.shape != features.shape[:1] or len(features) == 0:
-            raise ValueError(
-                'expected features [N, D] and identities [N] of at least one image, '
-                f'got {list(features.shape)} and {list(identities.shape)}'
-            )
-        features = full_precision(features)  # there is no matrix product below for autocast to round
-        distance = torch.cat(
-            [torch.cdist(rows, features, compute_mode='donot_use_mm_for_euclid_dist') for rows in features.split(_ROWS)]
-        )  # [N, N]
+        check_features(features, identities)
+        distance = pairwise_distances(features)  # [N, N]
         positive = identities[:, None] == identities[None, :]
         has_negative = ~positive.all(dim=1)
         # A softmax over no negatives is NaN, in its gradient too. Such a row keeps every entry here and is masked out

@@ -22,6 +22,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 
+from ..constants import MODALITIES
 from ..layers.stem import DualStem
 from .branches import (
     DualStream,
@@ -59,7 +60,7 @@ class DualStreamBackbone(DualStream):
         last_stride: Stride of the last level, 1 or 2. By default 1 where its strides are those of convolutions with
             odd kernels, which give the same map without.
         plain_fusion: Build the paper's full fused map and pool it, instead of using the exact shortcut.
-        private_stages: Levels that each modality has of its own, beside the stem; up to 3.
+        private_stages: Levels that each modality has of its own, beside the stem; up to all 4.
         img_size: Default image height and width, or one number for both. Backbones with position embeddings take no
             other size.
         backbone_args: Further arguments for the backbone.
@@ -97,8 +98,8 @@ class DualStreamBackbone(DualStream):
         dd = {'device': device, 'dtype': dtype}
         if last_stride not in (None, 1, 2):
             raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
-        if private_stages not in (0, 1, 2, 3):
-            raise ValueError(f'private_stages must be from 0 to 3, got {private_stages}')
+        if private_stages not in (0, 1, 2, 3, 4):
+            raise ValueError(f'private_stages must be from 0 to 4, got {private_stages}')
         check_branches(fuse_layers, spatial_weights, num_classes, global_pool)
         size = height_and_width(img_size)
         # Attributes with the names of arguments are saved with a model.
@@ -193,6 +194,7 @@ class DualStreamBackbone(DualStream):
         """Remove the levels after the last of `indices`. The head goes too if any do, or if `prune_head` is set."""
         take, last = feature_take_indices(4, indices)
         self.trunk.prune(last)
+        self.private_levels = self.private_levels[:last]  # level 1 is in the stem
         if prune_head or last < 3:
             self._remove_head(self.feature_info[last]['num_chs'])
         return take
@@ -212,9 +214,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 _SOURCES = ('file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load', 'source')
 
 
-def _create_on_backbone(
+def create_on_backbone(
     variant: str,
     pretrained: bool = False,
+    model_cls: type[DualStreamBackbone] = DualStreamBackbone,
     backbone: str = 'resnet50.tv_in1k',
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
@@ -222,20 +225,22 @@ def _create_on_backbone(
     **kwargs: Any,
 ) -> DualStreamBackbone:
     """Create a network. The weights of a saved folder, or in the package, are its own; others are the backbone's."""
-    _check_backbone_arguments(kwargs)
+    _check_backbone_arguments(kwargs, model_cls)
     cfg, overlay = resolve_pretrained_cfg(variant, pretrained_cfg), dict(pretrained_cfg_overlay or {})
     is_own = bool(cfg.file) or not isinstance(pretrained_cfg, (str, type(None)))
     weights = {}
     if not is_own:
-        backbone = f'{backbone}.{cfg.tag}' if cfg.tag and '.' not in backbone else backbone
+        if cfg.hf_hub_id == f'timm/{backbone}.{cfg.tag}':  # the variant's own backbone, with the weights of its tag
+            backbone = f'{backbone}.{cfg.tag}'
         source = backbone_cfg(backbone)
         weights = {name: overlay.pop(name) for name in _SOURCES if name in overlay}
-        size = _default_size(backbone, source) if img_size is None else height_and_width(img_size)
-        overlay = {**{name: getattr(source, name) for name in _FACTS}, 'input_size': (3, *size), **overlay}
+        size = _default_size(backbone, source, cfg) if img_size is None else height_and_width(img_size)
+        facts = {name: getattr(source, name) for name in _FACTS}
+        overlay = {**facts, 'first_conv': _first_conv(source), 'input_size': (3, *size), **overlay}
     else:
         size = tuple(cfg.input_size[1:]) if img_size is None else height_and_width(img_size)
     model = build_model_with_cfg(
-        DualStreamBackbone,
+        model_cls,
         variant,
         pretrained and is_own,
         pretrained_cfg=pretrained_cfg,
@@ -263,10 +268,18 @@ def _create_on_backbone(
 _FACTS = ('hf_hub_id', 'tag', 'mean', 'std', 'interpolation', 'fixed_input_size', 'license')
 
 
-def _check_backbone_arguments(names: Iterable[str]) -> None:
+def _first_conv(source: PretrainedCfg) -> tuple[str, ...]:
+    """Return the names of the first convolutions in the stems."""
+    names = (source.first_conv,) if isinstance(source.first_conv, str) else source.first_conv or ()
+    names = [name.replace('patch_embed.proj', 'patch_embed_proj') for name in names]
+    return tuple(f'stem.{modality}.{name}' for modality in MODALITIES for name in names)
+
+
+def _check_backbone_arguments(names: Iterable[str], model_cls: type[DualStreamBackbone]) -> None:
     """Refuse the arguments that may be the backbone's."""
-    own = {*inspect.signature(DualStreamBackbone).parameters, 'features_only', 'out_indices', 'cache_dir'}
-    unknown = [name for name in names if name not in own | {'pretrained_model_args', 'feature_cls'}]
+    own = {name for cls in (model_cls, DualStreamBackbone) for name in inspect.signature(cls).parameters}
+    own |= {'features_only', 'out_indices', 'cache_dir', 'pretrained_model_args', 'feature_cls'}
+    unknown = [name for name in names if name not in own]
     if unknown:
         raise TypeError(
             f'these networks do not take {", ".join(unknown)}; arguments of the backbone go into '
@@ -274,22 +287,25 @@ def _check_backbone_arguments(names: Iterable[str]) -> None:
         )
 
 
-def _default_size(backbone: str, cfg: PretrainedCfg) -> tuple[int, int]:
-    """Return the usual size of re-ID, as whole patches where the backbone takes no others."""
-    if not cfg.fixed_input_size:
-        return DEFAULT_SIZE
+def _default_size(backbone: str, source: PretrainedCfg, cfg: PretrainedCfg) -> tuple[int, int]:
+    """Return the network's own image size, as whole patches where the backbone takes no others."""
+    size = cfg.input_size[1:]
+    if not source.fixed_input_size:
+        return size
     patch = timm.create_model(backbone, device='meta').feature_info[-1]['reduction']
-    return tuple(side // patch * patch for side in DEFAULT_SIZE)
+    return tuple(side // patch * patch for side in size)
 
 
-def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True) -> dict[str, Any]:
+def network_cfg(backbone: str, has_weights: bool = True, fused: bool = True) -> dict[str, Any]:
+    """Return the configuration of a network on a backbone."""
     heads = ('joint_head', 'global_head', 'fusion_head') if fused else ('global_head',)
     return {
-        'hf_hub_id': hf_hub_id,
+        'hf_hub_id': f'timm/{backbone}' if has_weights else None,
         'num_classes': 0,
         'input_size': (3, *DEFAULT_SIZE),
         'crop_pct': 1.0,
         'crop_mode': 'squash',
+        'first_conv': _first_conv(backbone_cfg(backbone)),
         'classifier': tuple(f'{head}.fc' for head in heads),
         'paper_name': 'Visible-Infrared Person Re-Identification via Feature Fusion and Deep Mutual Learning',
     }
@@ -297,13 +313,13 @@ def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        'vireid_dml': _cfg(),
-        'vireid_base': _cfg(fused=False),
-        'vireid_dml_efficientnet_lite0.in1k': _cfg('timm/tf_efficientnet_lite0.in1k'),
-        'vireid_dml_mobilenetv4_conv_medium.e500_r256_in1k': _cfg('timm/mobilenetv4_conv_medium.e500_r256_in1k'),
-        'vireid_dml_regnety_032.ra_in1k': _cfg('timm/regnety_032.ra_in1k'),
-        'vireid_dml_convnext_tiny.in12k_ft_in1k': _cfg('timm/convnext_tiny.in12k_ft_in1k'),
-        'vireid_dml_vit_small_dinov2.lvd142m': _cfg('timm/vit_small_patch14_dinov2.lvd142m'),
+        'vireid_dml': network_cfg('resnet50.tv_in1k', has_weights=False),
+        'vireid_base': network_cfg('resnet50.tv_in1k', has_weights=False, fused=False),
+        'vireid_dml_efficientnet_lite0.in1k': network_cfg('tf_efficientnet_lite0.in1k'),
+        'vireid_dml_mobilenetv4_conv_medium.e500_r256_in1k': network_cfg('mobilenetv4_conv_medium.e500_r256_in1k'),
+        'vireid_dml_regnety_032.ra_in1k': network_cfg('regnety_032.ra_in1k'),
+        'vireid_dml_convnext_tiny.in12k_ft_in1k': network_cfg('convnext_tiny.in12k_ft_in1k'),
+        'vireid_dml_vit_small_dinov2.lvd142m': network_cfg('vit_small_patch14_dinov2.lvd142m'),
     }
 )
 check_names(default_cfgs, __name__)
@@ -312,43 +328,43 @@ check_names(default_cfgs, __name__)
 @register_model
 def vireid_dml(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's network on any timm backbone, `backbone='convnext_tiny'`. Default input 256x128."""
-    return _create_on_backbone('vireid_dml', pretrained, **kwargs)
+    return create_on_backbone('vireid_dml', pretrained, **kwargs)
 
 
 @register_model
 def vireid_base(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's baseline, the global branch only, on any timm backbone. Default input 256x128."""
-    return _create_on_backbone('vireid_base', pretrained, **{'fuse_layers': (), **kwargs})
+    return create_on_backbone('vireid_base', pretrained, **{'fuse_layers': (), **kwargs})
 
 
 @register_model
 def vireid_dml_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's network on EfficientNet-Lite0, for phones and CPUs."""
     model_args = {'backbone': 'tf_efficientnet_lite0', **kwargs}
-    return _create_on_backbone('vireid_dml_efficientnet_lite0', pretrained, **model_args)
+    return create_on_backbone('vireid_dml_efficientnet_lite0', pretrained, **model_args)
 
 
 @register_model
 def vireid_dml_mobilenetv4_conv_medium(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's network on MobileNetV4 Conv-M, for phones and CPUs."""
     model_args = {'backbone': 'mobilenetv4_conv_medium', **kwargs}
-    return _create_on_backbone('vireid_dml_mobilenetv4_conv_medium', pretrained, **model_args)
+    return create_on_backbone('vireid_dml_mobilenetv4_conv_medium', pretrained, **model_args)
 
 
 @register_model
 def vireid_dml_regnety_032(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's network on RegNetY-3.2GF."""
-    return _create_on_backbone('vireid_dml_regnety_032', pretrained, **{'backbone': 'regnety_032', **kwargs})
+    return create_on_backbone('vireid_dml_regnety_032', pretrained, **{'backbone': 'regnety_032', **kwargs})
 
 
 @register_model
 def vireid_dml_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's network on ConvNeXt-T."""
-    return _create_on_backbone('vireid_dml_convnext_tiny', pretrained, **{'backbone': 'convnext_tiny', **kwargs})
+    return create_on_backbone('vireid_dml_convnext_tiny', pretrained, **{'backbone': 'convnext_tiny', **kwargs})
 
 
 @register_model
 def vireid_dml_vit_small_dinov2(pretrained: bool = False, **kwargs: Any) -> DualStreamBackbone:
     """The paper's network on a ViT-S/14 pretrained by DINOv2. Default input 252x126."""
     model_args = {'backbone': 'vit_small_patch14_dinov2', **kwargs}
-    return _create_on_backbone('vireid_dml_vit_small_dinov2', pretrained, **model_args)
+    return create_on_backbone('vireid_dml_vit_small_dinov2', pretrained, **model_args)

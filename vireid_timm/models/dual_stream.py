@@ -123,6 +123,7 @@ class DualStreamResNet(DualStream):
     """
 
     pretrained_prefixes = ('stem.', 'layer')
+    stem_chans: Optional[int] = None  # of the first convolution, where it is not the images' channels
 
     def __init__(
         self,
@@ -158,10 +159,9 @@ class DualStreamResNet(DualStream):
         self.last_stride = last_stride
         self.grad_checkpointing = False
 
-        trunk = ResNet(block, layers, num_classes=0, in_chans=in_chans, **(resnet_args or {}), **dd)
-        stem = Stem(trunk)
-        # Both stems start from the same values, random or (see `checkpoint_filter_fn`) from ImageNet.
-        self.stem = DualStem(stem, copy.deepcopy(stem), in_chans)
+        stem_chans = in_chans if self.stem_chans is None else self.stem_chans
+        trunk = ResNet(block, layers, num_classes=0, in_chans=stem_chans, **(resnet_args or {}), **dd)
+        self.stem = self._create_stem(Stem(trunk))
         set_last_stride(trunk.layer4, last_stride)
         for i, count in enumerate(non_local_blocks, start=1):
             channels = trunk.feature_info[i]['num_chs']
@@ -183,6 +183,15 @@ class DualStreamResNet(DualStream):
             plain_fusion,
             dd,
         )
+
+    def _create_stem(self, stem: Stem) -> nn.Module:
+        # Both stems start from the same values, random or (see `checkpoint_filter_fn`) from ImageNet.
+        return DualStem(stem, copy.deepcopy(stem), self.in_chans)
+
+    @torch.jit.ignore
+    def stem_weights(self, key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the tensors of the stem that an ImageNet network's tensor fills."""
+        return {f'stem.visible.{key}': value, f'stem.infrared.{key}': value.clone()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -273,8 +282,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     mapped = {}
     for key, value in state_dict.items():
         if key.startswith(('conv1.', 'bn1.')):
-            mapped[f'stem.visible.{key}'] = value
-            mapped[f'stem.infrared.{key}'] = value.clone()
+            mapped.update(model.stem_weights(key, value))
         elif not key.startswith('fc.'):
             mapped[key] = value
     own = model.state_dict()
@@ -291,19 +299,30 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return {**own, **mapped}
 
 
-def _create_dual_stream(
+def create_dual_stream(
     variant: str,
     pretrained: bool = False,
+    model_cls: type[DualStreamResNet] = DualStreamResNet,
     img_size: Optional[Union[int, Sequence[int]]] = None,
     pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
     **kwargs: Any,
 ) -> DualStreamResNet:
+    """Create a registered network.
+
+    Args:
+        variant: Its name.
+        pretrained: Load its weights.
+        model_cls: Its class.
+        img_size: Height and width of the images; those of its configuration if None.
+        pretrained_cfg_overlay: As for `timm.create_model`.
+        kwargs: Further arguments of its class.
+    """
     _check_timm_arguments(kwargs)
     check_kinds(kwargs, [DualStreamResNet], 'argument ')
     check_kinds(kwargs.get('resnet_args') or {}, [ResNet], 'resnet_args: argument ')
     size = get_pretrained_cfg(variant).input_size[1:] if img_size is None else height_and_width(img_size)
     model = build_model_with_cfg(
-        DualStreamResNet,
+        model_cls,
         variant,
         pretrained,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
@@ -318,7 +337,10 @@ def _create_dual_stream(
     return model
 
 
-def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any) -> dict[str, Any]:
+def resnet_cfg(
+    hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = False, **kwargs: Any
+) -> dict[str, Any]:
+    """Return the configuration of a network on a ResNet."""
     conv = 'conv1.0' if deep_stem else 'conv1'
     heads = ('joint_head', 'global_head', 'fusion_head') if fused else ('global_head',)
     size = (128, 64) if deep_stem else (288, 144)
@@ -340,29 +362,29 @@ def _cfg(hf_hub_id: Optional[str] = None, fused: bool = True, deep_stem: bool = 
     }
 
 
-_WEIGHTS = Path(__file__).parents[1] / 'weights'
+_SYNTHVI = Path(__file__).parents[1] / 'weights' / 'vireid_dml_r10t.synthvi.safetensors'
 
 default_cfgs = generate_default_cfgs(
     {
-        'vireid_dml_r10t.synthvi': _cfg(file=str(_WEIGHTS / 'vireid_dml_r10t.synthvi.safetensors'), deep_stem=True),
-        'vireid_dml_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', deep_stem=True),
+        'vireid_dml_r10t.synthvi': resnet_cfg(file=str(_SYNTHVI), deep_stem=True),
+        'vireid_dml_r10t.c3_in1k': resnet_cfg('timm/resnet10t.c3_in1k', deep_stem=True),
         # The first tag of a model is its default: tv, which the field starts from. a1 (arXiv:2110.00476) and tv2 are
         # the stronger ImageNet recipes of timm and torchvision.
-        'vireid_dml_r18.tv_in1k': _cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
-        'vireid_dml_r18.a1_in1k': _cfg('timm/resnet18.a1_in1k'),
-        'vireid_dml_r34.tv_in1k': _cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
-        'vireid_dml_r34.a1_in1k': _cfg('timm/resnet34.a1_in1k'),
-        'vireid_dml_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', license='bsd-3-clause'),
-        'vireid_dml_r50.tv2_in1k': _cfg('timm/resnet50.tv2_in1k', license='bsd-3-clause'),
-        'vireid_dml_r50.a1_in1k': _cfg('timm/resnet50.a1_in1k'),
-        'vireid_dml_r101.tv_in1k': _cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
-        'vireid_dml_r101.tv2_in1k': _cfg('timm/resnet101.tv2_in1k', license='bsd-3-clause'),
-        'vireid_dml_r101.a1_in1k': _cfg('timm/resnet101.a1_in1k'),
-        'vireid_base_r10t.c3_in1k': _cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
-        'vireid_base_r50.tv_in1k': _cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
-        'vireid_base_r50.tv2_in1k': _cfg('timm/resnet50.tv2_in1k', fused=False, license='bsd-3-clause'),
-        'vireid_base_r50.a1_in1k': _cfg('timm/resnet50.a1_in1k', fused=False),
-        'vireid_agw_r50.tv_in1k': _cfg(
+        'vireid_dml_r18.tv_in1k': resnet_cfg('timm/resnet18.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r18.a1_in1k': resnet_cfg('timm/resnet18.a1_in1k'),
+        'vireid_dml_r34.tv_in1k': resnet_cfg('timm/resnet34.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r34.a1_in1k': resnet_cfg('timm/resnet34.a1_in1k'),
+        'vireid_dml_r50.tv_in1k': resnet_cfg('timm/resnet50.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.tv2_in1k': resnet_cfg('timm/resnet50.tv2_in1k', license='bsd-3-clause'),
+        'vireid_dml_r50.a1_in1k': resnet_cfg('timm/resnet50.a1_in1k'),
+        'vireid_dml_r101.tv_in1k': resnet_cfg('timm/resnet101.tv_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.tv2_in1k': resnet_cfg('timm/resnet101.tv2_in1k', license='bsd-3-clause'),
+        'vireid_dml_r101.a1_in1k': resnet_cfg('timm/resnet101.a1_in1k'),
+        'vireid_base_r10t.c3_in1k': resnet_cfg('timm/resnet10t.c3_in1k', fused=False, deep_stem=True),
+        'vireid_base_r50.tv_in1k': resnet_cfg('timm/resnet50.tv_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_base_r50.tv2_in1k': resnet_cfg('timm/resnet50.tv2_in1k', fused=False, license='bsd-3-clause'),
+        'vireid_base_r50.a1_in1k': resnet_cfg('timm/resnet50.a1_in1k', fused=False),
+        'vireid_agw_r50.tv_in1k': resnet_cfg(
             'timm/resnet50.tv_in1k',
             fused=False,
             license='bsd-3-clause',
@@ -384,53 +406,53 @@ _R10T = dict(
 @register_model
 def vireid_dml_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's network on timm's ResNet-10-T, for CPUs, demos and tests. Default input 128x64."""
-    return _create_dual_stream('vireid_dml_r10t', pretrained, **dict(_R10T, **kwargs))
+    return create_dual_stream('vireid_dml_r10t', pretrained, **dict(_R10T, **kwargs))
 
 
 @register_model
 def vireid_dml_r18(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's network on ResNet-18."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_dual_stream('vireid_dml_r18', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_dml_r18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_dml_r34(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's network on ResNet-34."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
-    return _create_dual_stream('vireid_dml_r34', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_dml_r34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_dml_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's network: ResNet-50 with layer1-3 fused; V_joint has 2048 + 768 features."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return _create_dual_stream('vireid_dml_r50', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_dml_r50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_dml_r101(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's network on ResNet-101."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
-    return _create_dual_stream('vireid_dml_r101', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_dml_r101', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_base_r10t(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's baseline, the global branch only, on timm's ResNet-10-T. Default input 128x64."""
     model_args = dict(_R10T, fuse_layers=())
-    return _create_dual_stream('vireid_base_r10t', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_base_r10t', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_base_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """The paper's baseline, the global branch only, on ResNet-50."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=())
-    return _create_dual_stream('vireid_base_r50', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_base_r50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vireid_agw_r50(pretrained: bool = False, **kwargs: Any) -> DualStreamResNet:
     """AGW (arXiv:2001.04193) on ResNet-50: the baseline with two non-local blocks in layer2, three in layer3."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), fuse_layers=(), non_local_blocks=(0, 2, 3, 0))
-    return _create_dual_stream('vireid_agw_r50', pretrained, **dict(model_args, **kwargs))
+    return create_dual_stream('vireid_agw_r50', pretrained, **dict(model_args, **kwargs))

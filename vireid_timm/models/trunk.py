@@ -122,7 +122,7 @@ class Trunk(nn.Module):
         """Take the stem and the first `private_stages` levels out of the model.
 
         Returns:
-            The stem, with the first level if that is cut off, too, and the other levels that are.
+            The stem, with the first level if that is cut off, too, and the other levels that are, up to all four.
 
         Raises:
             ValueError: What the model computes before the other levels is more than these layers in their order.

@@ -486,7 +486,7 @@ def describe(model: nn.Module, source: str | None, modality: str, size: tuple[in
         modality=modality,
         size=image_size(model, Extraction(features=features, size=size)),
         features=features,
-        dimensions=model.num_features,
+        dimensions=model.head_hidden_size,
         mean=tuple(config['mean']),
         std=tuple(config['std']),
         calibration=None if calibration is None else calibration.to_dict(),

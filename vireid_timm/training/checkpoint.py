@@ -243,7 +243,7 @@ def _load(run: Run, checkpoint: dict[str, Any], first: dict[str, Any] | None) ->
         )
     _check_premises(run, checkpoint.get('premises', {}))
     try:
-        run.task.load_checkpoint_state(checkpoint['state_dict'])
+        run.task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
         if run.task.has_ema():
             if 'state_dict_ema' not in checkpoint:
                 _logger.info('The run had no average of the weights: it starts from those of the checkpoint')

@@ -17,10 +17,11 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from ..constants import CACHES, DATASETS, DIST_BN
+from ..constants import AUGMENTATIONS, CACHES, DATASETS, DIST_BN, PAPER_AUGMENTATIONS
 from ..files import expanded_path
+from ..loss.by_name import LOSSES, PAPER_LOSSES, check_losses
 from ..loss.mutual_learning import MUTUAL_CONSTANTS, MUTUAL_LEARNING_MODES
-from ..options import LARGEST_SEED, MANY, MAX_SIDE, MAX_WORKERS, check_kind
+from ..options import LARGEST_SEED, MANY, MAX_SIDE, MAX_WORKERS, check_kind, parse_augmentations
 
 MODEL_HELP = "registered name with or without tag, hf-hub:OWNER/NAME, local-dir:FOLDER, or a run's or Hub-ready folder"
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -37,7 +38,7 @@ def _setting(default: Any, group: str, text: str, **metadata: Any) -> Any:
         **metadata: `everyday` (shown by `vireid train --help`, not only by `--help-all`), `unset` (what applies if the
             default is empty), `nargs` and `choices` as in argparse, `minimum`, `above`, `maximum` (of whole numbers
             `MANY` by default),
-            `pattern` with `example`, and `is_path` (a leading ~ is expanded).
+            `pattern` with `example`, `is_path` (a leading ~ is expanded), and `check`, which raises ValueError.
     """
     metadata = {'group': group, 'help': text, **metadata}
     if isinstance(default, (list, dict)):
@@ -101,17 +102,27 @@ class TrainConfig:
         'no gradient into: none of a pair; in each direction the partner; the teacher, named first in --mutual',
         choices=MUTUAL_CONSTANTS,
     )
-    triplet_weight: float = _setting(1.0, 'loss', 'weight of the weighted regularised triplet loss (eq. 13)', minimum=0)
+    loss: dict[str, Any] = _setting(
+        PAPER_LOSSES,
+        'loss',
+        f'losses on features with their weights (eq. 13): {", ".join(LOSSES)}, pml.NAME of pytorch-metric-learning',
+        check=check_losses,
+    )
     smoothing: float = _setting(0.0, 'loss', 'label smoothing of the identity losses', minimum=0, maximum=1)
 
     pad: int = _setting(
         10, 'augmentation', 'black border before the random crop, in pixels', minimum=0, maximum=MAX_SIDE
     )
     hflip: float = _setting(0.5, 'augmentation', 'probability of a horizontal flip', minimum=0, maximum=1)
-    channel_combination: bool = _setting(True, 'augmentation', 'random channel combination of visible images')
-    reprob: float = _setting(0.5, 'augmentation', 'probability of channel random erasing', minimum=0, maximum=1)
-    erasing_fill: list[float] | None = _setting(
-        None, 'augmentation', 'fixed fill per erased channel, after normalisation', unset='random', nargs=3
+    augment: list[str] = _setting(
+        list(PAPER_AUGMENTATIONS),
+        'augmentation',
+        f'any of {", ".join(AUGMENTATIONS)}, alone or as name=probability; no name for none',
+        nargs='*',
+        check=parse_augmentations,
+    )
+    cre_fill: list[float] | None = _setting(
+        None, 'augmentation', 'fixed fill per channel that cre erases, after normalisation', unset='random', nargs=3
     )
 
     opt: str = _setting('sgd', 'optimiser', 'timm optimiser, any but adahessian')
@@ -148,9 +159,12 @@ class TrainConfig:
     amp_dtype: str = _setting('bfloat16', 'device', 'type of mixed precision', choices=('bfloat16', 'float16'))
     channels_last: bool = _setting(True, 'device', 'channels-last memory format')
     torchcompile: bool = _setting(False, 'device', 'compile the network')
+    cuda_graphs: bool = _setting(True, 'device', 'repeat the step as one CUDA graph, where GPU and settings allow it')
 
-    gather_features: bool = _setting(False, 'scale', 'compute the triplet loss over the batches of all ranks')
-    cached_triplet: bool = _setting(False, 'scale', 'compute the triplet loss over all batches of --grad-accum-steps')
+    gather_features: bool = _setting(False, 'scale', 'compute the losses of --loss over the batches of all ranks')
+    cached_triplet: bool = _setting(
+        False, 'scale', 'compute the losses of --loss over all batches of --grad-accum-steps'
+    )
     sync_bn: bool = _setting(False, 'scale', 'synchronise batch norm across ranks')
     dist_bn: str = _setting('reduce', 'scale', 'batch-norm statistics: mean over ranks, or of rank 0', choices=DIST_BN)
 
@@ -226,11 +240,18 @@ def _checked_value(setting: dataclasses.Field, value: Any, source: str) -> Any:
             raise ValueError(f'{where} needs a value')
         return None
     if get_origin(kind) is not list:
-        return _checked_single(value, kind, metadata, where)
-    check_kind(where, value, list)
-    if metadata['nargs'] not in ('+', len(value)):
-        raise ValueError(f'{where} must be {metadata["nargs"]} values, got {value!r}')
-    return [_checked_single(entry, get_args(kind)[0], metadata, where) for entry in value]
+        checked = _checked_single(value, kind, metadata, where)
+    else:
+        check_kind(where, value, list)
+        if metadata['nargs'] not in ('+', '*', len(value)):
+            raise ValueError(f'{where} must be {metadata["nargs"]} values, got {value!r}')
+        checked = [_checked_single(entry, get_args(kind)[0], metadata, where) for entry in value]
+    if 'check' in metadata:
+        try:
+            metadata['check'](checked)
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from None
+    return checked
 
 
 def _checked_single(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:

@@ -20,8 +20,10 @@ from ..distributed import from_rank_zero, process_group, rank_and_world_size
 from ..text import aligned, format_bytes, format_list
 from .checkpoint import resolved_config, resume
 from .config import TrainConfig
-from .loop import epoch_batches, train_step, training_mode
+from .graph import WARM_UP
+from .loop import epoch_batches, training_mode
 from .run import Run, create_run, run_folder_of
+from .step import train_step
 
 NAMED = 10  # identities or images that a line names
 TIMED_STEPS = 2
@@ -84,7 +86,8 @@ def _measure(run: Run) -> _Measured:
     if run.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(run.device)
     training_mode(run)
-    train_step(run, group)  # compiles, allocates and tunes
+    for _ in range(1 if run.graph is None else WARM_UP + 1):
+        train_step(run, group)  # compiles, allocates and tunes
     _synchronize(run.device)
     start = time.perf_counter()
     for _ in range(TIMED_STEPS):
@@ -170,6 +173,8 @@ def _batches(run: Run) -> list[str]:
     people, each, steps = sampler.identities_per_batch, sampler.images_per_modality, run.batches_per_epoch
     count = 2 * people * each
     line = f'  {people} identities x ({each} visible + {each} infrared) = {count} images per batch'
+    if run.augments[VISIBLE].copies > 1:
+        line += ', the visible ones twice'
     if ranks > 1:
         line += f', {ranks} ranks: {ranks * count}'
     if accumulated > 1:

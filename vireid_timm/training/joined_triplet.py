@@ -1,6 +1,6 @@
-"""A triplet loss over several batches, without holding their activations (GradCache, arXiv:2101.06983).
+"""Triplet and other losses over several batches, without holding their activations (GradCache, arXiv:2101.06983).
 
-The features of all batches are computed without gradients, and the loss over them with its gradient for each feature.
+The features of all batches are computed without gradients, and each loss over them with its gradient for each feature.
 Then each batch is computed again with gradients, and its features receive what belongs to them. The batches are those
 of one optimiser step, of all ranks, or both.
 """
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..distributed import gather, rank_and_world_size
+from ..loss.by_name import FeatureLosses
 
 
 class JoinedTriplet(NamedTuple):
-    """The part of one batch in a triplet loss over several batches.
+    """The part of one batch in a loss over several batches.
 
     Attributes:
         value: The loss over all of them, a scalar.
@@ -45,21 +45,23 @@ class _KnownLoss(torch.autograd.Function):
 
 
 def join_triplets(
-    triplet: nn.Module,
+    losses: FeatureLosses,
     features: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
+    infrared: torch.Tensor,
     across_ranks: bool,
-) -> list[JoinedTriplet]:
-    """Compute the triplet loss over several batches, and the part of each.
+) -> list[dict[str, JoinedTriplet]]:
+    """Compute the losses over several batches, and the part of each.
 
     Args:
-        triplet: The loss.
-        features: Features of each batch, [2 B, D] each, constants for each other.
-        labels: Class labels of each batch, [2 B] each.
+        losses: The losses by name, with their weights.
+        features: Features of each batch, [N, D] each, constants for each other.
+        labels: Class labels of each batch, [N] each.
+        infrared: Which rows of a batch are of infrared images, [N] bool; the same in every batch.
         across_ranks: Whether the batches of all ranks are joined. Collective then, with batches of one size.
 
     Returns:
-        The part of each batch of this rank.
+        The part of each batch of this rank in each loss, by name.
     """
     rows, identities = torch.cat(list(features)).detach(), torch.cat(list(labels))
     count, own = len(features), slice(0, len(rows))
@@ -67,9 +69,11 @@ def join_triplets(
         rank, world_size = rank_and_world_size()
         own = slice(rank * len(rows), (rank + 1) * len(rows))
         rows, identities, count = gather(rows).flatten(0, 1), gather(identities).flatten(), count * world_size
+    joined = [{} for _ in features]
     with torch.enable_grad():
         rows.requires_grad_()
-        value = triplet(rows, identities)
-        (gradient,) = torch.autograd.grad(value, rows)
-    parts = (gradient[own] * count).split(len(features[0]))
-    return [JoinedTriplet(value.detach(), part) for part in parts]
+        for name, value in losses(rows, identities, infrared.repeat(count)).items():
+            (gradient,) = torch.autograd.grad(value, rows)
+            for parts, part in zip(joined, (gradient[own] * count).split(len(features[0])), strict=True):
+                parts[name] = JoinedTriplet(value.detach(), part)
+    return joined

@@ -1,14 +1,14 @@
 """The training loop: a thin one over timm's task, optimisers, schedulers, scaler and averaging.
 
-`train` sets a run up or resumes it, `_fit` goes through the epochs, `train_step` is one optimiser step.
+`train` sets a run up or resumes it, `_fit` goes through the epochs; a step is in `step.py`.
 """
 
 import csv
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from timm.utils import dispatch_clip_grad
 
 from ..constants import MODALITIES
 from ..data.augment import Augment
-from ..data.loader import Batch, load_batches, step_seed
+from ..data.loader import Batch, load_batches
 from ..device import seeded_torch
 from ..distributed import (
     all_ranks,
@@ -60,6 +59,7 @@ from .config import TrainConfig
 from .interrupt import Stopped, StopRequest, stop_signals
 from .progress import TENSORBOARD, NonFiniteLoss, Progress
 from .run import Run, create_run, frozen_norms, model_args, refuse_existing_run, run_folder_of
+from .step import train_step
 
 _logger = logging.getLogger(__name__)
 
@@ -222,7 +222,8 @@ def _log_start(run: Run) -> None:
     world_size = rank_and_world_size()[1]
     _logger.info(
         f'{config.model}, {run.num_parameters / 1e6:.2f} M parameters, images {run.input_size[1]}x{run.input_size[2]}, '
-        f'on {run.device} in {run.precision}{f", {world_size} ranks" if world_size > 1 else ""}'
+        f'on {run.device} in {run.precision}{", steps as a CUDA graph" if run.graph else ""}'
+        f'{f", {world_size} ranks" if world_size > 1 else ""}'
     )
     _logger.info(
         f'{len(data.records):,} images of {len(data.class_map):,} identities to train on, {held_out} identities held '
@@ -285,81 +286,6 @@ def batch_groups(run: Run) -> Iterator[list[Batch]]:
     with closing(epoch_batches(run, run.state.step)) as batches:
         while group := list(islice(batches, run.config.grad_accum_steps)):
             yield group
-
-
-def train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
-    """Run one optimiser step; does not wait for the device, except for the loss scaling of float16.
-
-    Args:
-        run: The run; its state is that before the step.
-        group: The batches whose gradients are averaged for it.
-
-    Returns:
-        What the task returned for each batch, without gradients.
-
-    Raises:
-        ValueError: The device has too little memory.
-    """
-    try:
-        return _train_step(run, group)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f'a step of {sum(len(batch.rows) for batch in group)} images does not fit into the memory of '
-            f'{run.device}; try fewer --identities-per-batch (with --grad-accum-steps), --grad-checkpointing, or a '
-            'smaller --input-size'
-        ) from error
-
-
-def _train_step(run: Run, group: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
-    task = run.task
-    results = []
-    for batch, joined in zip(group, _joined_triplets(run, group), strict=True):
-        is_last = batch is group[-1]
-        with nullcontext() if is_last else task.no_sync():
-            _seed(run, batch)
-            with _autocast(run):
-                result = task(batch.inputs, batch.labels, joined=joined)
-            _backward_and_step(run, result['loss'] / len(group), update=is_last)
-        results.append({name: value.detach() for name, value in result.items()})
-    run.optimizer.zero_grad()
-    number = run.num_updates + 1
-    task.update_ema(step=number)
-    if run.scheduler is not None:
-        run.scheduler.step_update(number)
-    return results
-
-
-def _joined_triplets(run: Run, group: Sequence[Batch]) -> list[Any]:
-    """Return each batch's part in a triplet loss over all of them with --cached-triplet, else None for each."""
-    if not run.config.cached_triplet:
-        return [None] * len(group)
-    features = []
-    for batch in group:
-        _seed(run, batch)  # dropout draws the same again when the gradients are computed
-        with _autocast(run):
-            features.append(run.task.cache_features(batch.inputs))
-    return run.task.join_triplet(features, [batch.labels for batch in group])
-
-
-def _seed(run: Run, batch: Batch) -> None:
-    torch.manual_seed(step_seed(run.config.seed, run.state.epoch, batch.step, rank_and_world_size()[0]))
-
-
-def _autocast(run: Run) -> torch.autocast:
-    return torch.autocast(run.device.type, dtype=run.amp_dtype or torch.bfloat16, enabled=run.amp_dtype is not None)
-
-
-def _backward_and_step(run: Run, loss: torch.Tensor, update: bool) -> None:
-    clip, mode = run.config.clip_grad, run.config.clip_mode
-    parameters = run.task.get_clip_parameters() if clip is not None else None
-    if run.scaler is not None:
-        run.scaler(loss, run.optimizer, clip_grad=clip, clip_mode=mode, parameters=parameters, need_update=update)
-        return
-    loss.backward()
-    if update:
-        if clip is not None:
-            dispatch_clip_grad(parameters, clip, mode=mode)
-        run.optimizer.step()
 
 
 def learning_rates(run: Run) -> dict[str, float]:
@@ -445,7 +371,7 @@ def _save_best(run: Run, scores: Mapping[str, float], report: Report | None) -> 
         'identities': len(run.data.class_map),
         'epoch': run.state.summary[-1]['epoch'],
         'validation': dict(scores),
-        'num_features': run.eval_model.num_features,
+        'num_features': run.eval_model.head_hidden_size,
         'training': asdict(run.config),
     }
     save_model_folder(

@@ -30,10 +30,11 @@ from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
 from ..models.branches import DualStream
-from ..options import check_kinds
+from ..options import check_kinds, parse_augmentations
 from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
 from ..text import format_bytes
 from .config import TrainConfig
+from .graph import StepGraph, why_no_graph
 from .progress import summary_writer_type
 from .task import ViReIDTask
 
@@ -115,6 +116,7 @@ class Run:
     device: torch.device
     amp_dtype: torch.dtype | None
     scaler: NativeScaler | None
+    graph: StepGraph | None = None
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -213,6 +215,11 @@ def _create_run(config: TrainConfig, folder: Path, device: torch.device) -> Run:
         amp_dtype=amp_dtype,
         scaler=scaler,
     )
+    reason = why_no_graph(config, optimizer, device, scaled=scaler is not None)
+    if not reason:
+        run.graph = StepGraph(optimizer, device)
+    elif device.type == 'cuda':
+        _logger.info(f'Steps do not become a CUDA graph: {reason}')
     _warn_of_traps(run)
     return run
 
@@ -274,6 +281,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError('--sched plateau would never decay here; choose multistep, cosine, wsd, ...')
     if config.cached_triplet and config.grad_accum_steps < 2:
         raise ValueError('--cached-triplet compares accumulated batches: give --grad-accum-steps 2 or more, too')
+    if config.cre_fill and 'cre' not in parse_augmentations(config.augment):
+        raise ValueError('--cre-fill is what the augmentation cre fills in: name cre in --augment, too')
     if config.freeze_bn and not config.pretrained:
         raise ValueError('--freeze-bn keeps the statistics of pretrained weights: give --pretrained, too')
     if config.pretrained_path and not config.pretrained:
@@ -374,7 +383,10 @@ def model_args(config: TrainConfig) -> dict[str, Any]:
 def _probe_model(config: TrainConfig) -> DualStream:
     """Create the model on the meta device: without weights and without memory."""
     name, args = resolve_model_name(config.model), model_args(config)
-    names = f'models of this library: {", ".join(timm.list_models("vireid_*"))}'
+    known = timm.list_models('vireid_*')
+    names = f'models of this library: {", ".join(known)}'
+    if timm.is_model(name.partition('.')[0]) and name.partition('.')[0] not in known:
+        raise ValueError(f'{config.model!r} is not a visible-infrared re-ID model; {names}')
     try:
         check_kinds(args, [timm.create_model], 'argument ')
         model = timm.create_model(name, pretrained=False, device='meta', **args)
@@ -419,7 +431,7 @@ def _create_task(config: TrainConfig, model: nn.Module, device: torch.device) ->
         global_weight=config.global_weight,
         fusion_weight=config.fusion_weight,
         mutual_constant=config.mutual_constant,
-        triplet_weight=config.triplet_weight,
+        loss=config.loss,
         smoothing=config.smoothing,
         gather_features=config.gather_features,
         device=device,
@@ -443,9 +455,8 @@ def create_augments(config: TrainConfig, model: nn.Module) -> dict[str, Augment]
             data_config['std'],
             pad=config.pad,
             flip=config.hflip,
-            channel_combination=config.channel_combination,
-            erasing_probability=config.reprob,
-            erasing_fill='random' if config.erasing_fill is None else config.erasing_fill,
+            augmentations=config.augment,
+            cre_fill='random' if config.cre_fill is None else config.cre_fill,
         )
         for modality in (VISIBLE, INFRARED)
     }

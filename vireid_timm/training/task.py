@@ -1,7 +1,7 @@
 """The training task: the network's branches and the paper's losses behind timm's task interface."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..constants import DIST_BN
-from ..distributed import rank_and_world_size
+from ..distributed import gather, rank_and_world_size
+from ..loss.by_name import PAPER_LOSSES, FeatureLosses, check_losses
 from ..loss.identity import identity_losses
 from ..loss.mutual_learning import MutualLearningLoss
-from ..loss.triplet import WeightedRegularizedTriplet
+from ..loss.prototype import PrototypeContrast
 from ..models.branches import BranchOutput, DualStream
 from .joined_triplet import JoinedTriplet, join_triplets
 
@@ -37,7 +38,7 @@ class BranchForward(nn.Module):
 
 
 class ViReIDTask(TrainingTask):
-    """Identity loss per branch + mutual learning + weighted regularised triplet (eq. 13 of the paper)."""
+    """Identity loss per branch + mutual learning + losses on features, which are the triplet of eq. 13 or others."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class ViReIDTask(TrainingTask):
         global_weight: float = 0.6,
         fusion_weight: float = 1.8,
         mutual_constant: str = 'none',
-        triplet_weight: float = 1.0,
+        loss: Mapping[str, float] = PAPER_LOSSES,
         smoothing: float = 0.0,
         gather_features: bool = False,
         device: torch.device | None = None,
@@ -58,20 +59,21 @@ class ViReIDTask(TrainingTask):
         Args:
             model: A network with a classifier.
             id_branches: Branches with an identity loss (L_id of table 3); None for all branches of the model.
-            mutual: Which pairs learn from each other (table 4); ignored by a model with one branch.
+            mutual: Which pairs learn from each other (table 4); ignored by a model without a joint branch.
             global_weight: theta_1 of eq. 9.
             fusion_weight: theta_2 of eq. 10.
             mutual_constant: Which branch of a pair gets no gradient, see `MutualLearningLoss`.
-            triplet_weight: Weight of WRT on the features before BN.
+            loss: Weights of losses on the features before BN, by name (`vireid_timm.loss.by_name.LOSSES`).
             smoothing: Label smoothing of the identity losses.
-            gather_features: Whether the triplet loss compares the images of all ranks.
+            gather_features: Whether these losses compare the images of all ranks.
             device: Where the model is.
             verbose: As in timm.
 
         Raises:
-            ValueError: A model without a classifier, or a branch that it does not have.
+            ValueError: A model without a classifier, a branch that it does not have, or a loss that does not exist.
         """
         super().__init__(device=device, verbose=verbose)
+        check_losses(loss)
         if model.num_classes < 1:
             raise ValueError('training needs a classifier: create the model with num_classes >= 1')
         unknown = sorted(set(id_branches or ()) - set(model.branches))
@@ -81,12 +83,15 @@ class ViReIDTask(TrainingTask):
         self.id_branches = tuple(id_branches) if id_branches is not None else model.branches
         self.retrieval_branch = model.branches[-1]
         self.smoothing = smoothing
-        self.triplet_weight = triplet_weight
         self.gather_features = gather_features
         self._batch_size: int | None = None  # of all ranks, once they have compared theirs
-        mode = mutual if len(model.branches) > 1 else 'none'
+        mode = mutual if 'joint' in model.branches else 'none'
         self.mutual_learning = MutualLearningLoss(mode, global_weight, fusion_weight, mutual_constant)
-        self.triplet = WeightedRegularizedTriplet()
+        self.feature_losses = FeatureLosses({name: weight for name, weight in loss.items() if name != 'prototype'})
+        self.prototype_weight = loss.get('prototype', 0.0)
+        self.prototype = None
+        if self.prototype_weight:
+            self.prototype = PrototypeContrast(model.num_classes, model.num_features).to(self.device)
 
     def convert_sync_batchnorm(self) -> None:
         """Let batch norm see the batches of all ranks; call it before averaging, compiling and `prepare_distributed`.
@@ -156,10 +161,11 @@ class ViReIDTask(TrainingTask):
     def _trial(self, forward: Callable[[torch.Tensor, torch.Tensor], BranchOutput]) -> Iterator[torch.Tensor]:
         """Yield the loss of four small black images; dropout's draws and batch norm's statistics stay as they are."""
         model = self.get_eval_model()
-        images = torch.zeros(2, model.in_chans, 32, 32, device=self.device, dtype=next(model.parameters()).dtype)
+        size = getattr(model.stem, 'only_size', None) or (32, 32)
+        images = torch.zeros(2, model.in_chans, *size, device=self.device, dtype=next(model.parameters()).dtype)
         labels = torch.zeros(4, dtype=torch.int64, device=self.device)
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []), _unrecorded(model):
-            yield sum(self._terms(forward(images, images), labels, None).values())
+            yield sum(self._terms(forward(images, images), labels, infrared_rows(images, images), None).values())
 
     def share_running_statistics(self, dist_bn: str = 'reduce') -> None:
         """Make the running statistics of batch norm equal on all ranks, before evaluating and saving. Collective.
@@ -213,18 +219,20 @@ class ViReIDTask(TrainingTask):
         self,
         features: Sequence[torch.Tensor],
         labels: Sequence[torch.Tensor],
-    ) -> list[JoinedTriplet]:
-        """Compute the triplet loss over several batches, see `joined_triplet.py`.
+        infrared: torch.Tensor,
+    ) -> list[dict[str, JoinedTriplet]]:
+        """Compute the losses on features over several batches, see `joined_triplet.py`.
 
         `forward` with the part of each batch, averaged over the batches (and with `gather_features` over the ranks),
-        gives the gradients of the joined batch's triplet loss.
+        gives the gradients of the joined batch's losses.
 
         Args:
-            features: Those of each batch from `cache_features`, [2 B, D] each.
-            labels: Their class labels, [2 B] each.
+            features: Those of each batch from `cache_features`, [N, D] each.
+            labels: Their class labels, [N] each.
+            infrared: Which rows of a batch are of infrared images, [N] bool.
 
         Returns:
-            The part of each batch.
+            The part of each batch in each loss, by name.
 
         Raises:
             ValueError: Batches of different sizes, here or among the ranks.
@@ -234,37 +242,40 @@ class ViReIDTask(TrainingTask):
             raise ValueError(f'a joined triplet loss needs batches of one size, got {sorted(sizes)} rows')
         if self._gathers:
             self._check_batch_size(len(features[0]))
-        return join_triplets(self.triplet, features, labels, across_ranks=self._gathers)
+        return join_triplets(self.feature_losses, features, labels, infrared, across_ranks=self._gathers)
 
     def forward(
         self,
         input: tuple[torch.Tensor, torch.Tensor],
         target: torch.Tensor,
         *,
-        joined: JoinedTriplet | None = None,
+        joined: Mapping[str, JoinedTriplet] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run both modalities through the network and compute all losses.
 
         Args:
-            input: Normalised visible [B, 3, H, W] and infrared [B, 3, H, W] images.
-            target: Class labels of the visible rows, then of the infrared ones, [2 B].
-            joined: This batch's part of a triplet loss over several batches; None for a loss over the batch alone.
+            input: Normalised visible and infrared images, [B, 3, H, W] each; their numbers may differ.
+            target: Class labels of the visible rows, then of the infrared ones, [N].
+            joined: This batch's part of the losses over several batches; None for losses over the batch alone.
 
         Returns:
-            `loss`, its terms `id_<branch>`, `mutual` and `triplet` with their weights, and `output`, the logits of the
-            branch that retrieval uses, [2 B, C].
+            `loss`, its terms `id_<branch>`, `mutual` and those of `loss` by name, all with their weights, and `output`,
+            the logits of the branch that retrieval uses, [N, C].
         """
-        branches = self.trainable_module(*input)
+        branches, infrared = self.trainable_module(*input), infrared_rows(*input)
         if joined is None and self._gathers:
-            (joined,) = self.join_triplet([branches.features], [target])
-        terms = self._terms(branches, target, joined)
+            (joined,) = self.join_triplet([branches.features], [target], infrared)
+        terms = self._terms(branches, target, infrared, joined)
+        if self.prototype is not None and self.training:
+            self._update_prototypes(branches.features.detach(), target)
         return {'loss': sum(terms.values()), **terms, 'output': branches.logits[self.retrieval_branch]}
 
     def _terms(
         self,
         branches: BranchOutput,
         target: torch.Tensor,
-        joined: JoinedTriplet | None,
+        infrared: torch.Tensor,
+        joined: Mapping[str, JoinedTriplet] | None,
     ) -> dict[str, torch.Tensor]:
         """Return the loss terms by name, with their weights (eq. 13)."""
         features, logits = branches
@@ -274,14 +285,44 @@ class ViReIDTask(TrainingTask):
         }
         if self.mutual_learning.mode != 'none':
             terms['mutual'] = self.mutual_learning(logits)
-        if self.triplet_weight:
-            triplet = self.triplet(features, target) if joined is None else joined.loss(features)
-            terms['triplet'] = self.triplet_weight * triplet
+        if joined is None:
+            terms.update(self.feature_losses(features, target, infrared))
+        else:
+            terms.update({name: part.loss(features) for name, part in joined.items()})
+        if self.prototype is not None:
+            # Of this batch alone: the prototypes stand for all others.
+            terms['prototype'] = self.prototype_weight * self.prototype(features, target)
         return terms
+
+    def _update_prototypes(self, features: torch.Tensor, target: torch.Tensor) -> None:
+        """Move the prototypes by the batches of all ranks, so that they stay the same on each. Collective."""
+        if rank_and_world_size()[1] > 1:
+            self._check_batch_size(len(features))
+            features, target = gather(features).flatten(0, 1), gather(target).flatten()
+        self.prototype.update(features, target)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the network: the prototypes."""
+        return {} if self.prototype is None or ema else self.prototype.state_dict()
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Load what `get_task_state` returned; without it the prototypes start anew."""
+        if self.prototype is None or ema:
+            return
+        if state:
+            self.prototype.load_state_dict(state, strict)
+        else:
+            _logger.info('The run had no prototypes: they start anew')
 
     @property
     def _gathers(self) -> bool:
-        return self.gather_features and self.triplet_weight != 0 and rank_and_world_size()[1] > 1
+        return self.gather_features and bool(self.feature_losses.weights) and rank_and_world_size()[1] > 1
 
     def _check_batch_size(self, size: int) -> None:
         """Check that all ranks have batches of one size: once by an exchange, then against that size."""
@@ -295,6 +336,11 @@ class ViReIDTask(TrainingTask):
             raise ValueError(
                 f'gathering features needs batches of one size throughout: {self._batch_size} rows so far, now {size}'
             )
+
+
+def infrared_rows(visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
+    """Return which rows of a batch's features are of infrared images: those after the visible ones, [N] bool."""
+    return torch.arange(len(visible) + len(infrared), device=infrared.device) >= len(visible)
 
 
 @contextmanager
