@@ -60,6 +60,7 @@ def test_synth_train_and_eval_work_for_every_layout(layout: str, tmp_path: Path)
     reader = ['--dataset', layout]
     if layout == 'market':
         reader = ['--dataset', 'folder', '--dataset-kwargs', 'names=market']
+    assert main(['data', str(root), *reader, '--workers', '0']) == 0
     assert main(_train_command(root, tmp_path, *reader)) == 0
     report = tmp_path / 'report.json'
     arguments = [*reader, '--data-dir', str(root), '--checkpoint', str(tmp_path / 'run')]
