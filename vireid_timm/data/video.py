@@ -72,18 +72,20 @@ def read_buptcampus(root: str, *, frames: int = 10) -> Dataset:
 
 def first_of_parts(length: int, frames: int) -> list[int]:
     """Return which images of a tracklet HITSZ-VCM's owners test on, each once; 0 frames are all of them."""
-    step = -(-length // frames) if frames else 1
-    return sorted({min(part * step, length - 1) for part in range(frames or length)})
+    if not 0 < frames < length:
+        return list(range(length))
+    step = -(-length // frames)
+    return sorted({min(part * step, length - 1) for part in range(frames)})
 
 
 def evenly_spaced(length: int, frames: int) -> list[int]:
     """Return which images of a tracklet BUPTCampus's owners test on, each once; 0 frames are all of them."""
-    return sorted({part * length // frames for part in range(frames)}) if frames else list(range(length))
+    return [part * length // frames for part in range(frames)] if 0 < frames < length else list(range(length))
 
 
 def _vcm_rows(scan: Scan, root: str, split: str, frames: int) -> list[TrackletRow]:
     """Return rows of the tracklets of `track_<split>_info.txt`, which are numbered by its lines."""
-    names = read_text(required('hitsz_vcm', root, f'info/{split}_name.txt')).split()
+    names = read_text(required('hitsz_vcm', root, f'info/{split}_name.txt')).splitlines()
     list_name = required('hitsz_vcm', root, f'info/track_{split}_info.txt')
     folder = os.path.join(root, split.capitalize())
     folder = folder if os.path.isdir(folder) else root
@@ -121,7 +123,7 @@ def _vcm_tracklet(names: Sequence[str], words: Sequence[str]) -> tuple[int, int,
             f'expected `<1 or 2> <first> <last> <identity> <camera>` with images 1 to {len(names)}, '
             f'got {" ".join(words)!r}'
         )
-    images = [_VCM_NAME.fullmatch(name) for name in names[first - 1 : last]]
+    images = [_VCM_NAME.fullmatch(name.strip()) for name in names[first - 1 : last]]
     if None in images:
         name = names[first - 1 + images.index(None)]
         raise ValueError(f'the image {name!r} is not named like 0001M1D2T3F4.jpg')
