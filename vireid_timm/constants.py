@@ -6,8 +6,10 @@ MODALITIES = (VISIBLE, INFRARED)
 SPLITS = ('train', 'query', 'gallery', 'test')  # a test image can be both a query and a gallery image
 UNKNOWN_CAMERA = 0
 
-DATASETS = ('csv', 'folder', 'llcm', 'regdb', 'synthetic', 'sysu_mm01')
-LAYOUT_NAMES = ('folder', 'sysu_mm01', 'regdb', 'llcm')
+DATASETS = ('buptcampus', 'csv', 'folder', 'hitsz_vcm', 'llcm', 'regdb', 'synthetic', 'sysu_mm01')
+LAYOUT_NAMES = ('folder', 'market', 'sysu_mm01', 'regdb', 'llcm', 'hitsz_vcm', 'buptcampus')
+FULL_SIZES = ('sysu_mm01', 'regdb', 'llcm')  # layouts that can have the real dataset's numbers of images
+NAMES = ('folders', 'market')  # where a folder's images tell who they show: their folder, or their own name
 SPECTRA = ('near-infrared', 'thermal')
 CACHES = ('auto', 'disk', 'ram', 'device', 'off')
 DRAWS = ('seeded', 'official')

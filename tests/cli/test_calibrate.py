@@ -115,6 +115,7 @@ def test_the_weights_in_the_package_are_calibrated_on_other_people_than_they_wer
                 'crops': 1,
                 'centre': False,
                 'size': [128, 64],
+                'tracklets': False,
             }
         )
         == ''

@@ -26,6 +26,9 @@ PROTOCOLS = {
     'sysu_mm01': {'all-single', 'all-multi', 'indoor-single', 'indoor-multi'},
     'regdb': {'visible-to-infrared', 'infrared-to-visible'},
     'llcm': {'visible-to-infrared', 'infrared-to-visible', 'visible-to-infrared-swapped'},
+    'market': {'visible-to-infrared', 'infrared-to-visible', 'mixed'},
+    'hitsz_vcm': {'visible-to-infrared', 'infrared-to-visible'},
+    'buptcampus': {'visible-to-infrared', 'infrared-to-visible', 'mixed'},
 }
 
 
@@ -54,9 +57,13 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize('layout', sorted(PROTOCOLS))
 def test_synth_train_and_eval_work_for_every_layout(layout: str, tmp_path: Path) -> None:
     root = _synth(tmp_path / 'data', layout)
-    assert main(_train_command(root, tmp_path, '--dataset', layout)) == 0
+    reader = ['--dataset', layout]
+    if layout == 'market':
+        reader = ['--dataset', 'folder', '--dataset-kwargs', 'names=market']
+    assert main(['data', str(root), *reader, '--workers', '0']) == 0
+    assert main(_train_command(root, tmp_path, *reader)) == 0
     report = tmp_path / 'report.json'
-    arguments = ['--dataset', layout, '--data-dir', str(root), '--checkpoint', str(tmp_path / 'run')]
+    arguments = [*reader, '--data-dir', str(root), '--checkpoint', str(tmp_path / 'run')]
     assert main(['eval', *arguments, '--report', str(report)]) == 0
     saved = json.loads(report.read_text())
     assert set(saved['protocols']) == PROTOCOLS[layout]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
-from vireid_timm.constants import INFRARED, VISIBLE
+from vireid_timm.constants import FULL_SIZES, INFRARED, VISIBLE
 from vireid_timm.data.images import read_image
 from vireid_timm.data.layouts import ABOUT_FILE, LAYOUT_NAMES, plan_layout, write_layout, write_permutations
 from vireid_timm.data.readers import PUBLISHED_COUNTS, create_dataset
@@ -21,7 +21,17 @@ from vireid_timm.evaluation.protocols import draw_trials, protocol_trials, proto
 from vireid_timm.synthvi.render import render
 
 SIZE = (32, 16)
-FULL = [name for name in LAYOUT_NAMES if name != 'folder']
+# How a layout is read, with all its images.
+READ = {
+    'market': ('folder', {'names': 'market'}),
+    'hitsz_vcm': ('hitsz_vcm', {'frames': 0}),
+    'buptcampus': ('buptcampus', {'frames': 0}),
+}
+
+
+def read(layout, root):
+    name, options = READ.get(layout, (layout, {}))
+    return create_dataset(name, root, **options)
 
 
 def tables(dataset):
@@ -54,7 +64,7 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize('layout', LAYOUT_NAMES)
 def test_every_image_comes_back(written, layout):
     root, plan = written[layout]
-    dataset = create_dataset(layout, root)
+    dataset = read(layout, root)
     planned = {str(root / image.path): image for image in plan.images}
     paths = [path for records in tables(dataset) for path in records.path.tolist()]
     assert sorted(paths) == sorted(planned)
@@ -88,14 +98,16 @@ def test_every_image_comes_back(written, layout):
 @pytest.mark.parametrize('layout', LAYOUT_NAMES)
 def test_identities_are_as_asked_and_protocols_work(written, layout):
     root, plan = written[layout]
-    dataset = create_dataset(layout, root)
+    dataset = read(layout, root)
     assert [len(records.identities()) for records in tables(dataset)] == [5, 4]
     assert (plan.identities, plan.test_identities) == (5, 4)
     assert not set(dataset.train.identities()) & set(dataset.test.identities())
     for records, modality in itertools.product(tables(dataset), (VISIBLE, INFRARED)):
         of_modality = records[records.modality == modality]
         assert of_modality.identities() == records.identities()
-        assert min(np.unique(of_modality.identity, return_counts=True)[1]) >= (3 if layout == 'folder' else 4)
+        assert min(np.unique(of_modality.identity, return_counts=True)[1]) >= (
+            3 if layout in ('folder', 'market') else 4
+        )
     for protocol in protocols_of(dataset):
         for trial in protocol_trials(dataset, protocol):
             same = dataset.test.identity[trial.query][:, None] == dataset.test.identity[trial.gallery]
@@ -285,11 +297,12 @@ def test_folder_that_cannot_be_created(tmp_path):
 @pytest.mark.parametrize(
     'layout, options, message',
     [
-        ('market1501', {'identities': 1}, 'unknown layout .*folder, sysu_mm01, regdb, llcm'),
+        ('market1501', {'identities': 1}, 'unknown layout .*folder, market, sysu_mm01, regdb, llcm'),
         ('sysu_mm01', {}, 'number of identities must be a whole number, got None'),
         ('sysu_mm01', {'identities': 0}, 'number of identities must be at least 1, got 0'),
         ('llcm', {'identities': 2, 'test_identities': 0}, 'number of test identities must be at least 1, got 0'),
-        ('folder', {'full_size': True}, 'layout folder has none'),
+        ('folder', {'full_size': True}, 'layout folder has no full size'),
+        ('hitsz_vcm', {'full_size': True}, 'has no full size .*; choose sysu_mm01, regdb, llcm'),
         ('regdb', {'full_size': True, 'identities': 4}, 'sets the numbers of identities'),
     ],
 )
@@ -314,7 +327,7 @@ def test_default_number_of_test_identities(layout, identities, expected):
 def full():
     """Layout -> (plan, dataset as its reader would return it), at full size and without any file."""
     datasets = {}
-    for layout in FULL:
+    for layout in FULL_SIZES:
         plan = plan_layout(layout, full_size=True)
         if layout == 'regdb':
             tested = {line.split('/')[1] for line in plan.lists['idx/test_visible_1.txt'].splitlines()}
@@ -336,7 +349,7 @@ def full():
     return datasets
 
 
-@pytest.mark.parametrize('layout', FULL)
+@pytest.mark.parametrize('layout', FULL_SIZES)
 def test_full_size_has_the_published_counts(full, layout):
     plan, dataset = full[layout]
     assert counts_of(dataset) == PUBLISHED_COUNTS[layout]

@@ -328,6 +328,62 @@ def test_folder_without_any_image(tmp_path):
         create_dataset('folder', tmp_path, test_share=0)
 
 
+def put_market(root, split, modality, *names):
+    put(root, *(f'{split}/{modality}/{name}' for name in names))
+
+
+def test_market_names(tmp_path, caplog):
+    people = ['0002_c1s1_000151_01.jpg', '0002_c11s3_7.png', '0007_c2s1_000151_00.jpg', '1501_c6.jpg']
+    for split in ('train', 'query', 'gallery'):
+        for modality in (VISIBLE, INFRARED):
+            number = 'train query gallery'.split().index(split) * 2000
+            names = [f'{int(name[:4]) + number:04d}{name[4:]}' for name in people]
+            put_market(tmp_path, split, modality, *names, '-1_c1s1_000401_03.jpg', '0000_c3s1_1.jpg', '00_c3s1_1.jpg')
+    dataset = create_dataset('folder', tmp_path, names='market')
+    for split, table in (('train', dataset.train), ('query', dataset.test), ('gallery', dataset.test)):
+        expected = []
+        for modality in (VISIBLE, INFRARED):
+            for path in sorted((tmp_path / split / modality).iterdir()):
+                identity, rest = path.name.split('_c')
+                if int(identity) > 0 or int(identity) == 0 and split == 'gallery':
+                    camera = {'1': 11 if rest.startswith('11') else 1}.get(rest[0], int(rest[0]))
+                    expected.append((str(path), identity, camera, modality, split))
+        assert rows_of(table[table.split == split]) == expected
+    assert dataset.options == {'names': 'market'}
+    assert [(finding.kind, finding.count) for finding in dataset.findings] == [('junk-image', 6), ('distractor', 8)]
+    assert [message.partition(':')[0] for message in warnings_in(caplog)] == [
+        '6 images are junk (identity -1) and are left out',
+        '8 images show nobody in particular (identity 0) and are left out',
+    ]
+
+
+def test_market_names_may_hold_people_out(tmp_path):
+    for modality in (VISIBLE, INFRARED):
+        put_market(
+            tmp_path, 'train', modality, *(f'{person:04d}_c1s1_{n}.jpg' for person in range(6) for n in range(2))
+        )
+    dataset = create_dataset('folder', tmp_path, names='market', test_share=0.4, seed=3)
+    assert dataset.options == {'test_share': 0.4, 'seed': 3, 'names': 'market'}
+    assert len(dataset.test.identities()) == 2
+    assert sorted(dataset.train.identities() + dataset.test.identities()) == [f'{n:04d}' for n in range(1, 6)]
+
+
+def test_market_names_are_never_guessed(tmp_path, caplog):
+    for modality in (VISIBLE, INFRARED):
+        put_market(tmp_path, 'train', modality, '0001_c1s1_1.jpg', '0002_c1s1_1.jpg')
+    with pytest.raises(ValueError, match='has no image; expected:(?s:.*)names=market'):
+        create_dataset('folder', tmp_path, test_share=0)
+    assert '4 images are not in the folder of a person' in caplog.text
+    with pytest.raises(ValueError, match="unknown names 'markt'; expected one of folders, market"):
+        create_dataset('folder', tmp_path, names='markt')
+    put_market(tmp_path, 'train', VISIBLE, 'anna.jpg', 'c3_1.jpg')
+    with pytest.raises(ValueError, match='names such as 0001_c1s1_000151_01.jpg .*, but 2 are not: anna.jpg, c3_1.jpg'):
+        create_dataset('folder', tmp_path, names='market')
+    put_market(tmp_path, 'train', VISIBLE, 'ben/0001_c1s1_1.jpg')
+    with pytest.raises(ValueError, match=r'has folders \(ben\), but names=market'):
+        create_dataset('folder', tmp_path, names='market')
+
+
 def write_csv(root, *lines, header='path,identity,camera,modality,split'):
     text(root, 'table.csv', '\n'.join([header, *lines, '']))
     return root / 'table.csv'
@@ -453,7 +509,9 @@ def test_synthetic_errors():
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown dataset 'sysu' \(did you mean 'sysu_mm01'\?\); available: csv, fo"):
+    with pytest.raises(
+        ValueError, match=r"unknown dataset 'sysu' \(did you mean 'sysu_mm01'\?\); available: buptcampus, csv, fo"
+    ):
         create_dataset('sysu', tmp_path)
     with pytest.raises(ValueError, match="unknown dataset 'market1501'; available"):
         create_dataset('market1501', tmp_path)

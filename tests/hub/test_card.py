@@ -85,7 +85,7 @@ def test_the_card_imports_the_package_first_and_says_what_it_must_not_be_used_fo
     assert '](sample.png)' in _card(sample='sample.png')
 
 
-@pytest.mark.parametrize('dataset', ['sysu_mm01', 'regdb', 'llcm'])
+@pytest.mark.parametrize('dataset', ['sysu_mm01', 'regdb', 'llcm', 'hitsz_vcm', 'buptcampus'])
 def test_licensed_training_data_are_named_with_their_terms(dataset: str) -> None:
     title = DATASET_TITLES[dataset]
     assert f'terms of {title}' in _card({'dataset': dataset})

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..constants import LAYOUT_NAMES, SPECTRA
+from ..constants import FULL_SIZES, LAYOUT_NAMES, SPECTRA
 from ..files import expanded_path
 from .parser import Parser
 
@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument('--spectrum', choices=SPECTRA, help=text)
     text = 'height and width of the images (default: 128 64)'
     parser.add_argument('--size', nargs=2, type=int, default=(128, 64), metavar=('H', 'W'), help=text)
-    text = "use the real dataset's identity and image counts (default: off)"
+    text = f"use the real dataset's identity and image counts, of {', '.join(FULL_SIZES)} (default: off)"
     parser.add_argument('--full-size', action='store_true', help=text)
     text = 'processes that render (default: one per core, at most 8)'
     parser.add_argument('--workers', type=int, metavar='N', help=text)

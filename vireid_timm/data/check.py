@@ -120,6 +120,7 @@ class DataSummary:
         root: The folder or file.
         people: Split -> number of identities.
         images: Split -> modality -> number of images.
+        tracklets: Split -> modality -> number of tracklets; empty if the images are single ones.
         cameras: Modality -> camera number, 0 if unknown -> number of images.
         sizes: Modality -> smallest, median and largest height and width of its images, [3][2].
         findings: What is odd: the reader's findings, then those about the images.
@@ -129,6 +130,7 @@ class DataSummary:
     root: str
     people: dict[str, int]
     images: dict[str, dict[str, int]]
+    tracklets: dict[str, dict[str, int]]
     cameras: dict[str, dict[int, int]]
     sizes: dict[str, list[list[int]]]
     findings: list[Finding]
@@ -139,6 +141,10 @@ class DataSummary:
             [split, f'{self.people[split]:,}', *(f'{count:,}' for count in counts.values())]
             for split, counts in self.images.items()
         ]
+        if self.tracklets:
+            rows[0] += [f'{modality} tracklets' for modality in MODALITIES]
+            for row in rows[1:]:
+                row += [f'{count:,}' for count in self.tracklets[row[0]].values()]
         lines = [f'{self.dataset} {self.root}', '', *aligned(rows), '']
         for modality in self.sizes:
             cameras = ', '.join(f'{camera or "unknown"}: {count:,}' for camera, count in self.cameras[modality].items())
@@ -197,10 +203,25 @@ def check_dataset(dataset: Dataset, *, workers: int | None = None, progress: boo
             split: {name: int(((records.split == split) & (records.modality == name)).sum()) for name in MODALITIES}
             for split in splits
         },
+        _tracklets(dataset),
         cameras,
         sizes,
         findings,
     )
+
+
+def _tracklets(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Return split -> modality -> number of tracklets, empty if the images are single ones."""
+    return {
+        split: {
+            modality: table[(table.split == split) & (table.modality == modality)].num_tracklets()
+            for modality in MODALITIES
+        }
+        for table in (dataset.train, dataset.test)
+        if table.tracklet is not None
+        for split in SPLITS
+        if (table.split == split).any()
+    }
 
 
 class _Seen(NamedTuple):

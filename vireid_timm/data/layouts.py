@@ -1,8 +1,8 @@
-"""Write SynthVI to disk, in the layouts of SYSU-MM01, RegDB, LLCM and custom folders.
+"""Write SynthVI to disk, in the layouts of the public datasets and of custom folders.
 
-The dataset reader of the same name reads what is written. File names, lists and camera numbers are those of the real
-dataset; at full size, so are the numbers of identities and images. This lets you test a pipeline at its real scale
-before, or without, having the licensed images.
+The dataset reader of the same name reads what is written; `market` is read by `folder` with `names=market`. File names,
+lists and camera numbers are those of the real dataset; at full size, so are the numbers of identities and images. This
+lets you test a pipeline at its real scale before, or without, having the licensed images.
 """
 
 import functools
@@ -14,17 +14,18 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ..constants import INFRARED, LAYOUT_NAMES, MODALITIES, SPECTRA, VISIBLE
+from ..constants import FULL_SIZES, INFRARED, LAYOUT_NAMES, MODALITIES, SPECTRA, VISIBLE
 from ..options import check_range
 from ..synthvi.render import render
 from .readers import PERMUTATION_FILE, PERMUTATION_VARIABLE, REGDB_TRIALS, SYSU_CAMERAS
+from .video import BUPT_CAMERAS, BUPT_FOLDERS, VCM_FOLDERS, VCM_MODALITIES
 from .workers import map_chunks
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _REGDB_IMAGES = 10  # per identity and modality, as in the real dataset
 _LLCM_IMAGES = 2  # per identity, modality and camera
 _LLCM_NO_INFRARED = 3  # the one camera without infrared images
 _FOLDER_IMAGES = 6  # per identity and modality
+_TRACKLET_IMAGES = 12  # or up to two more; HITSZ-VCM's owners leave out shorter tracklets
+_FRAME_STEP = 5  # between the frame numbers of a tracklet's images
 _PERMUTATION_TRIALS = 10
 # Replaces SciPy's header text of a MATLAB file, which has the time and the platform.
 _MATLAB_HEADER = b'MATLAB 5.0 MAT-file, written by vireid_timm'.ljust(116)
@@ -88,7 +91,7 @@ def write_layout(
 
     Args:
         root: The folder to create. Nothing is done if it already has these contents.
-        layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
+        layout: `folder`, `market`, `sysu_mm01`, `regdb`, `llcm`, `hitsz_vcm` or `buptcampus`.
         identities: Number of identities to train on; see `plan_layout`.
         test_identities: Number of identities to test on; see `plan_layout`.
         seed: Seed of the people, their images and the cameras.
@@ -160,11 +163,11 @@ def plan_layout(
     """Return what `write_layout` would write, without rendering anything.
 
     Args:
-        layout: `folder`, `sysu_mm01`, `regdb` or `llcm`.
+        layout: `folder`, `market`, `sysu_mm01`, `regdb`, `llcm`, `hitsz_vcm` or `buptcampus`.
         identities: Number of identities to train on.
         test_identities: Number of further identities to test on; None for a fifth of `identities`, at least 8. For
             RegDB, whose trials halve the identities, None means as many as `identities`.
-        full_size: Use the real dataset's numbers instead. Not for `folder`, which has no real dataset.
+        full_size: Use the real dataset's numbers instead, for `sysu_mm01`, `regdb` and `llcm`.
 
     Raises:
         ValueError: On invalid arguments.
@@ -172,10 +175,10 @@ def plan_layout(
     if layout not in LAYOUT_NAMES:
         raise ValueError(f'unknown layout {layout!r}; expected one of {", ".join(LAYOUT_NAMES)}')
     if full_size:
-        if layout == 'folder':
+        if layout not in FULL_SIZES:
             raise ValueError(
-                'full_size (--full-size) follows a real dataset, and layout folder has none; choose sysu_mm01, regdb '
-                'or llcm, or a number of identities'
+                f'layout {layout} has no full size (--full-size); choose {", ".join(FULL_SIZES)}, or give a number of '
+                'identities'
             )
         if identities is not None or test_identities is not None:
             raise ValueError('full_size (--full-size) sets the numbers of identities; give one or the other')
@@ -186,8 +189,16 @@ def plan_layout(
     if test_identities is None:
         test_identities = identities if layout == 'regdb' else max(8, identities // 5)
     check_range('the number of test identities', test_identities, 1)
-    planner = {'folder': _plan_folder, 'sysu_mm01': _plan_sysu_mm01, 'regdb': _plan_regdb, 'llcm': _plan_llcm}[layout]
-    return planner(identities, test_identities)
+    planners = {
+        'folder': _plan_folder,
+        'market': _plan_market,
+        'sysu_mm01': _plan_sysu_mm01,
+        'regdb': _plan_regdb,
+        'llcm': _plan_llcm,
+        'hitsz_vcm': _plan_hitsz_vcm,
+        'buptcampus': _plan_buptcampus,
+    }
+    return planners[layout](identities, test_identities)
 
 
 def write_permutations(plan: LayoutPlan, folder: Path, seed: int) -> None:
@@ -296,6 +307,17 @@ def _plan_folder(identities: int, test_identities: int) -> LayoutPlan:
                 path = f'{split}/{modality}/{identity:05d}/c{camera}_{image:04d}.jpg'
                 images.append(PlannedImage(path, modality, identity, camera, image))
     return LayoutPlan(images, {}, identities, test_identities)
+
+
+def _plan_market(identities: int, test_identities: int) -> LayoutPlan:
+    """Plan the custom folders with Market-1501's file names instead of a folder for each person."""
+    plan = _plan_folder(identities, test_identities)
+    images = []
+    for image in plan.images:
+        split, modality, _, _ = image.path.split('/')
+        name = f'{image.identity + 1:04d}_c{image.camera}s1_{image.image:06d}_01.jpg'  # 0000 would be a distractor
+        images.append(image._replace(path=f'{split}/{modality}/{name}', identity=image.identity + 1))
+    return replace(plan, images=images)
 
 
 def _plan_sysu_mm01(identities: int, test_identities: int) -> LayoutPlan:
@@ -417,6 +439,61 @@ def _llcm_plan(cells: dict[str, Cells], train: Sequence[int], test: Sequence[int
         for split, members in (('train', train), ('test', test)):
             lists[f'idx/{split}_{word}.txt'] = _labelled_lines([paths[identity] for identity in sorted(members)])
     return LayoutPlan(images, lists, len(train), len(test))
+
+
+def _plan_hitsz_vcm(identities: int, test_identities: int) -> LayoutPlan:
+    """Plan a small HITSZ-VCM: two visible and two infrared tracklets of each identity, one of each at one place."""
+    rng = random.Random('small HITSZ-VCM')
+    images, lists = [], {}
+    for split, numbers in (
+        ('train', range(1, identities + 1)),
+        ('test', range(identities + 1, identities + test_identities + 1)),
+    ):
+        names, tracklets = [], []
+        for identity in numbers:
+            first, shared, last = rng.sample(range(1, 7), 3)
+            for kind, camera in ((2, first), (2, shared), (1, shared), (1, last)):
+                start = len(names) + 1
+                for image in range(_tracklet_length(identity, camera)):
+                    file = f'{_FRAME_STEP * image + 1}.jpg'
+                    path = f'{split.capitalize()}/{identity:04d}/{VCM_FOLDERS[kind]}/D{camera}/{file}'
+                    images.append(PlannedImage(path, VCM_MODALITIES[kind], identity, camera, image))
+                    names.append(f'{identity:04d}M{kind}D{camera}T1F{file}')
+                tracklets.append((kind, start, len(names), identity, camera))
+        lists[f'info/{split}_name.txt'] = ''.join(f'{name}\n' for name in names)
+        lists[f'info/track_{split}_info.txt'] = ''.join(' '.join(map(str, values)) + '\n' for values in tracklets)
+    queries = [str(number) for number, (kind, *_) in enumerate(tracklets, 1) if VCM_MODALITIES[kind] == INFRARED]
+    lists['info/query_IDX.txt'] = ' '.join(queries) + '\n'
+    return LayoutPlan(images, lists, identities, test_identities)
+
+
+def _plan_buptcampus(identities: int, test_identities: int) -> LayoutPlan:
+    """Plan a small BUPTCampus: pairs of tracklets in two cameras; of test identities, one tracklet is the query."""
+    rng = random.Random('small BUPTCampus')
+    images, paths = [], {}
+    lists: dict[str, list[str]] = {'train': [], 'query': [], 'gallery': []}
+    for identity in range(1, identities + test_identities + 1):
+        for place, camera in enumerate(rng.sample(range(1, len(BUPT_CAMERAS) + 1), 2)):
+            name, modalities, split = BUPT_CAMERAS[camera - 1], MODALITIES, 'train'
+            if identity > identities:
+                modalities = (MODALITIES[identity % 2],) if place == 0 else MODALITIES
+                split = 'gallery' if place else 'query'
+            words = ['RGB/IR'] if split == 'train' else [BUPT_FOLDERS[modality] for modality in modalities]
+            lists[split] += [f'{identity} {word} {name} 1\n' for word in words]
+            for modality in modalities:
+                word, files = BUPT_FOLDERS[modality], []
+                for image in range(_tracklet_length(identity, camera)):
+                    files.append(
+                        f'{identity}/{word}/{name}/{identity}_{word}_{name}_1_{8000 + _FRAME_STEP * image}.jpg'
+                    )
+                    images.append(PlannedImage(f'DATA/{files[-1]}', modality, identity, camera, image))
+                paths.setdefault(str(identity), {}).setdefault(word, {}).setdefault(name, {})['1'] = files
+    texts = {f'{split}.txt': ''.join(lines) for split, lines in lists.items()}
+    return LayoutPlan(images, {'data_paths.json': json.dumps(paths), **texts}, identities, test_identities)
+
+
+def _tracklet_length(identity: int, camera: int) -> int:
+    return _TRACKLET_IMAGES + (identity + camera) % 3
 
 
 def _spread(rng: random.Random, total: int, cells: list[tuple[int, int]], least: int, most: int) -> Cells:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from .findings import Findings
 from .images import image_suffixes
-from .readers import CAMERA_PREFIX, NO_VALUE, Scan, camera_number, check_lines, csv_camera, csv_path, csv_rows
+from .readers import CAMERA_PREFIX, NO_VALUE, csv_camera, csv_path, csv_rows
+from .scan import Scan, camera_number, check_lines
 
 COLUMNS = ('path', 'camera', 'time', 'identity')
 CSV_FORM = """

@@ -1,9 +1,10 @@
-"""Read datasets as record tables: SYSU-MM01, RegDB and LLCM as distributed, folders, CSV files, and SynthVI.
+"""Read datasets as record tables: the public ones as distributed, folders, CSV files, and SynthVI.
 
 Every reader returns a `Dataset`: the records to train on, and every image that a protocol may need, once. Nothing is
 decoded here. SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017. RegDB: Nguyen et
 al., "Person Recognition System Based on a Combination of Body Images from Visible Light and Thermal Cameras", Sensors
-2017. LLCM: arXiv:2303.14481.
+2017. LLCM: arXiv:2303.14481. Market-1501's names: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV
+2015. HITSZ-VCM and BUPTCampus: see `video`.
 """
 
 import csv
@@ -14,50 +15,31 @@ import logging
 import os
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..constants import INFRARED, MODALITIES, SPLITS, UNKNOWN_CAMERA, VISIBLE
+from ..constants import INFRARED, MODALITIES, NAMES, SPLITS, UNKNOWN_CAMERA, VISIBLE
 from ..options import MANY, check_kinds, check_range
 from ..synthvi.render import camera_numbers, camera_order, image_address
 from ..text import format_list
 from .findings import Findings
-from .images import image_suffixes
 from .records import Dataset, Records
+from .scan import CAMERA_DIGITS, LAYOUTS, Scan, camera_number, check_lines, read_text, required, visible_entries
+from .video import read_buptcampus, read_hitsz_vcm
 
 _logger = logging.getLogger(__name__)
 
 Row = tuple[str, str, int, str, str]  # path, identity, camera, modality, split
 
-LAYOUTS = {
-    'sysu_mm01': """
-  cam1/ ... cam6/<identity, 4 digits>/<image>.jpg     (visible: 1, 2, 4, 5; infrared: 3, 6)
-  exp/train_id.txt  exp/val_id.txt  exp/test_id.txt     (one line of comma-separated numbers each)""",
-    'regdb': """
-  Visible/<identity>/<image>.bmp
-  Thermal/<identity>/<image>.bmp
-  idx/{train,test}_{visible,thermal}_<trial>.txt        (a line per image: path, space, label)""",
-    'llcm': """
-  vis/<identity>/<image>.jpg  nir/<identity>/<image>.jpg                       (training)
-  test_vis/cam<n>/<identity>/<image>.jpg  test_nir/cam<n>/<identity>/<image>.jpg
-  idx/train_vis.txt  idx/train_nir.txt                  (a line per image: path, space, label)
-  idx/test_id.txt                                       (one line of comma-separated numbers)""",
-    'folder': """
-  train/visible/<person>/<image>  train/infrared/<person>/<image>
-  query/<modality>/<person>/<image>  gallery/<modality>/<person>/<image>       (both or neither)""",
-    'csv': """
-  path,identity,camera,modality,split
-  images/a.jpg,anna,3,visible,train
-(path: relative to the file's folder; camera: optional; split: train, query, gallery, or test for both)""",
-}
-# Images of (training visible, training infrared, test visible, test infrared), as published.
+# Images of (training visible, training infrared, test visible, test infrared), as published; of video the tracklets.
 PUBLISHED_COUNTS = {
     'sysu_mm01': (22258, 11909, 6775, 3803),
     'regdb': (2060, 2060, 2060, 2060),
     'llcm': (16946, 13975, 8680, 7166),
+    'hitsz_vcm': (5460, 4291, 5099, 4584),  # without those that are too short
+    'buptcampus': (3574, 3574, 2962, 2958),
 }
 SYSU_CAMERAS = ((1, VISIBLE), (2, VISIBLE), (3, INFRARED), (4, VISIBLE), (5, VISIBLE), (6, INFRARED))
 # The owners' order of every identity's images in every camera; their evaluation takes the first ones.
@@ -68,20 +50,19 @@ REGDB_TRIALS = range(1, 11)
 CAMERA_PREFIX = re.compile(r'c(?:am)?(\d+)_', re.IGNORECASE)  # c3_0001.jpg, cam3_0001.jpg
 _LLCM_CAMERA = re.compile(r'_c(\d+)_')  # 0001_c01_s185535_f7010_nir.jpg
 _CAMERA_FOLDER = re.compile(r'cam(\d+)')
+_MARKET_NAME = re.compile(r'(-1|\d+)_c(\d+)')  # 0001_c1s1_000151_01.jpg; -1 is junk, 0 a distractor
 _FLOAT_CAMERA = re.compile(r'\d+\.0+')
 NO_VALUE = ('nan', 'na', 'n/a', '<na>', 'none', 'null')
-_CAMERA_DIGITS = 18  # what fits into 64 bits
-_LITTER = ('thumbs.db', 'desktop.ini')  # Windows leaves them in every folder of images
 
 
 def create_dataset(name: str, root: str | os.PathLike | None = None, **options: object) -> Dataset:
     """Read the record tables of a dataset.
 
     Args:
-        name: `sysu_mm01`, `regdb`, `llcm`, `folder`, `csv` or `synthetic`.
+        name: `sysu_mm01`, `regdb`, `llcm`, `hitsz_vcm`, `buptcampus`, `folder`, `csv` or `synthetic`.
         root: The dataset's folder; the CSV file for `csv`; None for `synthetic`.
-        **options: The reader's options: `trial` (regdb); `test_share`, `seed` (folder); for `synthetic` see
-            `read_synthetic`.
+        **options: The reader's options: `trial` (regdb); `frames` (hitsz_vcm, buptcampus); `test_share`, `seed`,
+            `names` (folder); for `synthetic` see `read_synthetic`.
 
     Raises:
         ValueError: On an unknown name or option, or on invalid data; the message says where.
@@ -149,7 +130,7 @@ def read_sysu_mm01(root: str) -> Dataset:
     both = sorted(set(train) & set(lists['test']))
     if both:
         raise ValueError(f'{root}: identity {both[0]} is listed for training and for testing; check exp/*_id.txt')
-    cells = [(camera, modality, _required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
+    cells = [(camera, modality, required('sysu_mm01', root, f'cam{camera}')) for camera, modality in SYSU_CAMERAS]
     with Scan() as scan:
         tables = [_camera_folders(scan, cells, *part) for part in ((train, 'train'), (lists['test'], 'test'))]
     return Dataset('sysu_mm01', root, *tables, findings=scan.findings)
@@ -185,7 +166,7 @@ def read_llcm(root: str) -> Dataset:
                 rows.append((path, inner.split('/')[-2], camera, modality, 'train'))
         for modality, name in ((VISIBLE, 'test_vis'), (INFRARED, 'test_nir')):
             # The number comes from this folder's own name: "cam" may occur anywhere in the path above it.
-            folder = _required('llcm', root, name)
+            folder = required('llcm', root, name)
             for camera in scan.folders(folder, _CAMERA_FOLDER, 'cam<number>'):
                 path = os.path.join(folder, camera)
                 cells.append((camera_number(camera[3:], path), modality, path))
@@ -194,17 +175,26 @@ def read_llcm(root: str) -> Dataset:
     return Dataset('llcm', root, Records.from_rows(rows), test, findings=scan.findings)
 
 
-def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset:
+def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0, names: str = 'folders') -> Dataset:
     """Read custom images in folders, see `LAYOUTS['folder']`.
 
     The camera is the number in a `c3_` or `cam3_` prefix of the file name, else 0 (unknown). Without `query` and
     `gallery` folders, a share of the identities is held out of `train` for testing. With them, `train` may be missing.
 
+    With Market-1501's names there are no folders of people: `0001_c1s1_000151_01.jpg` shows identity 0001 in camera 1.
+    As there, identity -1 is junk, which is left out, and 0 is nobody in particular: a distractor in galleries, left out
+    elsewhere.
+
     Args:
         root: The folder.
         test_share: Share of the identities to hold out, 0 for none; ignored if there is a gallery.
         seed: Decides which identities are held out.
+        names: What tells who an image shows: `folders`, or `market` for Market-1501's file names.
     """
+    if names not in NAMES:
+        raise ValueError(f'unknown names {names!r}; expected one of {", ".join(NAMES)}')
+    read = _person_folders if names == 'folders' else _market_files
+    options = {} if names == 'folders' else {'names': names}
     with Scan() as scan:
         present = scan.folders(root, re.compile('train|query|gallery'), 'train, query or gallery')
         if ('query' in present) != ('gallery' in present):
@@ -212,19 +202,19 @@ def read_folder(root: str, *, test_share: float = 0.2, seed: int = 0) -> Dataset
             raise ValueError(
                 f'{root} has a folder {there} but no {missing}; expected both or neither:{LAYOUTS["folder"]}'
             )
-        train = Records.from_rows(_person_folders(scan, root, 'train') if 'train' in present else [])
+        train = Records.from_rows(read(scan, root, 'train') if 'train' in present else [])
         for modality in MODALITIES if 'train' in present or 'query' not in present else ():
-            _required('folder', root, f'train/{modality}')
+            required('folder', root, f'train/{modality}')
         test = []
         for split in ('query', 'gallery') if 'query' in present else ():
-            rows = _person_folders(scan, root, split)
+            rows = read(scan, root, split)
             if not rows:
                 raise ValueError(f'{os.path.join(root, split)} has no image; expected:{LAYOUTS["folder"]}')
             test += rows
     if test:
-        return Dataset('folder', root, train, Records.from_rows(test), findings=scan.findings)
+        return Dataset('folder', root, train, Records.from_rows(test), options, scan.findings)
     train, held_out = split_identities(train, test_share, seed)
-    return Dataset('folder', root, train, held_out, {'test_share': test_share, 'seed': seed}, scan.findings)
+    return Dataset('folder', root, train, held_out, {'test_share': test_share, 'seed': seed} | options, scan.findings)
 
 
 def read_csv(root: str) -> Dataset:
@@ -302,8 +292,10 @@ def read_synthetic(
 
 
 READERS: dict[str, Callable[..., Dataset]] = {
+    'buptcampus': read_buptcampus,
     'csv': read_csv,
     'folder': read_folder,
+    'hitsz_vcm': read_hitsz_vcm,
     'llcm': read_llcm,
     'regdb': read_regdb,
     'synthetic': read_synthetic,
@@ -323,28 +315,6 @@ class _Line:
     split: str
 
 
-def _read_text(file_name: str) -> str:
-    """Return the text of a file, without a byte order mark."""
-    with open(file_name, 'rb') as file:
-        content = file.read()
-    try:
-        text, wrong = content.decode('utf-8-sig'), content.find(b'\0')  # UTF-16 without a mark has zeros
-    except UnicodeDecodeError as error:
-        text, wrong = '', error.start
-    if wrong >= 0:
-        line = content.count(b'\n', 0, wrong) + 1
-        raise ValueError(f'{file_name}, line {line}: this is not UTF-8 text; save the file as UTF-8')
-    return text
-
-
-def check_lines(file_name: str, wrong: Sequence[str], hint: str = '') -> None:
-    """Raise an error that names the first wrong lines (`line 3: ...`) and counts them all, if there are any."""
-    if wrong:
-        where = f'{file_name}, ' if len(wrong) == 1 else f'{file_name} has {len(wrong):,} wrong lines: '
-        missing = all(': there is no file ' in line for line in wrong)
-        raise (FileNotFoundError if missing else ValueError)(where + format_list(wrong, separator='; ') + hint)
-
-
 def csv_rows(file_name: str, required: Sequence[str], expected: str) -> Iterator[tuple[int, dict[str, str], str]]:
     """Yield the number of each line of a CSV file, its values by lower-case column name, and what is wrong with it.
 
@@ -358,7 +328,7 @@ def csv_rows(file_name: str, required: Sequence[str], expected: str) -> Iterator
     Raises:
         ValueError: The first line lacks a column, or the file is not UTF-8 text.
     """
-    text = _read_text(file_name)
+    text = read_text(file_name)
     delimiter = max(',;\t', key=text.partition('\n')[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True)
     reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
@@ -450,18 +420,11 @@ def _merge_repeated(file_name: str, lines: list[_Line], findings: Findings) -> l
 
 def _number_cameras(file_name: str, lines: list[_Line]) -> list[_Line]:
     names = sorted({line.camera for line in lines} - {''})
-    if all(name.isdecimal() and len(name) <= _CAMERA_DIGITS for name in names):
+    if all(name.isdecimal() and len(name) <= CAMERA_DIGITS for name in names):
         return [replace(line, camera=line.camera or str(UNKNOWN_CAMERA)) for line in lines]
     numbers = {name: str(number) for number, name in enumerate(names, 1)} | {'': str(UNKNOWN_CAMERA)}
     _logger.info(f'{file_name}: cameras are numbered {", ".join(f"{name}={numbers[name]}" for name in names)}')
     return [replace(line, camera=numbers[line.camera]) for line in lines]
-
-
-def camera_number(digits: str, where: str) -> int:
-    """Return the number of a camera; `where` names the file if it has too many digits."""
-    if len(digits) > _CAMERA_DIGITS:
-        raise ValueError(f'{where}: the camera number {digits} has more than {_CAMERA_DIGITS} digits; rename it')
-    return int(digits)
 
 
 def _existing_root(name: str, root: str) -> str:
@@ -473,113 +436,15 @@ def _existing_root(name: str, root: str) -> str:
     return root
 
 
-def _required(name: str, root: str, inner: str) -> str:
-    path = os.path.join(root, *inner.split('/'))
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'there is no {path}; dataset {name!r} expects in {root}:{LAYOUTS[name]}')
-    return path
-
-
 def _hint(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-class Scan:
-    """Lists folders and images. At the end of its `with` block it reports what it ignored, also after an error.
-
-    Hidden files and folders are ignored silently.
-    """
-
-    def __init__(self) -> None:
-        self.findings = Findings()
-        self._suffixes = image_suffixes()
-        self._noted: dict[tuple[str, str], list[str]] = {}
-        self._unread: list[str] = []
-
-    def __enter__(self) -> 'Scan':
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for (kind, what), names in self._noted.items():
-            self.findings.add(kind, what, names)
-        counts = Counter(os.path.splitext(path)[1].lower() or 'none' for path in self._unread)
-        listed = ', '.join(f'{suffix}: {count:,}' for suffix, count in counts.most_common())
-        heic = '; to read .heic, run `pip install pillow-heif`' if counts.keys() & {'.heic', '.heif'} else ''
-        what = f'files are ignored for their suffix ({listed}; read are {" ".join(self._suffixes)}{heic})'
-        self.findings.add('unread-suffix', what, sorted(self._unread))
-
-    def note(self, kind: str, what: str, name: str) -> None:
-        """Add a name to a finding."""
-        self._noted.setdefault((kind, what), []).append(name)
-
-    def folders(self, folder: str, expected: re.Pattern | None = None, description: str = '') -> list[str]:
-        """Return the names of the sub-folders, sorted.
-
-        Args:
-            folder: The folder.
-            expected: Names to return; None for all.
-            description: The same for people.
-        """
-        names = []
-        for entry in _visible_entries(folder):
-            if entry.is_dir():
-                names.append(entry.name)
-            elif entry.name.lower().endswith(self._suffixes):
-                self.note('stray-image', 'images are not in the folder of a person and are ignored', entry.path)
-        for name in names if expected else ():
-            if not expected.fullmatch(name):
-                what = f'folders are ignored because they are not named {description}'
-                self.note('unknown-folder', what, os.path.join(folder, name))
-        return [name for name in names if expected is None or expected.fullmatch(name)]
-
-    def tree(self, folder: str, within: tuple[str, ...] = ()) -> Iterator[os.DirEntry]:
-        """Yield the images in a folder and in all folders below it, by name.
-
-        Args:
-            folder: The folder.
-            within: Real paths of the folders that it was reached through: links may form a circle.
-        """
-        within = (*within, os.path.realpath(folder))
-        for entry in _visible_entries(folder):
-            if not entry.is_dir():
-                if entry.name.lower().endswith(self._suffixes) and (entry.is_file() or entry.is_symlink()):
-                    yield entry
-                else:
-                    self._unread.append(entry.path)
-            elif os.path.realpath(entry.path) in within:
-                self.note('circular-link', 'links lead back to a folder above them and are not followed', entry.path)
-            elif not os.access(entry.path, os.R_OK | os.X_OK):
-                self.note('closed-folder', 'folders cannot be read and are left out', entry.path)
-            else:
-                yield from self.tree(entry.path, within)
-
-    def images(self, folder: str) -> list[str]:
-        """Return the names of a person's images, sorted. A dangling link counts: reading it names the file."""
-        names = []
-        for entry in _visible_entries(folder):
-            if entry.is_dir():
-                self.note('nested-folder', 'folders inside the folder of a person are ignored', entry.path)
-            elif entry.name.lower().endswith(self._suffixes) and (entry.is_file() or entry.is_symlink()):
-                names.append(entry.name)
-            else:
-                self._unread.append(entry.path)
-        if not names:
-            self.note('empty-folder', 'folders have no image', folder)
-        return names
-
-
-def _visible_entries(folder: str) -> list[os.DirEntry]:
-    """Return what is in a folder, by name, without hidden files and the system's own."""
-    with os.scandir(folder) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith('.') and entry.name.lower() not in _LITTER]
-    return sorted(shown, key=lambda entry: entry.name)
-
-
 def _read_numbers(name: str, root: str, inner: str) -> list[int]:
     """Return the comma-separated numbers in a file."""
-    path = _required(name, root, inner)
-    words = _read_text(path).replace(',', ' ').split()
+    path = required(name, root, inner)
+    words = read_text(path).replace(',', ' ').split()
     wrong = [repr(word) for word in words if not word.isdecimal()]
     if wrong:
         raise ValueError(f'{path}: expected one line of comma-separated numbers, got {format_list(wrong)}')
@@ -588,10 +453,10 @@ def _read_numbers(name: str, root: str, inner: str) -> list[int]:
 
 def _read_image_list(name: str, root: str, inner: str, findings: Findings) -> list[tuple[str, str]]:
     """Return (path, path inside `root`) of every line `path label` of a file. The listed files must exist."""
-    list_name = _required(name, root, inner)
+    list_name = required(name, root, inner)
     images: dict[str, str] = {}
     wrong, repeated = [], []
-    for number, line in enumerate(io.StringIO(_read_text(list_name), newline=None), 1):
+    for number, line in enumerate(io.StringIO(read_text(list_name), newline=None), 1):
         words = line.rsplit(maxsplit=1)
         if not words:
             continue
@@ -636,16 +501,52 @@ def _camera_folders(
 def _person_folders(scan: Scan, root: str, split: str) -> list[Row]:
     """Return rows of `<split>/<modality>/<person>/<image>`, visible ones first."""
     rows: list[Row] = []
-    split_folder = os.path.join(root, split)
-    present = scan.folders(split_folder, re.compile('|'.join(MODALITIES)), ' or '.join(MODALITIES))
-    for modality in sorted(present, key=MODALITIES.index):
-        modality_folder = os.path.join(split_folder, modality)
+    for modality, modality_folder in _modality_folders(scan, root, split):
         for person in scan.folders(modality_folder):
             folder = os.path.join(modality_folder, person)
             for image in scan.images(folder):
                 path, prefix = os.path.join(folder, image), CAMERA_PREFIX.match(image)
                 camera = camera_number(prefix[1], path) if prefix else UNKNOWN_CAMERA
                 rows.append((path, person, camera, modality, split))
+    return rows
+
+
+def _modality_folders(scan: Scan, root: str, split: str) -> list[tuple[str, str]]:
+    """Return the modalities in `<split>/` and their folders, visible first."""
+    folder = os.path.join(root, split)
+    present = scan.folders(folder, re.compile('|'.join(MODALITIES)), ' or '.join(MODALITIES))
+    return [(modality, os.path.join(folder, modality)) for modality in MODALITIES if modality in present]
+
+
+def _market_files(scan: Scan, root: str, split: str) -> list[Row]:
+    """Return rows of `<split>/<modality>/<identity>_c<camera>...`, visible ones first, without junk."""
+    rows: list[Row] = []
+    for modality, folder in _modality_folders(scan, root, split):
+        inner = [entry.name for entry in visible_entries(folder) if entry.is_dir()]
+        if inner:
+            raise ValueError(
+                f'{folder} has folders ({format_list(inner)}), but names=market takes the person from the name of an '
+                'image; leave names=market out if each person has a folder, or move the images up'
+            )
+        images = scan.images(folder)
+        wrong = [image for image in images if not _MARKET_NAME.match(image)]
+        if wrong:
+            raise ValueError(
+                f'{folder}: names=market expects names such as 0001_c1s1_000151_01.jpg (identity, camera), but '
+                f'{len(wrong):,} are not: {format_list(wrong)}'
+            )
+        for image in images:
+            path, (identity, camera) = os.path.join(folder, image), _MARKET_NAME.match(image).groups()
+            if int(identity) < 0:
+                scan.note('junk-image', 'images are junk (identity -1) and are left out', path)
+            elif int(identity) == 0 and split != 'gallery':
+                scan.note(
+                    'distractor',
+                    'images show nobody in particular (identity 0) and are left out',
+                    path,
+                )
+            else:
+                rows.append((path, identity, camera_number(camera, path), modality, split))
     return rows
 
 
@@ -664,9 +565,8 @@ def _check(dataset: Dataset, findings: Findings) -> None:
     what = 'identities are in both the training and the test set, which inflates the result'
     findings.add('train-test-identity', what, sorted(shared), is_serious=True)
     published = PUBLISHED_COUNTS.get(dataset.name)
-    counts = tuple(
-        int((table.modality == modality).sum()) for table in (train, test) for modality in (VISIBLE, INFRARED)
-    )
+    parts = [table[table.modality == modality] for table in (train, test) for modality in (VISIBLE, INFRARED)]
+    counts = tuple(part.num_tracklets() or len(part) for part in parts)
     if published is not None and counts != published:
         names = ('training visible', 'training infrared', 'test visible', 'test infrared')
         differing = [
@@ -674,7 +574,8 @@ def _check(dataset: Dataset, findings: Findings) -> None:
             for name, count, expected in zip(names, counts, published, strict=True)
             if count != expected
         ]
-        _logger.warning(f'{where}: image counts differ from the published {dataset.name}: {", ".join(differing)}')
+        what = 'image' if train.tracklet is None else 'tracklet'
+        _logger.warning(f'{where}: {what} counts differ from the published {dataset.name}: {", ".join(differing)}')
 
 
 def synthetic_records(

@@ -28,6 +28,7 @@ from .features import (
     image_size,
     open_store,
     require_dual_stream,
+    tracklet_features,
     weights_fingerprint,
 )
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
@@ -97,7 +98,7 @@ def evaluate(
             _plans(dataset, protocol, draw, reranking, failures, examples),
         )
     )
-    calibration = _applicable(calibration, feature_settings(model, extraction), reranking)
+    calibration = _applicable(calibration, _settings(model, extraction, dataset), reranking)
     features, plans, num_broken = _test_features(model, dataset, plans, store, extraction)
     return dataclasses.replace(
         _report(features, dataset, plans, draw, reranking, failures, examples, calibration),
@@ -142,7 +143,7 @@ def calibrate(
         lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw, seed))
     )
     features, plans, _ = _test_features(model, dataset, plans, store, extraction)
-    return _fit(features, dataset, plans, draw, feature_settings(model, extraction), seed)
+    return _fit(features, dataset, plans, draw, _settings(model, extraction, dataset), seed)
 
 
 def calibrate_features(
@@ -184,8 +185,8 @@ def evaluate_features(
 
     Args:
         features: One row per row of `dataset.test`, compared by inner product: L2-normalise them for cosine similarity,
-            as `embed` does, [N, D]. Rows that no trial needs may hold anything. Ranks are computed on the device of
-            the features.
+            as `embed` does, [N, D]. Rows that no trial needs may hold anything. The features of a tracklet's images are
+            averaged. Ranks are computed on the device of the features.
         dataset: A dataset from `create_dataset`.
         protocol: One or several names from `protocols_of(dataset)`; None for all of them.
         draw: How trials are sampled, see `protocol_trials`.
@@ -212,7 +213,31 @@ def _checked_features(features: torch.Tensor | np.ndarray, dataset: Dataset) -> 
             f'features must be [{len(dataset.test)}, D], one row per test image of {dataset.name}, '
             f'got {list(features.shape)}'
         )
-    return features
+    return _of_tracklets(features, np.arange(len(features)), dataset.test)
+
+
+def _of_tracklets(features: torch.Tensor, rows: np.ndarray, records: Records) -> torch.Tensor:
+    """Average the features of tracklets, and put all features into the rows that trials name.
+
+    Args:
+        features: Features of some images, [R, D].
+        rows: Their rows, [R].
+        records: The whole table, [N].
+
+    Returns:
+        Features of single images and of tracklets, these in the row of the first image; other rows are NaN, [N, D].
+    """
+    if records.tracklet is not None:
+        features, rows = tracklet_features(features, records.first_rows()[rows])
+    if len(rows) == len(records):
+        return features
+    table = features.new_full((len(records), features.shape[1]), torch.nan)
+    table[_on_device(features, rows)] = features
+    return table
+
+
+def _settings(model: nn.Module, extraction: Extraction, dataset: Dataset) -> dict[str, Any]:
+    return feature_settings(model, extraction, tracklets=dataset.test.tracklet is not None)
 
 
 def _crossing_plans(dataset: Dataset, protocol: str | Sequence[str] | None, draw: str, seed: int) -> list[_Plan]:
@@ -274,7 +299,8 @@ def _test_features(
     """Extract the features of the test images, at least of those that a trial needs.
 
     Returns:
-        The features, NaN where they were not extracted, [N, D]; the trials without broken images; the number of these.
+        The features, of tracklets in the row of the first image, NaN where there are none, [N, D]; the trials without
+        broken images; the number of these.
     """
     if store is None:  # decode the whole table, so that every choice of protocols shares the cache
         store = open_store(model, dataset.test, extraction)
@@ -283,15 +309,14 @@ def _test_features(
             f'the store has {len(store)} images of size {store.size}, but {dataset.name} needs {len(dataset.test)} of '
             f'size {image_size(model, extraction)}; give the store of this table, or None'
         )
+    rows, first_rows = store.intact(), dataset.test.first_rows()
     if store.broken:
-        plans = [_only_intact(plan, store.intact()) for plan in plans]
+        plans = [_only_intact(plan, first_rows[rows]) for plan in plans]
     # The mean that centring subtracts must not depend on the choice of protocols.
-    rows = store.intact() if extraction.centre else _rows_of(plans)
+    if not extraction.centre:
+        rows = rows[np.isin(first_rows[rows], _rows_of(plans))]
     features = extract(model, dataset.test[rows], store, rows, extraction)
-    if len(rows) < len(dataset.test):  # rows that no trial needs are NaN
-        extracted, features = features, features.new_full((len(dataset.test), features.shape[1]), torch.nan)
-        features[_on_device(extracted, rows)] = extracted
-    return features, plans, len(store.broken)
+    return _of_tracklets(features, rows, dataset.test), plans, len(store.broken)
 
 
 def _applicable(calibration: Calibration | None, settings: dict[str, Any], reranking: str) -> Calibration | None:
@@ -323,7 +348,7 @@ def _plans(
 
 
 def _only_intact(plan: _Plan, intact: np.ndarray) -> _Plan:
-    """Remove broken images from the trials, without sampling others instead."""
+    """Remove broken images, and tracklets without an intact one, from the trials, without sampling others instead."""
     trials = [(query[np.isin(query, intact)], gallery[np.isin(gallery, intact)]) for query, gallery in plan.trials]
     return dataclasses.replace(plan, trials=trials)
 

@@ -367,7 +367,25 @@ def as_tensor(features: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:
     return full_precision(features.detach())
 
 
-def feature_settings(model: nn.Module, extraction: Extraction) -> dict[str, object]:
+def tracklet_features(features: torch.Tensor, first_rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """Average the features of each tracklet's images and normalise the mean.
+
+    Args:
+        features: Features of the images, [N, D].
+        first_rows: Row of the first image of each image's tracklet, see `Records.first_rows`, [N].
+
+    Returns:
+        L2-normalised features of the tracklets, [T, D], and the row of each one's first image, ascending, [T] int64.
+    """
+    rows, lengths = np.unique(first_rows, return_counts=True)
+    order, lengths = (
+        torch.from_numpy(values).to(features.device) for values in (np.argsort(first_rows, kind='stable'), lengths)
+    )
+    # Adds up in the order of the rows, also on a GPU, where index_add would give other bits each time.
+    return F.normalize(torch.segment_reduce(features[order], 'mean', lengths=lengths)), rows
+
+
+def feature_settings(model: nn.Module, extraction: Extraction, tracklets: bool = False) -> dict[str, object]:
     """Return what decides the features of an image, as plain values: a calibration holds for the same ones only.
 
     The precision is left out: it moves similarities by less than other images of the same kind do.
@@ -379,6 +397,7 @@ def feature_settings(model: nn.Module, extraction: Extraction) -> dict[str, obje
         'crops': extraction.crops,
         'centre': extraction.centre,
         'size': list(image_size(model, extraction)),
+        'tracklets': tracklets,
     }
 
 

@@ -3,13 +3,14 @@
 SYSU-MM01: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017, sampled as in AGW's code
 (arXiv:2001.04193) or by the permutations of its owners. RegDB: Nguyen et al., "Person Recognition System Based on a
 Combination of Body Images from Visible Light and Thermal Cameras", Sensors 2017, with its ten published splits.
-LLCM: arXiv:2303.14481. Mixed galleries: the rule of Market-1501, Zheng et al., "Scalable Person Re-identification: A
-Benchmark", ICCV 2015.
+LLCM: arXiv:2303.14481. HITSZ-VCM: Lin et al., "Learning Modal-Invariant and Temporal-Memory for Video-based
+Visible-Infrared Person Re-Identification", CVPR 2022. BUPTCampus: arXiv:2311.15571. Mixed galleries: the rule of
+Market-1501, Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015.
 """
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Queries and the gallery that they search.
+    """Queries and the gallery that they search. The row of a tracklet's first image stands for the tracklet.
 
     Attributes:
         query: Rows of the queries in `dataset.test`, [Q] int64.
@@ -131,6 +132,9 @@ PROTOCOLS = {
         # every visible image is in the gallery. Its figures cannot be compared with those of the paper.
         _llcm('visible-to-infrared-swapped', INFRARED, VISIBLE, drawn='query'),
     ),
+    'hitsz_vcm': tuple(replace(protocol, ignores=IGNORE_SAME_IDENTITY_AND_CAMERA) for protocol in BOTH_DIRECTIONS),
+    # Query and gallery are lists of their own, and the owners ignore nothing.
+    'buptcampus': (*BOTH_DIRECTIONS, replace(MIXED, ignores=IGNORE_NOTHING)),
     **dict.fromkeys(('folder', 'csv', 'synthetic'), (*BOTH_DIRECTIONS, MIXED)),
 }
 
@@ -251,14 +255,19 @@ def _candidates(dataset: Dataset) -> tuple[Protocol, ...]:
 
 def _query_rows(records: Records, protocol: Protocol) -> np.ndarray:
     wanted = np.isin(records.modality, protocol.query_modalities) & np.isin(records.split, ('query', 'test'))
-    return np.flatnonzero(wanted)
+    return _first_rows(records, wanted)
 
 
 def _gallery_rows(records: Records, protocol: Protocol) -> np.ndarray:
     wanted = np.isin(records.modality, protocol.gallery_modalities) & np.isin(records.split, ('gallery', 'test'))
     if protocol.gallery_cameras is not None:
         wanted &= np.isin(records.camera, protocol.gallery_cameras)
-    return np.flatnonzero(wanted)
+    return _first_rows(records, wanted)
+
+
+def _first_rows(records: Records, wanted: np.ndarray) -> np.ndarray:
+    """Return the wanted rows, of a tracklet only the first."""
+    return np.flatnonzero(wanted & (records.first_rows() == np.arange(len(records))))
 
 
 def _missing_modalities(records: Records, gallery: np.ndarray, protocol: Protocol) -> list[str]:

@@ -15,7 +15,14 @@ lawfully process. It must not be used for mass surveillance, to track or single 
 infer sensitive traits, or as the sole basis for a decision about a person. Its rankings are guesses that a person has
 to check. Expect more errors on people, clothes and cameras unlike those in the training images."""
 
-DATASET_TITLES = {'sysu_mm01': 'SYSU-MM01', 'regdb': 'RegDB', 'llcm': 'LLCM', 'synthetic': 'SynthVI'}
+DATASET_TITLES = {
+    'sysu_mm01': 'SYSU-MM01',
+    'regdb': 'RegDB',
+    'llcm': 'LLCM',
+    'hitsz_vcm': 'HITSZ-VCM',
+    'buptcampus': 'BUPTCampus',
+    'synthetic': 'SynthVI',
+}
 METRIC_TITLES = {'rank1': 'Rank-1 (%)', 'mAP': 'mAP (%)', 'mINP': 'mINP (%)'}
 SETTINGS = ('features', 'flip_test', 'crops', 'centre', 'reranking')  # of an evaluation; each changes its numbers
 

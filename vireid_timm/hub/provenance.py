@@ -24,7 +24,7 @@ def learned_identities(
 ) -> tuple[int, str]:
     """Return how many test identities a model was trained on, as far as its run or configuration tells.
 
-    Names are compared only where equal names mean the same person: in RegDB, SYSU-MM01 and LLCM; in SynthVI with the
+    Names are compared only where equal names mean the same person: in the public datasets; in SynthVI with the
     same seed; in `folder` and `csv` if the run read the same path. A run has a list of its identities. Other Hub-ready
     folders name nobody, but RegDB's and SynthVI's identities follow from the options in `config.json`.
 

@@ -337,7 +337,7 @@ class Gallery:
             _logger.warning(f'{self.index.folder}: the calibration in it cannot be read; index again ({error})')
             return None
         settings = {name: getattr(about, name) for name in ('weights', 'features')}
-        settings |= {'size': list(about.size), 'flip_test': False, 'crops': 1, 'centre': centre}
+        settings |= {'size': list(about.size), 'flip_test': False, 'crops': 1, 'centre': centre, 'tracklets': False}
         differing = calibration.mismatch(settings)
         if differing:
             _logger.warning(f'Probabilities are left out: the calibration was fitted with another {differing}')
