@@ -14,6 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from hub_server import HubServer
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes on two cores: threads would only wait for each other
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 _scratch = tempfile.TemporaryDirectory(prefix='vireid-tests-')
 with socket.socket() as _socket:
     _socket.bind(('127.0.0.1', 0))

@@ -478,7 +478,8 @@ def by_two_processes(model, records, tmp_path_factory):
     """Features and errors of both processes, and their logs."""
     folder = tmp_path_factory.mktemp('processes')
     (folder / 'broken.png').write_bytes(b'no image')
-    rows = list(zip(*(getattr(records, field.name).tolist() for field in dataclasses.fields(Records)), strict=True))
+    columns = [getattr(records, field.name) for field in dataclasses.fields(Records)]
+    rows = list(zip(*(column.tolist() for column in columns if column is not None), strict=True))
     damaged = [*rows[:13], (str(folder / 'broken.png'), *rows[13][1:]), *rows[14:]]
     tables = {'whole': rows, 'one batch': rows[:3], 'damaged': damaged}
     (folder / 'tables.json').write_text(json.dumps(tables), encoding='utf-8')

@@ -697,7 +697,7 @@ def test_names_that_another_package_has_registered_are_refused():
         with warnings.catch_warnings(record=True) as caught:  # timm's own, for each model
             warnings.simplefilter('always')
             importlib.reload(vireid_timm.models.dual_stream)
-        names = timm.list_models('vireid_*')
+        names = timm.list_models('vireid_*', module='dual_stream')
         assert len(caught) == len(names), [str(warning.message) for warning in caught]
         assert timm.create_model('vireid_agw_r50', device='meta').num_features == 2048
 

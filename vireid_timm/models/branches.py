@@ -107,7 +107,7 @@ def complete_cfg(
     # The channels stay: as everywhere in timm, they are those of the weights.
     sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // reduction) for side in size)}
     network = model.model if isinstance(model, FeatureGetterNet) else model
-    cfg.update({**sizes, 'classifier': network.classifier_names, **overlay})
+    cfg.update({**sizes, 'classifier': network.classifier_names(), **overlay})
 
 
 def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
@@ -116,7 +116,7 @@ def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     Raises:
         RuntimeError: The weights are of another network; the message names the keys.
     """
-    classifiers = tuple(f'{name}.' for name in model.classifier_names)
+    classifiers = tuple(f'{name}.' for name in model.classifier_names())
     given, own = (
         {key for key in state if not key.startswith(classifiers)} for state in (state_dict, model.state_dict())
     )
@@ -191,7 +191,7 @@ class DualStream(nn.Module):
             self.fusion_head = BranchHead(fused, self.num_classes, self.drop_rate, **dd)
             self.joint_head = BranchHead(self.num_features, self.num_classes, self.drop_rate, **dd)
 
-    @property
+    @torch.jit.ignore
     def classifier_names(self) -> tuple[str, ...]:
         """Names of the classifiers, as in timm's configurations."""
         return tuple(f'{branch}_head.fc' for branch in reversed(self.branches))

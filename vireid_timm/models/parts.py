@@ -81,7 +81,7 @@ class PartsNet(DualStreamBackbone):
         self.num_features, self.head_hidden_size = channels, num_parts * part_width
         self.branches = tuple(f'part{part + 1}' for part in range(num_parts))
 
-    @property
+    @torch.jit.ignore
     def classifier_names(self) -> tuple[str, ...]:
         """Names of the classifiers, as in timm's configurations."""
         return tuple(f'parts.{part}.fc' for part in range(len(self.parts)))
