@@ -134,9 +134,9 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
     device = resolve_device()
     model = model.to(device).eval()
     images = torch.zeros(32, *model.pretrained_cfg['input_size'], device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:  # in inference mode torch 2.5 counts nothing
+        model.forward_features(images[:1])
     with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            model.forward_features(images[:1])
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
         times = alternate({'features': lambda: model(images)}, device, repeats=3)['features']
