@@ -1,8 +1,7 @@
 """Channel exchange and mixing, brightness of regions, frequencies and erasing, each against a loop over images."""
 
 import itertools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,6 +26,9 @@ from vireid_timm.options import parse_augmentations
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+pytestmark = pytest.mark.usefixtures('global_random_state_untouched')
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -47,16 +49,6 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = 
     'rfa': swap,
     'erasing': erase_pixels,
 }
-
-
-@pytest.fixture(autouse=True)
-def global_random_state_untouched() -> Iterator[None]:
-    """Check in every test that no augmentation uses or changes the global random state."""
-    before = torch.get_rng_state(), repr(np.random.get_bit_generator().state), random.getstate()
-    yield
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert repr(np.random.get_bit_generator().state) == before[1]
-    assert random.getstate() == before[2]
 
 
 # Every function ---------------------------------------------------------------------------------------------------

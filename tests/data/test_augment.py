@@ -1,10 +1,8 @@
 """The augmentations compared with per-image versions; their statistics under fixed seeds, and their determinism."""
 
 import itertools
-import random
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,22 +17,15 @@ TRANSFORMS: dict[str, Callable[[], object]] = {
 }
 
 
+pytestmark = pytest.mark.usefixtures('global_random_state_untouched')
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def global_random_state_untouched() -> Iterator[None]:
-    """Check in every test that no augmentation uses or changes the global random state."""
-    before = torch.get_rng_state(), repr(np.random.get_bit_generator().state), random.getstate()
-    yield
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert repr(np.random.get_bit_generator().state) == before[1]
-    assert random.getstate() == before[2]
 
 
 # Every transform --------------------------------------------------------------------------------------------------

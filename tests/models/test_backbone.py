@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm.data import resolve_model_data_config
 from timm.models import create_feature_extractor, get_graph_node_names
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vireid_timm
 from vireid_timm.models.backbone import DualStreamBackbone, default_cfgs
@@ -391,6 +393,22 @@ def test_names_with_a_backbone(name):
     assert on_meta(name, backbone='resnet18').backbone == 'resnet18'
 
 
+def test_the_documented_table_is_right():
+    page = Path(__file__).parents[2] / 'docs' / 'backbones.md'
+    pattern = r'`(vireid_dml_\w+)` \| `(\S+)` \| (\d+)×(\d+) \| (\d+) \| (\S+) M \| (\S+) \|'
+    rows = re.findall(pattern, page.read_text('utf-8'))
+    assert {name for name, *_ in rows} == {*timm.list_models('vireid_dml_*', module='backbone'), 'vireid_dml_r50'}
+    for name, backbone, height, width, features, parameters, gflops in rows:
+        model = on_meta(name)
+        assert model.pretrained_cfg['hf_hub_id'] == f'timm/{backbone}'
+        assert resolve_model_data_config(model)['input_size'] == (3, int(height), int(width))
+        assert model.head_hidden_size == int(features)
+        assert f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}' == parameters
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.forward_features(meta_images(model, 1))
+        assert f'{counter.get_total_flops() / 2e9:.2f}' == gflops
+
+
 def test_the_baseline_has_the_global_branch_only():
     model = on_meta('vireid_base', backbone='regnety_002', num_classes=3)
     assert model.branches == ('global',) and model.num_features == 368
@@ -443,6 +461,7 @@ def test_files_of_other_weights_are_refused_and_those_of_the_network_taken(tmp_p
     model = timm.create_model('vireid_dml', pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in own.state_dict().items())
     assert not model.starts_from_backbone
+    assert 'state_dict' not in model.pretrained_cfg
 
 
 def numbers_kept_for_backward(model: nn.Module) -> int:

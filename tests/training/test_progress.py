@@ -21,7 +21,7 @@ RATES = {'new': 0.1, 'pretrained': 0.01}
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Time that moves only when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -182,7 +182,7 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('steps_done', [0, 20])
 def test_tensorboard_forgets_what_a_run_does_again(tmp_path: Path, steps_done: int) -> None:
-    """Killed in the second epoch; it goes on after the first one, or begins anew. Then it has other numbers here."""
+    """A run killed in the second epoch resumes after the first, or starts over; its numbers differ here."""
     clock = Clock()
     first = _progress(clock, tensorboard=tmp_path, num_epochs=2, steps_per_epoch=20)
     _train(first, clock, 0, [1.0] * 20)

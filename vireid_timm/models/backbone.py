@@ -255,10 +255,13 @@ def create_on_backbone(
             backbone = f'{backbone}.{cfg.tag}'
         source = backbone_cfg(backbone)
         weights = {name: overlay.pop(name) for name in _SOURCES if name in overlay}
+        state = weights.get('state_dict')
         if 'file' in weights and Path(weights['file']).is_file():
-            weights['state_dict'] = clean_state_dict(load_state_dict(weights.pop('file')))
-        if any(key.startswith('trunk.model.') for key in weights.get('state_dict', ())):
+            state = clean_state_dict(load_state_dict(weights['file']))
+        if state is not None and any(key.startswith('trunk.model.') for key in state):
             overlay, weights, is_own = {**overlay, **weights}, {}, True  # what `state_dict` of such a network gave
+        elif state is not None:
+            weights = {**weights, 'file': None, 'state_dict': state}
         size = _default_size(backbone, source, cfg) if img_size is None else height_and_width(img_size)
         facts = {name: getattr(source, name) for name in _FACTS}
         overlay = {**facts, 'first_conv': _first_conv(source), 'input_size': (3, *size), **overlay}

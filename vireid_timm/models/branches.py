@@ -270,15 +270,23 @@ class DualStream(nn.Module):
         return self.forward_head(self.forward_features(visible, infrared))
 
     @torch.jit.ignore
+    def _levels_to_pool(
+        self,
+        visible: Optional[torch.Tensor],
+        infrared: Optional[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        if self.global_pool.pool_type == '':
+            raise ValueError("forward_branches needs pooling, but this model has global_pool=''")
+        return self._forward_levels(visible, infrared)
+
+    @torch.jit.ignore
     def forward_branches(
         self,
         visible: Optional[torch.Tensor] = None,
         infrared: Optional[torch.Tensor] = None,
     ) -> BranchOutput:
         """Return V_joint before BN and every branch's logits (eq. 3, 4), which the losses need; visible rows first."""
-        if self.global_pool.pool_type == '':
-            raise ValueError("forward_branches needs pooling, but this model has global_pool=''")
-        levels = self._forward_levels(visible, infrared)
+        levels = self._levels_to_pool(visible, infrared)
         if self.global_pool.pool_type == 'avg':
             branch_features = {'global': self.global_pool(levels[3])}
         else:

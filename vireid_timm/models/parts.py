@@ -124,9 +124,7 @@ class PartsNet(DualStreamBackbone):
         infrared: Optional[torch.Tensor] = None,
     ) -> BranchOutput:
         """Return the embeddings before batch norm, side by side, and each stripe's logits; visible rows first."""
-        if self.global_pool.pool_type == '':
-            raise ValueError("forward_branches needs pooling, but this model has global_pool=''")
-        embedded = self._embed(self._forward_levels(visible, infrared)[3])
+        embedded = self._embed(self._levels_to_pool(visible, infrared)[3])
         logits = {}
         if self.num_classes:
             parts = zip(self.branches, self.parts, embedded)

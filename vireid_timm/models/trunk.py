@@ -76,6 +76,7 @@ class Trunk(nn.Module):
             for level, reduction, info in zip(maps, reductions, infos)
         ]
         self._check_grids(maps)
+        self.probe_maps = maps
 
     def forward(self, x: torch.Tensor, earlier: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """Return the levels [B, C, h, w].
@@ -128,9 +129,10 @@ class Trunk(nn.Module):
         Raises:
             ValueError: What the model computes before the other levels is more than these layers in their order.
         """
-        expected = self._maps_of_probe()
+        probe, expected = self.probe, self.probe_maps
+        del self.probe, self.probe_maps
         parts = _cut_stem(self.model, [info['module'] for info in self.feature_info], private_stages, self.backbone)
-        reason, x, earlier = '', self.probe, []
+        reason, x, earlier = '', probe, []
         try:
             for part in parts:
                 x = part(x)
@@ -139,10 +141,7 @@ class Trunk(nn.Module):
         except Exception as error:  # any, from code that was not made for this
             actual, reason = [], f': {_words(error)}'
         if [level.shape for level in actual] == [level.shape for level in expected]:
-            if self.probe.is_meta or all(
-                torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in zip(actual, expected)
-            ):
-                del self.probe
+            if probe.is_meta or all(torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in zip(actual, expected)):
                 return parts
         stages = f' and its first {private_stages} levels' if private_stages else ''
         raise ValueError(
