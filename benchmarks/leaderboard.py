@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import synthvi_v1
 import torch
 from measuring import alternate, commit
-from paper import MAIN_PROTOCOL, hardware, markdown, run_all, shared_options, spread, train_and_evaluate
+from paper import data_of, hardware, run_all, shared_options, train_and_evaluate
+from paper_report import MAIN_PROTOCOL, markdown, spread
 from paper_tables import BUDGETS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,12 +103,8 @@ def settings_of(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
         settings['pretrained_path'] = str(args.output / settings['pretrained_path'])
     if args.budget in ('smoke', 'cpu'):
         settings.setdefault('input_size', [3, 128, 64])
-    data = {'dataset': args.dataset, 'data_dir': args.data_dir}
-    if args.dataset == 'synthetic':
-        small = dict(identities=8, test_identities=0, images_per_modality=2)
-        data = {'dataset': 'synthetic', 'dataset_kwargs': small if args.budget == 'smoke' else synthvi_v1.TRAINING}
     folder = folder_of(row, seed, args)
-    return {**settings, **data, 'seed': seed, 'output': str(folder.parent), 'experiment': folder.name}
+    return {**settings, **data_of(seed, args), 'seed': seed, 'output': str(folder.parent), 'experiment': folder.name}
 
 
 def folder_of(row: str, seed: int, args: argparse.Namespace) -> Path:

@@ -1,22 +1,31 @@
-"""The paper's tables as commands: each row is a recipe, trained and evaluated here.
+"""The paper's tables and figures as commands: each row is a recipe, trained and evaluated here.
 
     python benchmarks/paper.py table1 --budget smoke                  a minute: does it run?
     python benchmarks/paper.py table1 table4 --seeds 0 1 2            SynthVI v1 from scratch, 10 to 20 minutes a run
-    python benchmarks/paper.py table1 --budget full --dataset sysu_mm01 --data-dir SYSU-MM01
+    python benchmarks/paper.py table1 table6 --budget full --dataset sysu_mm01 --data-dir SYSU-MM01
+    python benchmarks/paper.py table5 --budget full --dataset regdb --data-dir RegDB --seeds 0 1 2 3 4 5 6 7 8 9
+    python benchmarks/paper.py fig5 fig6                              attentive maps and rank lists
     python benchmarks/paper.py report                                 the tables of all results so far
 
 Finished runs are not repeated, interrupted ones are resumed, and rows that several tables share are trained once.
-`--minutes` sets a time limit, and `--jobs` trains several networks side by side. Every run appends its lines to
-`results.csv` in --output: one for each set of people, protocol and feature.
+`--minutes` sets a time limit, and `--jobs` trains several networks side by side, spread over the GPUs. Every run
+appends its lines to `results.csv` in --output: one for each set of people, protocol and feature.
+
+Tables 5 and 6 compare with published results on RegDB and on SYSU-MM01. On other data they show only what is measured.
+A published result on RegDB is the mean over its ten trials. So seed 0 trains and tests on trial 1, seed 1 on trial 2,
+and so on; seed 10 is on trial 1 again.
+
+Figures 5 and 6 are drawn from the first seed, on test people, as `fig5.png` and `fig6.png` in --output. Figure 5 needs
+the extras `explain` and `plots`.
 """
 
 import argparse
 import csv
 import json
 import logging
+import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -24,31 +33,27 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import synthvi_v1
 import torch
 import torch.nn.functional as F
 from measuring import commit
-from paper_tables import BUDGETS, CELLS, CLAIMS, TABLES
+from paper_figures import attentive_maps, rank_lists, require_extras
+from paper_report import MAIN_PROTOCOL, Lines, folder_of, report
+from paper_tables import BUDGETS, CELLS, FIGURES, TABLES
 
 import vireid_timm
+from vireid_timm.data.readers import REGDB_TRIALS
 from vireid_timm.device import resolve_device
-from vireid_timm.evaluation.confidence import bootstrap_intervals, paired_test
 from vireid_timm.evaluation.evaluate import evaluate_features
-from vireid_timm.evaluation.report import METRICS, query_values
+from vireid_timm.evaluation.report import METRICS
 from vireid_timm.files import save_json, whole_file
 from vireid_timm.run_folder import SUMMARY, has_checkpoint
 from vireid_timm.training.interrupt import Stopped
 
-FEATURES = ('after BN', 'before BN', 'global', 'fusion')  # the last two are parts of the joint feature after BN
-MAIN_PROTOCOL = {
-    'sysu_mm01': 'all-single',
-    'regdb': 'visible-to-infrared',
-    'llcm': 'visible-to-infrared',
-}  # others: infrared-to-visible
 COLUMNS = (
     *('dataset', 'budget', 'cell', 'seed', 'split', 'protocol', 'feature', *METRICS, 'queries'),
     *('train_accuracy', 'train_images_per_second', 'parameters', 'features', 'commit', 'hardware', 'torch', 'finished'),
@@ -64,28 +69,32 @@ def settings_of(cell: str, seed: int, args: argparse.Namespace) -> dict[str, Any
     settings = {**budget['settings'], **changes, 'model': budget['baseline' if is_baseline else 'method']}
     width = {} if is_baseline else {'fuse_width': budget['width']}
     settings['model_kwargs'] = {**budget.get('model_kwargs', {}), **width, **changes.get('model_kwargs', {})}
-    data = {'dataset': args.dataset, 'data_dir': args.data_dir}
-    if args.dataset == 'synthetic':
-        small = dict(identities=8, test_identities=0, images_per_modality=2)
-        data = {'dataset': 'synthetic', 'dataset_kwargs': small if args.budget == 'smoke' else synthvi_v1.TRAINING}
+    if cell == 'agw' and 'r50' in settings['model']:
+        settings['model_kwargs']['non_local_blocks'] = (0, 2, 3, 0)
     return {
         **settings,
-        **data,
+        **data_of(seed, args),
         'seed': seed,
         'output': str(args.output),
         'experiment': folder_of(cell, seed, args).name,
     }
 
 
-def folder_of(cell: str, seed: int, args: argparse.Namespace) -> Path:
-    """Where a run lies."""
-    return args.output / f'{args.dataset}-{args.budget}-{cell.replace(" ", "-")}-seed{seed}'
+def data_of(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the data that a run with this seed trains on."""
+    if args.dataset == 'synthetic':
+        small = dict(identities=8, test_identities=0, images_per_modality=2)
+        return {'dataset': 'synthetic', 'dataset_kwargs': small if args.budget == 'smoke' else synthvi_v1.TRAINING}
+    trial = {'trial': REGDB_TRIALS[seed % len(REGDB_TRIALS)]} if args.dataset == 'regdb' else {}
+    return {'dataset': args.dataset, 'data_dir': args.data_dir, 'dataset_kwargs': trial}
 
 
-def test_sets(args: argparse.Namespace) -> dict[str, vireid_timm.Dataset]:
-    """The sets of people that every run is evaluated on, by name."""
+def test_sets(seed: int, args: argparse.Namespace) -> dict[str, vireid_timm.Dataset]:
+    """The sets of people that a run with this seed is evaluated on, by name."""
     if args.dataset != 'synthetic':
-        return {'test': vireid_timm.create_dataset(args.dataset, args.data_dir)}
+        return {
+            'test': vireid_timm.create_dataset(args.dataset, args.data_dir, **data_of(seed, args)['dataset_kwargs'])
+        }
     if args.budget == 'smoke':
         tiny = dict(identities=0, first_identity=8, test_identities=8, images_per_modality=2)
         return {split: vireid_timm.create_dataset('synthetic', **tiny) for split in ('validation', 'test')}
@@ -123,7 +132,7 @@ def train_and_evaluate(folder: Path, settings: dict[str, Any], facts: dict[str, 
         'finished': datetime.now(timezone.utc).isoformat(timespec='seconds'),
     }
     lines = []
-    for split, dataset in test_sets(args).items():
+    for split, dataset in test_sets(settings['seed'], args).items():
         protocols = [name for name in vireid_timm.protocols_of(dataset) if name != 'mixed']
         for feature, values in features_of(model, dataset):
             report = evaluate_features(values, dataset, protocols)
@@ -154,7 +163,7 @@ def hardware() -> str:
     return f'{platform.machine()}, {torch.get_num_threads()} threads'
 
 
-def collect(args: argparse.Namespace) -> list[dict[str, str]]:
+def collect(args: argparse.Namespace) -> Lines:
     """Append the lines of runs that the table does not have yet, and return all of its lines."""
     path = args.output / 'results.csv'
     known = []
@@ -173,14 +182,20 @@ def collect(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def train_all(args: argparse.Namespace) -> bool:
-    """Train all cells of the tables; return whether all of them are done."""
-    cells = list(dict.fromkeys(cell for table in args.what for _, cell, _ in TABLES[table]))
+    """Train all cells of the tables and figures; return whether all of them are done."""
     runs = {}
     for seed in args.seeds:
-        for cell in cells:
+        for cell in cells_of(args):
             command = [sys.executable, __file__, 'cell', '--cell', cell, '--seeds', str(seed), *shared_options(args)]
             runs[f'{cell}, seed {seed}'] = (folder_of(cell, seed, args) / 'lines.json', command)
     return run_all(runs, args, lambda: collect(args))
+
+
+def cells_of(args: argparse.Namespace) -> list[str]:
+    """The cells of what was asked for, each once; AGW's blocks need a ResNet."""
+    cells = [cell for name in args.what for cell in FIGURES.get(name, [row[1] for row in TABLES.get(name, [])])]
+    is_resnet = 'backbone' not in BUDGETS[args.budget].get('model_kwargs', {})
+    return [cell for cell in dict.fromkeys(cells) if cell != 'agw' or is_resnet]
 
 
 def shared_options(args: argparse.Namespace) -> list[str]:
@@ -192,7 +207,8 @@ def shared_options(args: argparse.Namespace) -> list[str]:
 def run_all(runs: dict[str, tuple[Path, list[str]]], args: argparse.Namespace, collect: Callable[[], Any]) -> bool:
     """Run commands, some side by side and within the time limit; return whether all of them are done.
 
-    Each has a process of its own, so that nothing of a run can fail another one, and memory is given back.
+    Each has a process of its own, so that nothing of a run can fail another one, and memory is given back. Each of
+    several GPUs gets its share of the processes.
 
     Args:
         runs: Name -> a file that is there when it is done, and the command.
@@ -201,6 +217,9 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], args: argparse.Namespace, c
     """
     end = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
     collecting = Lock()
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for gpu in gpus_of_jobs(args.jobs, torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES')):
+        free.put(gpu)
 
     def work(name: str) -> bool:
         finished, command = runs[name]
@@ -210,12 +229,14 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], args: argparse.Namespace, c
         if left <= 0:
             return False
         _logger.info(name)
-        process = subprocess.Popen(command)
+        gpu = free.get()
+        process = subprocess.Popen(command, env={**os.environ, **gpu})
         try:
             status = process.wait(None if left == float('inf') else left)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it saves a checkpoint
             status = process.wait()
+        free.put(gpu)
         if status not in (0, 143, -signal.SIGTERM):  # the last one: stopped while it was evaluated
             _logger.error('%s ended with status %d', name, status)
         with collecting:
@@ -226,114 +247,42 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], args: argparse.Namespace, c
         return all(list(pool.map(work, runs)))
 
 
-def report(args: argparse.Namespace) -> str:
-    """The tables of everything that is measured, as Markdown."""
-    lines, text = collect(args), []
-    for dataset, budget in dict.fromkeys((line['dataset'], line['budget']) for line in lines):
-        group = [line for line in lines if (line['dataset'], line['budget']) == (dataset, budget)]
-        for table, rows in TABLES.items():
-            cells = {line['cell'] for line in group}
-            if sum(cell in cells for _, cell, _ in rows) > 1 and (args.what == ['report'] or table in args.what):
-                text += [table_text(table, dataset, budget, group, args), '']
-    return '\n'.join(text)
+def gpus_of_jobs(jobs: int, count: int, visible: str | None) -> list[dict[str, str]]:
+    """What to add to the environment of each job, so that they take turns on the GPUs.
 
-
-def table_text(table: str, dataset: str, budget: str, lines: list[dict[str, str]], args: argparse.Namespace) -> str:
-    """One table with its paired tests."""
-    split = 'validation' if table in ('plus', 'readings') and dataset == 'SynthVI v1' else 'test'
-    protocol = MAIN_PROTOCOL.get(dataset, 'infrared-to-visible')
-    lines = [line for line in lines if line['split'].startswith(split) and line['protocol'] == protocol]
-    splits = list(dict.fromkeys(line['split'] for line in lines))
-    has_paper = dataset == 'sysu_mm01'
-    header = ['', 'seeds', 'training accuracy', *(['paper: rank-1, mAP'] if has_paper else [])]
-    header += [
-        f'{split}: {name}' for split in splits for name in ('rank-1', *(f'mAP {feature}' for feature in FEATURES))
-    ]
-    rows = [header]
-    for label, cell, published in TABLES[table]:
-        own = [line for line in lines if line['cell'] == cell]
-        seeds = sorted({line['seed'] for line in own})
-        row = [label, ' '.join(seeds), spread([100 * float(line['train_accuracy']) for line in first_of_seed(own)])]
-        row += [f'{published[0]}, {published[1]}' if published else ''] if has_paper else []
-        for split in splits:
-            for feature, metric in (('after BN', 'rank1'), *((feature, 'mAP') for feature in FEATURES)):
-                row.append(
-                    spread(
-                        [float(line[metric]) for line in own if (line['split'], line['feature']) == (split, feature)]
-                    )
-                )
-        rows.append(row)
-    title = (
-        f'### {table}: {dataset}, {protocol}\n\n{BUDGETS[budget]["title"]}. In per cent, mean ± deviation over seeds.'
-    )
-    tests = [test for pair in CLAIMS[table] for test in paired(pair, splits, lines, budget, protocol, args)]
-    heading = ['is better than', 'people', 'seeds', 'ahead in', 'difference in mAP', '95 %', 'p']
-    return '\n\n'.join([title, markdown(rows), *([markdown([heading, *tests])] if tests else [])])
-
-
-def first_of_seed(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """One line of each seed."""
-    return list({line['seed']: line for line in lines}.values())
-
-
-def spread(values: list[float]) -> str:
-    """Mean and, of several values, standard deviation."""
-    if not values:
-        return ''
-    return f'{statistics.mean(values):.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
-
-
-def paired(
-    pair: tuple[str, str],
-    splits: list[str],
-    lines: list[dict[str, str]],
-    budget: str,
-    protocol: str,
-    args: argparse.Namespace,
-) -> Iterator[list[str]]:
-    """Compare two cells person by person, each averaged over their common seeds, with features after BN.
-
-    Queries of one person are not independent of each other, so the people are resampled, not the queries. That covers
-    other people, not other seeds: 'ahead in' shows those.
+    Args:
+        jobs: Processes side by side.
+        count: GPUs that CUDA sees.
+        visible: CUDA_VISIBLE_DEVICES, which names them; None if it is not set.
     """
-    better, worse = ({line['seed'] for line in lines if line['cell'] == cell} for cell in pair)
-    seeds = sorted(better & worse)
-    for split in splits if seeds else []:
-        differences = []
-        for seed in seeds:
-            aps = []
-            for cell in pair:
-                namespace = argparse.Namespace(**{**vars(args), 'budget': budget})
-                path = folder_of(cell, int(seed), namespace) / f'{split}, after BN.json'
-                if not path.is_file():
-                    return
-                result = vireid_timm.Report.load(path)[protocol]
-                identities, ap = np.asarray(result.queries['identity']), query_values(result)[1]
-                aps.append([np.nanmean(ap[identities == name]) for name in sorted(set(identities.tolist()))])
-            differences.append(np.subtract(*aps))
-        mean = np.mean(differences, axis=0)
-        ahead = sum(float(difference.mean()) > 0 for difference in differences)
-        ((low, high),) = bootstrap_intervals(mean[None])
-        numbers = [f'{100 * mean.mean():+.1f}', f'{100 * low:+.1f} to {100 * high:+.1f}']
-        p = paired_test(np.zeros_like(mean), mean)
-        yield [f'{pair[0]} > {pair[1]}', split, str(len(seeds)), f'{ahead} of {len(seeds)}', *numbers, f'{p:.4f}']
+    names = visible.split(',') if visible else [str(gpu) for gpu in range(count)]
+    return [{'CUDA_VISIBLE_DEVICES': names[job % count]} if count > 1 else {} for job in range(jobs)]
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    head, *body = (f'| {" | ".join(row)} |' for row in rows)
-    return '\n'.join([head, '|' + '---|' * len(rows[0]), *body])
+def draw(figure: str, args: argparse.Namespace) -> str:
+    """Draw a figure of the networks that the first seed gave, on test people; return what it shows in words."""
+    seed, path = args.seeds[0], args.output / f'{figure}.png'
+    dataset = test_sets(seed, args)['test']
+    models = {
+        cell: vireid_timm.load_model(folder_of(cell, seed, args)).to(resolve_device()) for cell in FIGURES[figure]
+    }
+    if figure == 'fig5':
+        text = attentive_maps(models['full'], dataset, path)
+    else:
+        text = rank_lists(models, dataset, MAIN_PROTOCOL.get(args.dataset, 'infrared-to-visible'), path)
+    return f'### {figure}: {path}\n\n{BUDGETS[args.budget]["title"]}, seed {seed}. {text}\n'
 
 
 def main() -> None:
     """Train what was asked for, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='+', choices=(*TABLES, 'report', 'cell'))
+    parser.add_argument('what', nargs='+', choices=(*TABLES, *FIGURES, 'report', 'cell'))
     parser.add_argument('--budget', choices=BUDGETS, default='cpu', help='how much is trained (default: cpu)')
     parser.add_argument('--dataset', default='synthetic', help='synthetic is SynthVI v1 (default: synthetic)')
     parser.add_argument('--data-dir', default='')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--jobs', type=int, default=1, help='trainings side by side (default: 1)')
+    text = 'one training each; on regdb they choose the trial, 0 to 9 are all ten (default: 0)'
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help=text)
+    parser.add_argument('--jobs', type=int, default=1, help='trainings side by side, spread over the GPUs (default: 1)')
     parser.add_argument('--minutes', type=float, help='stop after this time; the same command resumes')
     parser.add_argument('--output', type=Path, default=Path('output/paper'))
     parser.add_argument('--cell', choices=CELLS, help=argparse.SUPPRESS)
@@ -346,8 +295,15 @@ def main() -> None:
         except Stopped as stopped:  # it has saved a checkpoint
             sys.exit(stopped.status)
         return
+    try:
+        require_extras(args.what)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
     complete = args.what == ['report'] or train_all(args)
-    print(report(args))
+    print(report(collect(args), args))
+    for figure in FIGURES:
+        if complete and figure in args.what:
+            print(draw(figure, args))
     print(json.dumps({'complete': complete, 'results': str(args.output / 'results.csv')}))
     if not complete:
         sys.exit(1)

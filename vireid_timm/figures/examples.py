@@ -30,8 +30,8 @@ def save_rank_lists(report: Report, root: str, folder: str | Path) -> list[Path]
     for protocol, result in report.protocols.items():
         rows = []
         for name, listed in result.examples.items():
-            rows += [_row(example, root, name) for example in listed]
-            image = rank_list_image([_row(example, root) for example in listed], SIZE)
+            rows += [rank_row(example, root, name) for example in listed]
+            image = rank_list_image([rank_row(example, root) for example in listed], SIZE)
             files.append(Path(folder) / f'{protocol}-{name}.png')
             with whole_file(files[-1]) as temporary:
                 image.save(temporary, format='PNG')
@@ -42,7 +42,14 @@ def save_rank_lists(report: Report, root: str, folder: str | Path) -> list[Path]
     return files
 
 
-def _row(example: dict[str, Any], root: str, name: str = '') -> RankRow:
+def rank_row(example: dict[str, Any], root: str, name: str = '') -> RankRow:
+    """Return the row of an example of a report.
+
+    Args:
+        example: One of `ProtocolResult.examples`.
+        root: As for `save_rank_lists`.
+        name: What the note above the row begins with.
+    """
     note = f'AP {example["AP"]:.1%}, first match at rank {example["rank"]}'
     return RankRow(
         _result(example, root),

@@ -180,6 +180,28 @@ def save_explanations(explanations: list[Explanation], path: str | Path) -> None
     save_figure(figure, path)
 
 
+def save_cams(explanations: list[Explanation], path: str | Path) -> None:
+    """Draw the Grad-CAMs of any number of images as a PNG, as the paper's fig. 5: images, then a row per branch.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    height, width = explanations[0].image.shape[:2]
+    rows = ['image', *explanations[0].cams]
+    figure = new_figure(1.35 * len(explanations) + 0.6, 1.3 * len(rows) * height / width + 1)
+    figure.set_layout_engine('compressed')  # for cells of a fixed shape
+    grid = figure.subplots(len(rows), len(explanations), squeeze=False)
+    for cell in grid.flat:
+        cell.set(xticks=[], yticks=[])
+    for cell, name in zip(grid[:, 0], rows, strict=True):
+        cell.set_ylabel(name)
+    for cell, each in zip(grid[0], explanations, strict=True):
+        cell.imshow(each.image)
+        cell.set_title(each.modality, fontsize=10)
+    _draw_cams(figure, grid[1:].T, explanations)
+    save_figure(figure, path)
+
+
 def _draw_cams(figure: 'Figure', grid: np.ndarray, explanations: list[Explanation]) -> None:
     """Draw the Grad-CAMs over grey images, in the cells [images, branches]."""
     for cells, each in zip(grid, explanations, strict=True):
