@@ -14,7 +14,6 @@ scores are those without re-ranking. Prints a table and, as its last line, one J
 import argparse
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import alternate, commit
-from paper import data_of, hardware, run_all, shared_options, train_and_evaluate
+from paper import data_of, hardware, run_all, shared_options, train_and_evaluate, with_weights
 from paper_report import MAIN_PROTOCOL, markdown, spread
-from paper_tables import BUDGETS
+from paper_tables import BUDGETS, LITE0_WEIGHTS
 from torch.utils.flop_counter import FlopCounterMode
 
 import vireid_timm
@@ -33,7 +32,7 @@ from vireid_timm.figures.charts import label, new_figure, save_figure, style
 from vireid_timm.files import save_json
 from vireid_timm.training.interrupt import Stopped
 
-LITE0 = {'pretrained': True, 'pretrained_path': 'lite0.safetensors', 'backbone_lr_scale': 0.3}
+LITE0 = {'pretrained': True, 'pretrained_path': LITE0_WEIGHTS, 'backbone_lr_scale': 0.3}
 # Row: what it is, the network by size (small for the CPU, full), its settings, and what the paper quotes of it:
 # rank-1 and mAP on SYSU-MM01, all-search, single-shot, without re-ranking.
 ROWS: dict[str, dict[str, Any]] = {
@@ -97,14 +96,14 @@ ROWS: dict[str, dict[str, Any]] = {
 def settings_of(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Settings of `vireid_timm.train` for one run."""
     entry, budget = ROWS[row], BUDGETS[args.budget]
-    model, model_kwargs = entry['full' if args.budget in ('gpu', 'full') else 'small']
+    is_small = args.budget not in ('gpu', 'full')
+    model, model_kwargs = entry['small' if is_small else 'full']
     settings = {**budget['settings'], **entry.get('settings', {}), 'model': model, 'model_kwargs': dict(model_kwargs)}
-    if 'pretrained_path' in settings:
-        settings['pretrained_path'] = str(args.output / settings['pretrained_path'])
-    if args.budget in ('smoke', 'cpu'):
+    if is_small:
         settings.setdefault('input_size', [3, 128, 64])
     folder = folder_of(row, seed, args)
-    return {**settings, **data_of(seed, args), 'seed': seed, 'output': str(folder.parent), 'experiment': folder.name}
+    own = {'seed': seed, 'output': str(folder.parent), 'experiment': folder.name}
+    return {**with_weights(settings, args), **data_of(seed, args), **own}
 
 
 def folder_of(row: str, seed: int, args: argparse.Namespace) -> Path:
@@ -115,12 +114,8 @@ def folder_of(row: str, seed: int, args: argparse.Namespace) -> Path:
 def run_row(row: str, seed: int, args: argparse.Namespace) -> None:
     """Train or resume one network with one seed, evaluate it, and measure its speed."""
     folder = folder_of(row, seed, args)
-    settings = settings_of(row, seed, args)
-    if 'pretrained_path' in settings and not Path(settings['pretrained_path']).is_file():
-        script = Path(__file__).parents[1] / 'hub' / 'lite0_weights.py'
-        subprocess.run([sys.executable, script, settings['pretrained_path']], check=True)
     facts = {'row': row, 'seed': seed, 'dataset': args.dataset, 'budget': args.budget}
-    train_and_evaluate(folder, settings, facts, args)
+    train_and_evaluate(folder, settings_of(row, seed, args), facts, args)
     if not (folder / 'speed.json').is_file():
         save_json(folder / 'speed.json', measure(vireid_timm.load_model(folder)))
 
@@ -217,7 +212,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS), metavar='ROW', help=', '.join(ROWS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--budget', choices=BUDGETS, default='cpu', help='how much is trained (default: cpu)')
+    parser.add_argument(
+        '--budget',
+        choices=[name for name in BUDGETS if name != 'imagenet'],
+        default='cpu',
+        help='how much is trained (default: cpu)',
+    )
     parser.add_argument('--dataset', default='synthetic', help='synthetic is SynthVI v1 (default: synthetic)')
     parser.add_argument('--data-dir', default='')
     parser.add_argument('--jobs', type=int, default=1, help='trainings side by side (default: 1)')

@@ -49,6 +49,7 @@ import vireid_timm
 from vireid_timm.data.readers import REGDB_TRIALS
 from vireid_timm.device import resolve_device
 from vireid_timm.evaluation.evaluate import evaluate_features
+from vireid_timm.evaluation.features import centred
 from vireid_timm.evaluation.report import METRICS
 from vireid_timm.files import save_json, whole_file
 from vireid_timm.run_folder import SUMMARY, has_checkpoint
@@ -67,17 +68,28 @@ def settings_of(cell: str, seed: int, args: argparse.Namespace) -> dict[str, Any
     budget, changes = BUDGETS[args.budget], dict(CELLS[cell])
     is_baseline = changes.pop('model', '') == 'baseline'
     settings = {**budget['settings'], **changes, 'model': budget['baseline' if is_baseline else 'method']}
-    width = {} if is_baseline else {'fuse_width': budget['width']}
+    width = {'fuse_width': budget['width']} if 'width' in budget and not is_baseline else {}
     settings['model_kwargs'] = {**budget.get('model_kwargs', {}), **width, **changes.get('model_kwargs', {})}
     if cell == 'agw' and 'r50' in settings['model']:
         settings['model_kwargs']['non_local_blocks'] = (0, 2, 3, 0)
     return {
-        **settings,
+        **with_weights(settings, args),
         **data_of(seed, args),
         'seed': seed,
         'output': str(args.output),
         'experiment': folder_of(cell, seed, args).name,
     }
+
+
+def with_weights(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Settings whose `pretrained_path` lies in --output; the ImageNet weights are written there if they are missing."""
+    if 'pretrained_path' not in settings:
+        return settings
+    path = args.output / settings['pretrained_path']
+    if not path.is_file():
+        script = Path(__file__).parents[1] / 'hub' / 'lite0_weights.py'
+        subprocess.run([sys.executable, script, path], check=True)
+    return {**settings, 'pretrained_path': str(path)}
 
 
 def data_of(seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def train_and_evaluate(folder: Path, settings: dict[str, Any], facts: dict[str, 
     if (folder / 'lines.json').is_file():
         return
     vireid_timm.train({'resume': str(folder)} if has_checkpoint(folder) else settings)
-    model = vireid_timm.load_model(folder)
+    model = vireid_timm.load_model(folder).to(resolve_device())
     with open(folder / SUMMARY, encoding='utf-8', newline='') as file:
         last = list(csv.DictReader(file))[-1]
     facts = {
@@ -153,6 +165,8 @@ def features_of(model: torch.nn.Module, dataset: vireid_timm.Dataset) -> Iterato
         width = model.global_head.num_features
         yield 'global', F.normalize(after[:, :width])
         yield 'fusion', F.normalize(after[:, width:])
+    yield 'flip test', vireid_timm.embed(model, dataset.test, cache='auto', flip_test=True)[0]
+    yield 'centred', centred(after, dataset.test.modality)
 
 
 def hardware() -> str:

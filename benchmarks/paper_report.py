@@ -12,7 +12,9 @@ import vireid_timm
 from vireid_timm.evaluation.confidence import bootstrap_intervals, paired_test
 from vireid_timm.evaluation.report import ProtocolResult, query_values
 
-FEATURES = ('after BN', 'before BN', 'global', 'fusion')  # the last two are parts of the joint feature after BN
+# The last four are made from features after BN: two are parts of them, one averages over mirror images, one has each
+# modality's mean subtracted.
+FEATURES = ('after BN', 'before BN', 'global', 'fusion', 'flip test', 'centred')
 MAIN_PROTOCOL = {
     'sysu_mm01': 'all-single',
     'regdb': 'visible-to-infrared',

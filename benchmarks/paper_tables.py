@@ -190,6 +190,7 @@ CLAIMS: dict[str, list[tuple[str, str]]] = {
     + [('teacher constant', 'full'), ('partner constant', 'full'), ('full', 'width 256')],
 }
 
+LITE0_WEIGHTS = 'lite0.safetensors'  # in --output; written if it is missing
 SMALL = {  # from scratch, AdamW got further than the paper's SGD in the same time
     'val_share': 0.0,
     'identities_per_batch': 16,
@@ -228,6 +229,27 @@ BUDGETS: dict[str, dict[str, Any]] = {
         'baseline': 'vireid_base_r10t',
         'width': 64,
         'settings': {**SMALL, 'epochs': 6},
+    },
+    'long': {
+        'title': 'ResNet-10-T from scratch, 24 epochs of 251 batches of 64 images at 128x64',
+        'method': 'vireid_dml_r10t',
+        'baseline': 'vireid_base_r10t',
+        'width': 64,
+        'settings': {**SMALL, 'epochs': 24},
+    },
+    'imagenet': {
+        'title': 'EfficientNet-Lite0 from ImageNet weights, 3 epochs of 251 batches of 64 images at 128x64',
+        'method': 'vireid_dml',
+        'baseline': 'vireid_base',
+        'model_kwargs': {'backbone': 'tf_efficientnet_lite0'},
+        'settings': {
+            **SMALL,
+            'epochs': 3,
+            'input_size': [3, 128, 64],
+            'pretrained': True,
+            'pretrained_path': LITE0_WEIGHTS,
+            'backbone_lr_scale': 0.3,
+        },
     },
     'gpu': {
         'title': 'ResNet-50 from scratch, 40 epochs of batches of 64 images at 288x144',

@@ -102,7 +102,7 @@ def _modality_seed(modality: str, spectrum: str) -> tuple[int, int]:
     return (0, 0) if modality == VISIBLE else (1, SPECTRA.index(spectrum))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _scene(seed: int, modality: str, spectrum: str, camera: int) -> Image.Image:
     palette = 'visible' if modality == VISIBLE else spectrum
     scene = draw_scene(_generator(seed, _SCENE, *_modality_seed(modality, spectrum), camera), palette)
@@ -117,7 +117,7 @@ def _saturate(colours: np.ndarray, amount: float) -> np.ndarray:
     return grey + amount * (colours - grey)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _light_field(seed: int, modality: str, spectrum: str, camera: int, size: tuple[int, int]) -> np.ndarray:
     """Return the brightness that camera and lamp give every pixel, [H, W, C] with one channel for infrared."""
     profile = _camera(seed, modality, spectrum, camera)
