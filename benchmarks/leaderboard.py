@@ -211,7 +211,8 @@ def main() -> None:
     """Train what was asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS), metavar='ROW', help=', '.join(ROWS))
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    text = 'one training each; on regdb they choose the trial, 0 to 9 are all ten (default: 0)'
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help=text)
     parser.add_argument(
         '--budget',
         choices=[name for name in BUDGETS if name != 'imagenet'],

@@ -47,15 +47,16 @@ def attentive_maps(model: torch.nn.Module, dataset: vireid_timm.Dataset, path: P
     images = [(str(dataset.test.path[row]), str(dataset.test.modality[row])) for row in rows.ravel()]
     explanations = [explain(model, [image])[0] for image in images]
     save_cams(explanations[: 2 * DRAWN], path)
-    # A map that is 0 everywhere has no area.
     shares = np.asarray([[(cam > cam.max() / 2).mean() for cam in each.cams.values()] for each in explanations])
+    empty = (shares == 0).sum(axis=0)  # nothing in these images raises the score
     more = shares[:, 1] - shares[:, 0]
     ((low, high),) = 100 * bootstrap_intervals(more.reshape(rows.shape).mean(axis=1)[None])
     means = 100 * shares.mean(axis=0)
     return (
         f'Grad-CAM is above half of its maximum in {means[0]:.1f} % of the area in the global branch and in '
         f'{means[1]:.1f} % in the fusion branch: {means[1] - means[0]:+.1f} (95 %: {low:+.1f} to {high:+.1f}, over '
-        f'{len(rows)} people), and more in {(more > 0).mean():.0%} of {len(images)} images.'
+        f'{len(rows)} people), and more in {(more > 0).mean():.0%} of {len(images)} images. '
+        f'Maps without any area: {empty[0]} and {empty[1]}.'
     )
 
 

@@ -11,18 +11,20 @@ import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 import pytest
 
 import vireid_timm
+from vireid_timm.cli.main import main
 from vireid_timm.synthvi.render import render_address
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
-gpu, paper, synthvi_v1 = map(importlib.import_module, ('gpu', 'paper', 'synthvi_v1'))
+gpu, paper, paper_report, synthvi_v1 = map(importlib.import_module, ('gpu', 'paper', 'paper_report', 'synthvi_v1'))
 
 
 def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
@@ -150,20 +152,26 @@ def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_every_table_of_the_paper_is_one_command(smoke_runs: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / 'paper.py'), *paper.TABLES, '--budget', 'smoke']
+def test_every_table_and_figure_of_the_paper_is_one_command(smoke_runs: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / 'paper.py'), *paper.TABLES, *paper.FIGURES, '--budget', 'smoke']
     stopped = subprocess.run([*command, '--output', str(smoke_runs), '--minutes', '1e-9'], capture_output=True)
     assert stopped.returncode == 1, 'one cell is missing, and there is no time for it'
+    assert not list(smoke_runs.glob('*.png'))
     done = subprocess.run([*command, '--output', str(smoke_runs)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])['complete']
     for table, rows in paper.TABLES.items():
         text = done.stdout.partition(f'### {table}: ')[2].partition('###')[0]
         lines = [line.split(' | ') for line in text.splitlines() if line.startswith('| ')]
+        is_comparison = table in paper_report.PUBLISHED
         for label, _, _ in rows:
-            (line,) = (line for line in lines if line[0] == f'| {label}')
-            assert line[1] == '0' and float(line[4]) > 0, line
-        assert sum(' > ' in line[0] for line in lines) == len(paper.CLAIMS[table])
+            (line,) = (line for line in lines if line[0] in (f'| {label}', f'| {label}, measured'))
+            assert line[1] == ('test, seeds 0' if is_comparison else '0') and float(line[4]) > 0, line
+        tests = sum(' > ' in line[0] for line in lines)
+        assert tests == (2 if is_comparison else 1) * len(paper_report.CLAIMS[table])
+    for figure in paper.FIGURES:
+        assert f'### {figure}: {smoke_runs / figure}.png' in done.stdout
+        assert (smoke_runs / f'{figure}.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_results_are_appended_once(smoke_runs: Path) -> None:
@@ -171,25 +179,85 @@ def test_results_are_appended_once(smoke_runs: Path) -> None:
     first = paper.collect(args)
     assert first == paper.collect(args)
     by_cell = Counter(line['cell'] for line in first)
-    # Two protocols and sets of people, with features after and before BN and, of three branches, two slices.
-    assert by_cell['rcc+cre'] == 8 and by_cell['teacher constant'] == 16
+    # Two protocols and sets of people, with features in four ways and, of three branches, two slices.
+    assert by_cell['rcc+cre'] == 16 and by_cell['teacher constant'] == 24
     assert {line['parameters'] for line in first if line['cell'] == 'width 256'} != {
         line['parameters'] for line in first if line['cell'] == 'full'
     }
 
 
+def _average_precisions(folder: Path, protocol: str) -> dict[str, list[float]]:
+    """Those of each person's queries, with features after BN."""
+    queries = vireid_timm.Report.load(folder / 'test, after BN.json')[protocol].queries
+    aps = {}
+    for identity, ap in zip(queries['identity'], queries['AP'], strict=True):
+        aps.setdefault(identity, []).append(ap)
+    return aps
+
+
 def test_paired_differences_are_those_of_people(smoke_runs: Path) -> None:
     args = argparse.Namespace(output=smoke_runs, budget='smoke', dataset='synthetic', data_dir='')
-    (line,) = paper.paired(('full', 'rcc'), ['test'], paper.collect(args), 'smoke', 'infrared-to-visible', args)
+    (line,) = paper_report.paired(('full', 'rcc'), ['test'], paper.collect(args), 'infrared-to-visible', args)
     means = []
     for cell in ('full', 'rcc'):
-        report = vireid_timm.Report.load(paper.folder_of(cell, 0, args) / 'test, after BN.json')
-        queries = report['infrared-to-visible'].queries
-        aps = {}
-        for identity, ap in zip(queries['identity'], queries['AP'], strict=True):
-            aps.setdefault(identity, []).append(ap)
+        aps = _average_precisions(paper.folder_of(cell, 0, args), 'infrared-to-visible')
         means.append(sum(sum(values) / len(values) for values in aps.values()) / len(aps))
-    assert line[4] == f'{100 * (means[0] - means[1]):+.1f}'
+    assert line[5] == f'{100 * (means[0] - means[1]):+.1f}'
+
+
+def test_regdb_has_a_trial_for_each_seed_beside_what_is_published(tmp_path: Path) -> None:
+    main(['synth', str(tmp_path / 'regdb'), '--layout', 'regdb', '--identities', '8', '--size', '64', '32'])
+    root, what = str(tmp_path / 'regdb'), ['report']
+    args = argparse.Namespace(budget='smoke', dataset='regdb', data_dir=root, output=tmp_path / 'runs', what=what)
+    assert [paper.data_of(seed, args)['dataset_kwargs']['trial'] for seed in (0, 9, 10)] == [1, 10, 1]
+    for seed in (0, 3):
+        for cell in ('baseline', 'full'):
+            paper.run_cell(cell, seed, args)
+    people = [set(_average_precisions(paper.folder_of('full', seed, args), 'infrared-to-visible')) for seed in (0, 3)]
+    for seed, tested in zip((0, 3), people, strict=True):
+        dataset = vireid_timm.create_dataset('regdb', root, trial=seed + 1)
+        assert tested == set(dataset.test.identities())
+    assert people[0] != people[1]
+
+    args.dataset = 'synthetic'  # as by default; the results say what they are of
+    text = paper.report(paper.collect(args), args)
+    assert text.count('### ') == 2, 'table 1 and table 5'
+    rows = [
+        line.strip('| ').split(' | ') for line in text.partition('### table5')[2].splitlines() if line.startswith('| ')
+    ]
+    by_name = {row[0]: row for row in rows}
+    assert by_name['AGMNet'][1:7] == ['IEEE23', '88.40', '95.10', '96.94', '81.45', '68.51']
+    lines = [line for line in rows if line[1] == 'test, seeds 0 3']
+    assert {line[0] for line in lines} == {'baseline, measured', 'the method, measured'}
+    assert all(len(line) == 12 and all(' ± ' in score for score in line[2:]) for line in lines)
+
+    args.dataset = 'regdb'
+    differences = {}
+    for seed in (0, 3):
+        aps = [
+            _average_precisions(paper.folder_of(cell, seed, args), 'infrared-to-visible')
+            for cell in ('full', 'baseline')
+        ]
+        for name in aps[0]:
+            differences.setdefault(name, []).append(np.mean(aps[0][name]) - np.mean(aps[1][name]))
+    (line,) = (row for row in rows if row[:3] == ['full > baseline', 'test', 'infrared-to-visible'])
+    assert line[5] == f'{100 * np.mean([np.mean(values) for values in differences.values()]):+.1f}'
+
+
+def test_what_is_published_has_five_scores_in_both_directions() -> None:
+    for _, rows in paper_report.PUBLISHED.values():
+        for name, _, *scores in rows:
+            assert [len(part.split()) for part in scores] == [5, 5], name
+            assert all(score == '-' or 0 < float(score) < 100 for part in scores for score in part.split()), name
+
+
+def test_jobs_take_turns_on_the_gpus() -> None:
+    def numbers(*arguments: Any) -> list[str | None]:
+        return [added.get('CUDA_VISIBLE_DEVICES') for added in paper.gpus_of_jobs(*arguments)]
+
+    assert numbers(3, 2, None) == ['0', '1', '0'] and numbers(2, 4, None) == ['0', '1']
+    assert numbers(3, 2, '5,GPU-a') == ['5', 'GPU-a', '5']
+    assert numbers(2, 1, '5') == numbers(2, 0, None) == [None, None]
 
 
 def test_retrieval_prints_a_table_and_keeps_earlier_results(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vireid_timm.data.images import load_image
-from vireid_timm.figures.explain import explain, save_explanations
+from vireid_timm.figures.explain import explain, save_cams, save_explanations
 from vireid_timm.synthvi.render import image_address
 
 SIZE = (64, 32)
@@ -120,6 +120,16 @@ def test_what_two_images_share_attracts_the_maps(corner: tuple[int, int], tmp_pa
         for cam in found.cams.values():
             row, column = np.unravel_index(cam.argmax(), cam.shape)
             assert y <= 16 * row + 8 < y + 16 + 8 and x <= 16 * column < x + 16
+
+
+def test_maps_of_many_images_are_drawn_side_by_side(tmp_path: Path) -> None:
+    explanations = [explain(_model('fused'), [image])[0] for image in IMAGES]
+    sizes = []
+    for count in (1, 6):
+        save_cams((explanations * 3)[:count], tmp_path / 'cams.png')
+        with Image.open(tmp_path / 'cams.png') as image:
+            sizes.append(image.size)
+    assert sizes[0][0] < sizes[1][0] and sizes[0][1] == sizes[1][1]
 
 
 def test_the_model_is_left_as_it_was() -> None:
