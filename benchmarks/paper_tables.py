@@ -45,6 +45,8 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     **{f'smoothing {share}': {'smoothing': share} for share in (0.1, 0.2)},
     'triplet 3': {'loss': {'triplet': 3.0}},
+    'no cre': {'augment': ['rcc']},
+    'plus': {'mutual_constant': 'teacher', 'augment': ['rcc', 'rfa']},
     'agw': {**BASELINE, **PLAIN, 'model_kwargs': {'non_local_blocks': (0, 1, 1, 0)}},  # (0, 2, 3, 0) in ResNet-50
     'ema': {'model_ema': True, 'model_ema_decay': 0.999, 'model_ema_warmup': True},
 }
@@ -104,6 +106,7 @@ TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
     'plus': [
         ('the method', 'full', None),
         *((f'and {name}', f'+ {name}', None) for name in PLUS_AUGMENTATIONS),
+        ('without CRE', 'no cre', None),
         ('averaged weights', 'ema', None),
         ('label smoothing 0.1', 'smoothing 0.1', None),
         ('label smoothing 0.2', 'smoothing 0.2', None),
@@ -111,6 +114,7 @@ TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
         ('hetero-center loss', '+ hetero_center 0.05', None),
         ('hetero-center triplet', '+ hetero_center_triplet 2.0', None),
         ('the triplet as heavy as three identity losses', 'triplet 3', None),
+        ('RCC and RFA without CRE, the joint branch constant', 'plus', None),
     ],
     'readings': [
         ('baseline with RCC and CRE', 'rcc+cre', None),
