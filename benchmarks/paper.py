@@ -311,7 +311,9 @@ def main() -> None:
         return
     try:
         require_extras(args.what)
-    except ValueError as error:
+        if args.what != ['report']:
+            test_sets(args.seeds[0], args)  # data that are missing end this here, not in every run
+    except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
     complete = args.what == ['report'] or train_all(args)
     print(report(collect(args), args))

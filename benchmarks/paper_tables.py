@@ -211,7 +211,7 @@ SMALL = {  # from scratch, AdamW got further than the paper's SGD in the same ti
 # Budget: its description, the two networks (method and baseline), and what differs from the recipe of the paper.
 BUDGETS: dict[str, dict[str, Any]] = {
     'smoke': {
-        'title': 'a thin ResNet-10-T from scratch, one epoch on 8 rendered people at 64x32: shows only that it runs',
+        'title': 'a thin ResNet-10-T from scratch, one epoch at 64x32: shows only that it runs',
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
         'model_kwargs': {
@@ -228,21 +228,21 @@ BUDGETS: dict[str, dict[str, Any]] = {
         },
     },
     'cpu': {
-        'title': 'ResNet-10-T from scratch, 6 epochs of 251 batches of 64 images at 128x64',
+        'title': 'ResNet-10-T from scratch, 6 epochs of batches of 64 at 128x64 (251 on SynthVI)',
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
         'width': 64,
         'settings': {**SMALL, 'epochs': 6},
     },
     'long': {
-        'title': 'ResNet-10-T from scratch, 24 epochs of 251 batches of 64 images at 128x64',
+        'title': 'ResNet-10-T from scratch, 24 epochs of batches of 64 at 128x64 (251 on SynthVI)',
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
         'width': 64,
         'settings': {**SMALL, 'epochs': 24},
     },
     'imagenet': {
-        'title': 'EfficientNet-Lite0 from ImageNet weights, 3 epochs of 251 batches of 64 images at 128x64',
+        'title': 'EfficientNet-Lite0 from ImageNet weights, 3 epochs of batches of 64 at 128x64 (251 on SynthVI)',
         'method': 'vireid_dml',
         'baseline': 'vireid_base',
         'model_kwargs': {'backbone': 'tf_efficientnet_lite0'},

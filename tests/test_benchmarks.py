@@ -174,6 +174,15 @@ def test_every_table_and_figure_of_the_paper_is_one_command(smoke_runs: Path) ->
         assert (smoke_runs / f'{figure}.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_missing_data_end_before_anything_is_trained(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / 'paper.py'), 'table1', '--dataset', 'sysu_mm01']
+    command += ['--data-dir', str(tmp_path / 'nowhere'), '--output', str(tmp_path / 'runs')]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: ') and str(tmp_path / 'nowhere') in done.stderr.splitlines()[0]
+    assert not (tmp_path / 'runs').exists()
+
+
 def test_results_are_appended_once(smoke_runs: Path) -> None:
     args = argparse.Namespace(output=smoke_runs)
     first = paper.collect(args)
