@@ -44,7 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     'method': {
         'title': "the paper's method",
-        'small': ('vireid_dml_r10t', {'fuse_width': 64}),
+        'small': ('vireid_dml_r10t', {}),
         'full': ('vireid_dml_r50.tv_in1k', {}),
         'published': (72.57, 68.61),
     },

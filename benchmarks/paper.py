@@ -68,8 +68,7 @@ def settings_of(cell: str, seed: int, args: argparse.Namespace) -> dict[str, Any
     budget, changes = BUDGETS[args.budget], dict(CELLS[cell])
     is_baseline = changes.pop('model', '') == 'baseline'
     settings = {**budget['settings'], **changes, 'model': budget['baseline' if is_baseline else 'method']}
-    width = {'fuse_width': budget['width']} if 'width' in budget and not is_baseline else {}
-    settings['model_kwargs'] = {**budget.get('model_kwargs', {}), **width, **changes.get('model_kwargs', {})}
+    settings['model_kwargs'] = {**budget.get('model_kwargs', {}), **changes.get('model_kwargs', {})}
     if cell == 'agw' and 'r50' in settings['model']:
         settings['model_kwargs']['non_local_blocks'] = (0, 2, 3, 0)
     return {

@@ -217,7 +217,6 @@ BUDGETS: dict[str, dict[str, Any]] = {
         'model_kwargs': {
             'resnet_args': dict(stem_width=8, stem_type='deep_tiered', avg_down=True, channels=(8, 16, 24, 32))
         },
-        'width': 8,
         'settings': {
             **SMALL,
             'identities_per_batch': 8,
@@ -231,14 +230,12 @@ BUDGETS: dict[str, dict[str, Any]] = {
         'title': 'ResNet-10-T from scratch, 6 epochs of batches of 64 at 128x64 (251 on SynthVI)',
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
-        'width': 64,
         'settings': {**SMALL, 'epochs': 6},
     },
     'long': {
         'title': 'ResNet-10-T from scratch, 24 epochs of batches of 64 at 128x64 (251 on SynthVI)',
         'method': 'vireid_dml_r10t',
         'baseline': 'vireid_base_r10t',
-        'width': 64,
         'settings': {**SMALL, 'epochs': 24},
     },
     'imagenet': {
@@ -259,14 +256,12 @@ BUDGETS: dict[str, dict[str, Any]] = {
         'title': 'ResNet-50 from scratch, 40 epochs of batches of 64 images at 288x144',
         'method': 'vireid_dml_r50',
         'baseline': 'vireid_base_r50',
-        'width': 256,
         'settings': {**SMALL, 'pad': 10, 'epochs': 40},
     },
     'full': {
         'title': "the paper's recipe: ResNet-50 from ImageNet weights, 80 epochs at 288x144",
         'method': 'vireid_dml_r50.tv_in1k',
         'baseline': 'vireid_base_r50.tv_in1k',
-        'width': 256,
         'settings': {name: value for name, value in load_yaml('sysu_mm01').items() if name not in ('dataset', 'model')},
     },
 }

@@ -198,7 +198,7 @@ def test_a_calibration_goes_with_the_features_that_it_holds_for(
     metadata = export_model(name, tmp_path / 'export')
     assert metadata['calibration'] == json.loads((tmp_path / 'export/metadata.json').read_text())['calibration']
     assert metadata['calibration'] == _facts(tmp_path / 'export/both.onnx')['calibration'] == calibration
-    metadata = export_model(name, tmp_path / 'other', features='before-bn', size=(64, 32))
+    metadata = export_model(name, tmp_path / 'other', features='after-bn', size=(64, 32))
     assert metadata['calibration'] is None and _facts(tmp_path / 'other/both.onnx')['calibration'] is None
     assert 'is left out' in caplog.text and 'features, size' in caplog.text
 

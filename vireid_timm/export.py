@@ -66,10 +66,8 @@ class DeployedNetwork(nn.Module):
             if images is not None
         }
         joint_map = self.model.forward_features(**given)
-        if self.features == 'before-bn':
-            features = F.normalize(self.model.global_pool(joint_map))
-        else:
-            features = F.normalize(self.model.forward_head(joint_map, pre_logits=True))
+        is_before = self.features == 'before-bn'
+        features = F.normalize(self.model.forward_pool(joint_map) if is_before else self.model.forward_neck(joint_map))
         if len(given) == 1:
             return features
         return features[: visible.shape[0]], features[visible.shape[0] :]
@@ -101,7 +99,7 @@ def export_model(
     *,
     format: str = 'onnx',
     half: bool = False,
-    features: str = 'after-bn',
+    features: str = 'auto',
     size: Sequence[int] | None = None,
     pretrained: bool = True,
 ) -> dict[str, Any]:
@@ -115,7 +113,7 @@ def export_model(
         folder: Where to write. A complete new version replaces an old one of the same format.
         format: `onnx`, or `pt2` for programs of `torch.export`.
         half: Round the weights to half precision and store them so; they are still computed with in float32.
-        features: `after-bn` or `before-bn`, as for `embed`.
+        features: `after-bn`, `before-bn` or `auto`, as for `embed`.
         size: Height and width of the images, or (3, height, width); the model's own if None.
         pretrained: Load the weights; otherwise the network is untrained.
 
@@ -147,7 +145,7 @@ def export_model(
         round_to_half(model)
         full, expected = expected, _embedded(model, images, extraction)
         metadata['half_difference'] = max(float((expected[name] - full[name]).abs().max()) for name in MODALITIES)
-    network = DeployedNetwork(model, features).eval()
+    network = DeployedNetwork(model, settings['features']).eval()
     if half and format == 'pt2':
         network = HalfStored(network).eval()
     differences = {}

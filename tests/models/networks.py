@@ -31,8 +31,8 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def small(**kwargs) -> DualStreamResNet:
-    return randomised(timm.create_model('vireid_dml_r10t', resnet_args=THIN, fuse_width=8, **kwargs)).eval()
+def small(name: str = 'vireid_dml_r10t', **kwargs) -> DualStreamResNet:
+    return randomised(timm.create_model(name, resnet_args=THIN, **kwargs)).eval()
 
 
 def on_meta(name: str, **kwargs) -> DualStreamResNet:

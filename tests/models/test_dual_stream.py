@@ -87,7 +87,7 @@ def test_output_is_classifier_after_neck_after_pooling(network):
     x = images()
     with torch.inference_mode():
         joint_map = network.forward_features(x)
-        features = network.forward_head(joint_map, pre_logits=True)
+        features = network.forward_neck(joint_map)
         logits = network.forward_head(joint_map)
         branches = network.forward_branches(x)
         assert torch.equal(logits, network(x))
@@ -147,8 +147,8 @@ def test_the_configuration_matches_the_network(name):
     assert tuple(joint_map.shape) == (2, model.num_features, *cfg['pool_size'])
     assert cfg['pool_size'] == (size[0] // 16, size[1] // 16)  # last stride 1: 18 x 9
     assert model(meta_images(model)).shape == (2, model.num_features)
-    width = 2048 if name.endswith(('r50', 'r101')) else 512
-    assert model.num_features == model.head_hidden_size == width + ('dml' in name) * 768
+    width, first = (2048, 256) if name.endswith(('r50', 'r101')) else (512, 64)
+    assert model.num_features == model.head_hidden_size == width + ('dml' in name) * 3 * first
     state = model.state_dict()
     assert len(cfg['first_conv']) == 2
     assert all(state[f'{conv}.weight'].shape[1] == 3 for conv in cfg['first_conv'])
@@ -197,7 +197,7 @@ def test_arguments_reach_the_network(name):
     x = torch.zeros(2, 1, height, width, device='meta', dtype=torch.bfloat16)
     assert tuple(model.forward_features(x).shape[2:]) == (math.ceil(height / 32), math.ceil(width / 32))
     assert model.feature_info[3]['reduction'] == 32
-    assert model.num_features == model.feature_info[3]['num_chs'] + 2 * 256
+    assert model.num_features == model.feature_info[3]['num_chs'] + 2 * model.feature_info[1]['num_chs']
     drops = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert drops == [0.25] * 3
     infrared = model.stem.infrared.state_dict()
@@ -334,7 +334,8 @@ def test_training_and_retrieval_pool_alike(pool, power):
     with torch.no_grad():
         features, joint_map = model.forward_branches(x).features, model.forward_features(x)
         torch.testing.assert_close(features, pooled(joint_map, 1.0 if pool == 'avg' else power), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(x), model.joint_head.neck(features), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model(x), features, rtol=1e-4, atol=1e-3)  # this network retrieves before BN
+        torch.testing.assert_close(model.forward_neck(joint_map), model.joint_head.neck(features), rtol=1e-4, atol=1e-3)
         other = small(global_pool={'gem': 'avg', 'avg': 'gem'}[pool], gem_power=power)
         other.load_state_dict(model.state_dict())
         assert not torch.allclose(other.forward_branches(x).features, features, rtol=0.05)
@@ -343,8 +344,10 @@ def test_training_and_retrieval_pool_alike(pool, power):
         assert torch.equal(other(x), model(x))
 
 
-def test_without_classes_the_output_is_the_features_after_the_neck():
-    model = small(num_classes=5)
+@pytest.mark.parametrize('retrieval', ['after-bn', 'before-bn'])
+@pytest.mark.parametrize('name', ['vireid_dml_r10t', 'vireid_base_r10t'])
+def test_without_classes_the_output_is_the_features_for_retrieval(name, retrieval):
+    model = small(name, num_classes=5, retrieval=retrieval)
     x = images()
     with torch.inference_mode():
         features = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -354,7 +357,12 @@ def test_without_classes_the_output_is_the_features_after_the_neck():
         output = model.forward_branches(x)
         assert output.logits == {}
         assert torch.equal(output.features, before)
-        torch.testing.assert_close(model.joint_head.neck(output.features), features, rtol=1e-4, atol=1e-4)
+        neck = getattr(model, f'{model.branches[-1]}_head').neck
+        torch.testing.assert_close(neck(before), model.forward_neck(model.forward_features(x)), rtol=1e-4, atol=1e-4)
+        expected = neck(before) if retrieval == 'after-bn' else before
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"unknown retrieval 'bn'; expected one of \('after-bn', 'before-bn'\)"):
+        small(name, retrieval='bn')
 
 
 def test_new_classifiers_change_nothing_else():

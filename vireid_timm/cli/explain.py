@@ -22,8 +22,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument('--modality', choices=MODALITIES, required=True, help='modality of IMAGE')
     text = 'modality of OTHER (default: that of IMAGE)'
     parser.add_argument('--other-modality', choices=MODALITIES, help=text)
-    text = 'explain features after or before the BN-neck (default: after-bn)'
-    parser.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
+    text = 'explain features after or before the BN-neck (default: as the model returns them)'
+    parser.add_argument('--features', choices=FEATURES, default='auto', help=text)
     text = 'where to draw it (default: explanation.png)'
     parser.add_argument('--output', type=expanded_path, default='explanation.png', metavar='FILE.png', help=text)
     add_device_flag(parser)

@@ -23,8 +23,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument('--format', choices=EXPORT_FORMATS, default='onnx', help=text)
     text = 'store weights in half precision, a file of half the size (default: off)'
     parser.add_argument('--half', action='store_true', help=text)
-    text = 'features after or before the BN-neck (default: after-bn)'
-    parser.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
+    text = 'features after or before the BN-neck (default: as the model returns them)'
+    parser.add_argument('--features', choices=FEATURES, default='auto', help=text)
     text = "channels, height, width of the images (default: the model's)"
     parser.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help=text)
     parser.set_defaults(run=run)

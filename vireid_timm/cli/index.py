@@ -27,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
     add_switch(parser, '--folders-are-identities', text)
     text = 'also compress the features, to search millions of images (default: as in the index, or off)'
     add_switch(parser, '--compress', text)
-    text = 'features after or before the BN-neck (default: those of the index, or after-bn)'
+    text = 'features after or before the BN-neck (default: those of the index, or as the model returns them)'
     parser.add_argument('--features', choices=FEATURES, help=text)
     text = "channels, height, width (default: the index's, or the model's)"
     parser.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help=text)

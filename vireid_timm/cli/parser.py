@@ -76,8 +76,8 @@ def add_data_flags(group: Any) -> None:
 
 def add_feature_flags(group: Any) -> None:
     """Add what decides the features of an image."""
-    text = 'compare features after or before the BN-neck (default: after-bn)'
-    group.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
+    text = 'compare features after or before the BN-neck (default: as the model returns them)'
+    group.add_argument('--features', choices=FEATURES, default='auto', help=text)
     text = 'average over each image and its mirror image (default: off)'
     group.add_argument('--flip-test', action='store_true', help=text)
     text = '5: average over the image and shifts into its corners (default: 1)'

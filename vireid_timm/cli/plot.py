@@ -32,8 +32,8 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument('--model', '--checkpoint', type=expanded_path, metavar='NAME', help=text)
     add_dataset_flag(group)
     add_data_flags(group)
-    text = 'features after or before the BN-neck (default: after-bn)'
-    group.add_argument('--features', choices=FEATURES, default='after-bn', help=text)
+    text = 'features after or before the BN-neck (default: as the model returns them)'
+    group.add_argument('--features', choices=FEATURES, default='auto', help=text)
     add_decoding_flags(group)
     add_batch_size_flag(group)
     add_device_flag(group)

@@ -38,7 +38,7 @@ class Extraction:
     """How features are extracted.
 
     Attributes:
-        features: `after-bn` (after the BN-neck, as the model returns them) or `before-bn`.
+        features: `after-bn` (after the BN-neck), `before-bn`, or `auto`: those that the model returns.
         flip_test: Average over each image and its mirror image.
         crops: 1, or 5 to average over the image and its shifts into the four corners, see `views`.
         centre: Subtract the mean of the modality's features, see `centred`. What an image's features are then depends
@@ -55,7 +55,7 @@ class Extraction:
         progress: Show progress bars, if the output is a terminal.
     """
 
-    features: str = 'after-bn'
+    features: str = 'auto'
     flip_test: bool = False
     crops: int = 1
     centre: bool = False
@@ -228,6 +228,11 @@ def image_size(model: nn.Module, extraction: Extraction) -> tuple[int, int]:
     return extraction.size or tuple(resolve_model_data_config(model)['input_size'][-2:])
 
 
+def feature_kind(model: nn.Module, features: str) -> str:
+    """Return `after-bn` or `before-bn`: what was asked for, or what the model returns if that is `auto`."""
+    return model.retrieval if features == 'auto' else features
+
+
 def open_store(model: nn.Module, records: Records, extraction: Extraction) -> ImageStore:
     """Open the image store of a table for an extraction. If several ranks run, all of them must make this call.
 
@@ -392,7 +397,7 @@ def feature_settings(model: nn.Module, extraction: Extraction, tracklets: bool =
     """
     return {
         'weights': weights_fingerprint(model, classifiers=False),
-        'features': extraction.features,
+        'features': feature_kind(model, extraction.features),
         'flip_test': extraction.flip_test,
         'crops': extraction.crops,
         'centre': extraction.centre,
@@ -545,21 +550,15 @@ def _batch_features(
     images = images.to(device, non_blocking=True).float() / 255
     config = resolve_model_data_config(model)
     amp, dtype = extraction.amp_dtype, next(model.parameters()).dtype
+    before_bn = feature_kind(model, extraction.features) == 'before-bn'
     total = 0
     for view in views(images, extraction.flip_test, extraction.crops):
         view = normalize(view, config['mean'], config['std']).to(dtype)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            output = _forward(model, modality, view, extraction.features)
+            joint_map = model.forward_features(**{modality: view})
+            output = model.forward_pool(joint_map) if before_bn else model.forward_neck(joint_map)
         total = total + F.normalize(output.float())
     return F.normalize(total)
-
-
-def _forward(model: nn.Module, modality: str, images: torch.Tensor, features: str) -> torch.Tensor:
-    if features == 'before-bn':
-        return model.forward_branches(**{modality: images}).features
-    if model.num_classes == 0:
-        return model(**{modality: images})
-    return model.forward_head(model.forward_features(**{modality: images}), pre_logits=True)
 
 
 @contextmanager
@@ -595,7 +594,7 @@ def _check_agreement(model: nn.Module, records: Records, extraction: Extraction)
     own = {
         'weights': weights_fingerprint(model),
         'images': hashlib.sha256(images.encode('utf-8', 'surrogatepass')).hexdigest(),
-        'features': extraction.features,
+        'features': feature_kind(model, extraction.features),
         'flip_test': extraction.flip_test,
         'crops': extraction.crops,
         'centre': extraction.centre,

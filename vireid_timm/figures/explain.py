@@ -12,7 +12,7 @@ from torch import nn
 from ..constants import FEATURES
 from ..data.augment import normalize
 from ..data.images import ImageError, load_image
-from ..evaluation.features import evaluation_mode, require_dual_stream
+from ..evaluation.features import evaluation_mode, feature_kind, require_dual_stream
 from .charts import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Explanation(NamedTuple):
     weights: dict[str, np.ndarray]
 
 
-def explain(model: nn.Module, images: list[tuple[str, str]], features: str = 'after-bn') -> list[Explanation]:
+def explain(model: nn.Module, images: list[tuple[str, str]], features: str = 'auto') -> list[Explanation]:
     """Explain the similarity of two images, or the features of one.
 
     Grad-CAM (arXiv:1610.02391) of the joint map, whose GeM is V_joint: each channel counts with the mean of its
@@ -52,7 +52,7 @@ def explain(model: nn.Module, images: list[tuple[str, str]], features: str = 'af
     Args:
         model: A model of this package. It keeps its device and the mode of every module.
         images: Path and modality of one or two images.
-        features: `after-bn` or `before-bn`.
+        features: `after-bn`, `before-bn` or `auto`: those that the model returns.
 
     Returns:
         One explanation per image.
@@ -66,6 +66,7 @@ def explain(model: nn.Module, images: list[tuple[str, str]], features: str = 'af
         raise ValueError(f'unknown features {features!r}; expected one of {", ".join(FEATURES)}')
     if model.global_pool.pool_type == '':
         raise ValueError("features need pooling, but this model has global_pool=''")
+    features = feature_kind(model, features)
     size = tuple(resolve_model_data_config(model)['input_size'][-2:])
     pixels = [_load(path, size) for path, _ in images]
     modalities = [modality for _, modality in images]
@@ -116,8 +117,8 @@ def _features(model: nn.Module, modality: str, x: torch.Tensor, features: str) -
     """Return features [1, D] float32 in a way that pools the joint map by `model.global_pool`, as Grad-CAM needs."""
     joint_map = model.forward_features(**{modality: x})
     if features == 'before-bn':
-        return model.global_pool(joint_map).float()
-    return model.forward_head(joint_map, pre_logits=True).float()
+        return model.forward_pool(joint_map).float()
+    return model.forward_neck(joint_map).float()
 
 
 def _branch_cams(

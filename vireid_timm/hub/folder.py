@@ -527,9 +527,9 @@ def _reference_features(
     with torch.inference_mode():
         for modality, values in images.items():
             normalised = {modality: ((values / 255 - mean) / std).to(next(model.parameters()).dtype)}
-            after = model.forward_head(model.forward_features(**normalised), pre_logits=True)
-            features[f'{modality}_before_bn'] = model.forward_branches(**normalised).features.float()
-            features[f'{modality}_after_bn'] = after.float()
+            joint_map = model.forward_features(**normalised)
+            features[f'{modality}_before_bn'] = model.forward_pool(joint_map).float()
+            features[f'{modality}_after_bn'] = model.forward_neck(joint_map).float()
     return features
 
 

@@ -59,13 +59,14 @@ class DualStreamBackbone(DualStream):
             last layer is a ReLU, else the average: GeM takes values below 0 for 0.
         drop_rate: Dropout before each classifier.
         fuse_layers: Levels to fuse, from 1 to 4; empty for the baseline.
-        fuse_width: Channels per fused level; by default as many as the first of them has.
+        fuse_width: Channels per fused level; by default as many as the first level has.
         gem_power: GeM's exponent p.
         spatial_weights: `asff` (weight maps predicted per image) or `static` (one learned map per level).
         last_stride: Stride of the last level, 1 or 2. By default 1 where its strides are those of convolutions with
             odd kernels, which give the same map without.
         plain_fusion: Build the paper's full fused map and pool it, instead of using the exact shortcut.
         private_stages: Levels that each modality has of its own, beside the stem; up to all 4.
+        retrieval: What the model returns with `num_classes=0`: V_joint `after-bn`, as AGW does, or `before-bn` (eq. 3).
         img_size: Default image height and width, or one number for both. Backbones with position embeddings take no
             other size.
         backbone_args: Further arguments for the backbone.
@@ -92,6 +93,7 @@ class DualStreamBackbone(DualStream):
         last_stride: Optional[int] = None,
         plain_fusion: bool = False,
         private_stages: int = 0,
+        retrieval: str = 'after-bn',
         img_size: Union[int, tuple[int, int]] = DEFAULT_SIZE,
         backbone_args: Optional[dict[str, Any]] = None,
         pretrained_backbone: bool = False,
@@ -105,12 +107,13 @@ class DualStreamBackbone(DualStream):
             raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
         if private_stages not in (0, 1, 2, 3, 4):
             raise ValueError(f'private_stages must be from 0 to 4, got {private_stages}')
-        check_branches(fuse_layers, fuse_width, spatial_weights, num_classes, global_pool)
+        check_branches(fuse_layers, fuse_width, spatial_weights, num_classes, global_pool, retrieval)
         size = height_and_width(img_size)
         # Attributes with the names of arguments are saved with a model.
         self.backbone = backbone
         self.in_chans = in_chans
         self.private_stages = int(private_stages)
+        self.retrieval = retrieval
         self.grad_checkpointing = False
 
         args = backbone_args or {}

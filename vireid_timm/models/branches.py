@@ -18,6 +18,7 @@ from timm.layers import get_device_dtype
 from timm.models import is_model, model_entrypoint
 from timm.models._features import FeatureGetterNet
 
+from ..constants import FEATURES
 from ..layers.fusion import SPATIAL_WEIGHTS, FusionBranch
 from ..layers.head import BranchHead
 from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
@@ -44,6 +45,7 @@ def check_branches(
     spatial_weights: str,
     num_classes: int,
     global_pool: str,
+    retrieval: str,
 ) -> None:
     """Raise ValueError, which names the argument, if the branches cannot be as the arguments say."""
     if list(fuse_layers) != sorted(set(fuse_layers) & {1, 2, 3, 4}):
@@ -52,6 +54,8 @@ def check_branches(
         raise ValueError(f'fuse_width must be at least 1, got {fuse_width}')
     if spatial_weights not in SPATIAL_WEIGHTS:
         raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
+    if retrieval not in FEATURES[1:]:
+        raise ValueError(f'unknown retrieval {retrieval!r}; expected one of {FEATURES[1:]}')
     if global_pool == '' and num_classes > 0:
         raise ValueError("a classifier needs pooling: use num_classes=0 with global_pool=''")
 
@@ -134,10 +138,12 @@ class DualStream(nn.Module):
     Attributes:
         pretrained_prefixes: Prefixes of the parameters that a backbone's weights cover: stem and trunk.
         starts_from_backbone: Whether the pretrained weights are a backbone's, and not those of a re-ID model.
+        retrieval: `after-bn` or `before-bn`: the features that the model returns with `num_classes=0`.
     """
 
     pretrained_prefixes: tuple[str, ...]
     starts_from_backbone = False
+    retrieval: str
 
     def _create_branches(
         self,
@@ -152,7 +158,7 @@ class DualStream(nn.Module):
         plain_fusion: bool,
         dd: dict[str, Any],
     ) -> None:
-        """Create pooling, fusion branch and heads; a `fuse_width` of None is the width of the first fused level."""
+        """Create pooling, fusion branch and heads; a `fuse_width` of None is the width of the first level."""
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.gem_power = gem_power
@@ -163,7 +169,7 @@ class DualStream(nn.Module):
         self.fusion = None
         if fuse_layers:
             widths, reductions = ([info[key] for info in self.feature_info] for key in ('num_chs', 'reduction'))
-            self.fuse_width = widths[fuse_layers[0] - 1] if fuse_width is None else fuse_width
+            self.fuse_width = widths[0] if fuse_width is None else fuse_width
             steps = [reduction // reductions[0] for reduction in reductions]
             self.fusion = FusionBranch(
                 [widths[i - 1] for i in fuse_layers],
@@ -244,21 +250,33 @@ class DualStream(nn.Module):
         """Return the joint map [B, num_features, h, w], layer4's channels before the fused ones. Its GeM is V_joint."""
         return self._joint_map(self._forward_levels(visible, infrared))
 
+    def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool the joint map [B, num_features, h, w]: V_joint before the BN-neck, [B, num_features] (eq. 3)."""
+        return self.global_pool(x)
+
+    @torch.jit.ignore
+    def forward_neck(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool the joint map and apply the BN-neck: what the classifier of the last branch sees."""
+        head = self.joint_head if self.joint_head is not None else self.global_head
+        return head(self.forward_pool(x), pre_logits=True)
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool the joint map, then apply BN-neck and classifier; `pre_logits` returns the features after BN."""
-        x = self.global_pool(x)
+        """Pool the joint map, then apply BN-neck and classifier; `pre_logits` returns the features for retrieval."""
+        pooled = self.forward_pool(x)
         if self.global_pool.pool_type == '':
-            return x
+            return pooled
+        if (pre_logits or self.num_classes == 0) and self.retrieval == 'before-bn':
+            return pooled.to(self.global_head.neck.weight.dtype)
         if self.joint_head is not None:
-            return self.joint_head(x, pre_logits)
-        return self.global_head(x, pre_logits)
+            return self.joint_head(pooled, pre_logits)
+        return self.global_head(pooled, pre_logits)
 
     def forward(
         self,
         visible: Optional[torch.Tensor] = None,
         infrared: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Return joint logits [B, num_classes], or features after BN [B, num_features] when `num_classes=0`.
+        """Return joint logits [B, num_classes], or features for retrieval [B, num_features] when `num_classes=0`.
 
         Args:
             visible: Normalised visible images [B, 3, H, W].

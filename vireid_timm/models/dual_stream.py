@@ -105,7 +105,7 @@ class DualStreamResNet(DualStream):
         global_pool: `gem`, `avg`, or '' (with `num_classes=0`) for the unpooled joint map.
         drop_rate: Dropout before each classifier.
         fuse_layers: Layers to fuse, from 1 to 4 (table 2); empty for the baseline.
-        fuse_width: Channels per fused layer.
+        fuse_width: Channels per fused layer; by default as many as layer1 has, 256 in the paper's ResNet-50.
         gem_power: GeM's exponent p.
         spatial_weights: `asff` (weight maps predicted per image) or `static` (one learned map per layer).
         last_stride: Stride of layer4, 1 or 2.
@@ -114,6 +114,7 @@ class DualStreamResNet(DualStream):
             the paper's networks, (0, 2, 3, 0) in AGW (arXiv:2001.04193).
         non_local_width: Inner channels of the non-local blocks, or `half` for half of the map's channels. AGW meant
             half, but its code, and therefore every set of weights trained with it, has 1.
+        retrieval: What the model returns with `num_classes=0`: V_joint `after-bn`, as AGW does, or `before-bn` (eq. 3).
         img_size: Default image height and width, or one number for both. Sets the grid of the `static` weight maps,
             and through `timm.create_model` the input size in the model's configuration.
         resnet_args: Further arguments for timm's `ResNet` (stem type, ...), but not `output_stride`.
@@ -134,13 +135,14 @@ class DualStreamResNet(DualStream):
         global_pool: str = 'gem',
         drop_rate: float = 0.0,
         fuse_layers: Sequence[int] = (1, 2, 3),
-        fuse_width: int = 256,
+        fuse_width: Optional[int] = None,
         gem_power: float = 3.0,
         spatial_weights: str = 'asff',
         last_stride: int = 1,
         plain_fusion: bool = False,
         non_local_blocks: Sequence[int] = (0, 0, 0, 0),
         non_local_width: Union[int, str] = 1,
+        retrieval: str = 'after-bn',
         img_size: Union[int, tuple[int, int]] = (288, 144),
         resnet_args: Optional[dict[str, Any]] = None,
         device: Optional[torch.device] = None,
@@ -150,13 +152,14 @@ class DualStreamResNet(DualStream):
         dd = {'device': device, 'dtype': dtype}
         if 'output_stride' in (resnet_args or {}):
             _check_timm_arguments(['output_stride'])
-        check_branches(fuse_layers, fuse_width, spatial_weights, num_classes, global_pool)
+        check_branches(fuse_layers, fuse_width, spatial_weights, num_classes, global_pool, retrieval)
         if last_stride not in (1, 2):
             raise ValueError(f'last_stride must be 1 or 2, got {last_stride}')
         _check_non_local(non_local_blocks, non_local_width, layers)
         size = height_and_width(img_size)
         self.in_chans = in_chans
         self.last_stride = last_stride
+        self.retrieval = retrieval
         self.grad_checkpointing = False
 
         stem_chans = in_chans if self.stem_chans is None else self.stem_chans
@@ -400,6 +403,7 @@ _R10T = dict(
     block=BasicBlock,
     layers=(1, 1, 1, 1),
     resnet_args=dict(stem_width=32, stem_type='deep_tiered', avg_down=True),
+    retrieval='before-bn',
 )
 
 

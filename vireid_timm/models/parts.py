@@ -108,14 +108,25 @@ class PartsNet(DualStreamBackbone):
         stripes = F.adaptive_avg_pool2d(levels_map, (self.num_parts, 1)).squeeze(3).to(self.parts[0].embed.weight.dtype)
         return [part.embed(stripes[:, :, i]) for i, part in enumerate(self.parts)]
 
+    def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of the stripes before their batch norms, side by side."""
+        return torch.cat(self._embed(x), dim=1)
+
+    def forward_neck(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of the stripes after their batch norms, each of length 1, side by side."""
+        return torch.cat([F.normalize(value) for value in self._normed(x)], dim=1)
+
+    def _normed(self, levels_map: torch.Tensor) -> list[torch.Tensor]:
+        return [part.norm(value) for part, value in zip(self.parts, self._embed(levels_map))]
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Return the features of the last map, or the mean of the stripes' logits if there are classes."""
         if self.global_pool.pool_type == '':
             return x
-        normed = [part.norm(value) for part, value in zip(self.parts, self._embed(x))]
         if pre_logits or self.num_classes == 0:
-            return torch.cat([F.normalize(value) for value in normed], dim=1)
-        return torch.stack([part.classify(value) for part, value in zip(self.parts, normed)]).mean(dim=0)
+            return self.forward_pool(x) if self.retrieval == 'before-bn' else self.forward_neck(x)
+        logits = [part.classify(value) for part, value in zip(self.parts, self._normed(x))]
+        return torch.stack(logits).mean(dim=0)
 
     @torch.jit.ignore
     def forward_branches(

@@ -28,6 +28,7 @@ from ..evaluation.features import (
     check_finite,
     embed,
     embed_batches,
+    feature_kind,
     image_size,
     require_dual_stream,
     weights_fingerprint,
@@ -138,7 +139,7 @@ class Gallery:
         modality: str,
         *,
         size: tuple[int, int] | None = None,
-        features: str = 'after-bn',
+        features: str = 'auto',
         device: str = 'cuda',
         batch_size: int = 128,
     ) -> 'Gallery':
@@ -149,7 +150,7 @@ class Gallery:
             model: Any name that `load_model` takes, or a model in memory, which `open` has to be given again.
             modality: Modality of its images, `visible` or `infrared`.
             size: Height and width that images are resized to; None for the model's own.
-            features: `after-bn` or `before-bn`.
+            features: `after-bn`, `before-bn` or `auto`: those that the model returns.
             device: Where to compute; falls back to the CPU.
             batch_size: Images per forward pass.
 
@@ -473,7 +474,7 @@ def describe(model: nn.Module, source: str | None, modality: str, size: tuple[in
         source: The name by which it can be loaded.
         modality: Modality of the images.
         size: Height and width that images are resized to; None for the model's own.
-        features: `after-bn` or `before-bn`.
+        features: `after-bn`, `before-bn` or `auto`: those that the model returns.
     """
     if modality not in MODALITIES:
         raise ValueError(f'the modality of the gallery must be one of {", ".join(MODALITIES)}, got {modality!r}')
@@ -485,7 +486,7 @@ def describe(model: nn.Module, source: str | None, modality: str, size: tuple[in
         architecture=model.pretrained_cfg.get('architecture', ''),
         modality=modality,
         size=image_size(model, Extraction(features=features, size=size)),
-        features=features,
+        features=feature_kind(model, features),
         dimensions=model.head_hidden_size,
         mean=tuple(config['mean']),
         std=tuple(config['std']),

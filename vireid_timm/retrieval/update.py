@@ -77,7 +77,7 @@ def update_index(
         model: Any name that `load_model` takes; None for the one that made the index.
         modality: Modality of the gallery; None for that of the index.
         size: Height and width that images are resized to; None for those of the index, or of the model.
-        features: `after-bn` or `before-bn`; None for those of the index, or `after-bn`.
+        features: `after-bn`, `before-bn` or `auto`, as for `embed`; None for those of the index, or `auto`.
         folders_are_identities: See `list_images`; None for what the index has, or False.
         compress: Compress the features, for a large gallery (docs/large_galleries.md); None for what the index has, or
             False.
