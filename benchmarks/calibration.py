@@ -19,7 +19,6 @@ import torch
 from measuring import publish
 
 import vireid_timm
-from vireid_timm.constants import FEATURES
 from vireid_timm.device import resolve_device
 from vireid_timm.evaluation.calibration import FIRST, Calibration
 from vireid_timm.evaluation.evaluate import calibrate_features, evaluate_features
@@ -32,7 +31,8 @@ FIT = dict(seed=14, test_identities=400, **MANY_CAMERAS)
 TESTS = {f's{seed}': dict(seed=seed, test_identities=200) for seed in range(20, 28)}
 MANY = {'m28': dict(seed=28, test_identities=400, **MANY_CAMERAS)}
 PROTOCOLS = ('visible-to-infrared', 'infrared-to-visible')
-VARIANTS = {f'{name}{", centred" if centre else ""}': (name, centre) for name in FEATURES for centre in (False, True)}
+KINDS = ('after-bn', 'before-bn')
+VARIANTS = {f'{name}{", centred" if centre else ""}': (name, centre) for name in KINDS for centre in (False, True)}
 PARTS = ('pairs', 'first', 'nobody')
 CURVE = ('count', 'probability', 'share')
 PEOPLE = (12, 50)  # in smaller galleries
@@ -49,7 +49,7 @@ def features_of(name: str, options: dict[str, Any], output: Path, device: torch.
     if not path.is_file():
         model = vireid_timm.load_model(WEIGHTS).to(device)
         images = world(options).test
-        features = {kind: vireid_timm.embed(model, images, features=kind, cache='disk')[0] for kind in FEATURES}
+        features = {kind: vireid_timm.embed(model, images, features=kind, cache='disk')[0] for kind in KINDS}
         output.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             torch.save({'features': features}, temporary)

@@ -98,7 +98,7 @@ def load_torch(name: str, modality: str, bfloat16: bool) -> Compute:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = vireid_timm.load_model(name, pretrained='.' in name)
-    network = DeployedNetwork(model, 'after-bn').eval()
+    network = DeployedNetwork(model, model.retrieval).eval()
     if bfloat16:
         network = network.to(memory_format=torch.channels_last)
 

@@ -157,14 +157,14 @@ def train_and_evaluate(folder: Path, settings: dict[str, Any], facts: dict[str, 
 
 def features_of(model: torch.nn.Module, dataset: vireid_timm.Dataset) -> Iterator[tuple[str, torch.Tensor]]:
     """L2-normalised features of the test images, by name."""
-    after = vireid_timm.embed(model, dataset.test, cache='auto')[0]
+    after = vireid_timm.embed(model, dataset.test, cache='auto', features='after-bn')[0]
     yield 'after BN', after
     yield 'before BN', vireid_timm.embed(model, dataset.test, cache='auto', features='before-bn')[0]
     if model.fusion is not None:
         width = model.global_head.num_features
         yield 'global', F.normalize(after[:, :width])
         yield 'fusion', F.normalize(after[:, width:])
-    yield 'flip test', vireid_timm.embed(model, dataset.test, cache='auto', flip_test=True)[0]
+    yield 'flip test', vireid_timm.embed(model, dataset.test, cache='auto', features='after-bn', flip_test=True)[0]
     yield 'centred', centred(after, dataset.test.modality)
 
 

@@ -195,6 +195,15 @@ def test_results_are_appended_once(smoke_runs: Path) -> None:
     }
 
 
+def test_features_are_what_their_names_say(smoke_runs: Path) -> None:
+    args = argparse.Namespace(output=smoke_runs, budget='smoke', dataset='synthetic', data_dir='')
+    model, dataset = vireid_timm.load_model(paper.folder_of('full', 0, args)), paper.test_sets(0, args)['test']
+    found = dict(paper.features_of(model, dataset))
+    for name, kind in (('after BN', 'after-bn'), ('before BN', 'before-bn')):
+        expected, _ = vireid_timm.embed(model, dataset.test, features=kind)
+        np.testing.assert_allclose(found[name], expected, atol=1e-6)
+
+
 def _average_precisions(folder: Path, protocol: str) -> dict[str, list[float]]:
     """Those of each person's queries, with features after BN."""
     queries = vireid_timm.Report.load(folder / 'test, after BN.json')[protocol].queries
