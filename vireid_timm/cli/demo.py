@@ -30,7 +30,7 @@ WORLD = dict(seed=2024, spectrum='thermal', size=SIZE)
 IDENTITIES, TEST_IDENTITIES = 400, 120
 RECIPE = 'fine_tune'
 # What the recipe asks to change for hundreds of people.
-FINE_TUNING = dict(freeze_bn=False, warmup_epochs=0, epochs=3, identities_per_batch=16, images_per_modality=2)
+FINE_TUNING = dict(warmup_epochs=0, epochs=3, identities_per_batch=16, images_per_modality=2)
 ROWS = 8
 
 
@@ -203,7 +203,7 @@ def _log_summary(summary: dict[str, Any]) -> None:
                 'Tens of people of your own, ROOT/train/visible/<person>/... and ROOT/train/infrared/<person>/...:',
                 f'  vireid train --config {RECIPE} --data-dir ROOT',
                 'For hundreds, as here, add',
-                '  --no-freeze-bn --warmup-epochs 0 --epochs 3 --identities-per-batch 16 --images-per-modality 2',
+                '  --warmup-epochs 0 --epochs 3 --identities-per-batch 16 --images-per-modality 2',
             ]
         )
     )
