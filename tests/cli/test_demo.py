@@ -53,7 +53,7 @@ def test_shipped_weights_are_small_half_precision_and_load_without_network() -> 
     assert WEIGHTS.stat().st_size < 12e6
     model = timm.create_model(NAME, pretrained=True)
     assert timm.create_model('vireid_dml_r10t', pretrained=True).pretrained_cfg['tag'] == 'synthvi'  # the default tag
-    assert model.num_classes == 0 and model.num_features == 1280
+    assert model.num_classes == 0 and model.num_features == 704
     classifying = timm.create_model(NAME, pretrained=True, num_classes=7).eval()
     assert classifying(torch.randn(1, 3, 64, 32)).shape == (1, 7)
 

@@ -204,7 +204,7 @@ def test_a_recipe_is_found_by_name_and_an_unknown_one_lists_them(capsys: pytest.
 
 
 def test_the_rule_for_fine_tuning_is_the_same_everywhere() -> None:
-    flags = '--no-freeze-bn --lr 0.001 --warmup-epochs 0 --epochs 3 --identities-per-batch 16 --images-per-modality 2'
+    flags = '--warmup-epochs 0 --epochs 3 --identities-per-batch 16 --images-per-modality 2'
     assert _parse_train(*flags.split()) == FINE_TUNING
     for page in (ROOT / 'docs/training.md', find_config('fine_tune')):
         words = page.read_text(encoding='utf-8').replace('\\', ' ').replace('#', ' ').split()

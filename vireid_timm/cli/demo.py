@@ -1,4 +1,4 @@
-"""`vireid demo`: an untrained network, the weights in the package, and the same after fine-tuning on new cameras.
+"""`vireid demo`: an untrained network, the weights in the package, and the same after fine-tuning on other cameras.
 
 With `--web`: a page in the browser that searches visible images by infrared ones, and the reverse.
 """
@@ -23,12 +23,14 @@ _logger = logging.getLogger(__name__)
 MODEL = 'vireid_dml_r10t'
 WEIGHTS = f'{MODEL}.synthvi'
 PROTOCOL = 'infrared-to-visible'
-# Another world than those that the weights in the package were trained in: all people and cameras are new to them.
-WORLD = 2024
+# All people and cameras are new to the weights in the package, and the cameras are of another kind than those that they
+# were trained on (near-infrared, 128x64): there is little to learn from new cameras of the same kind.
+SIZE = (64, 32)
+WORLD = dict(seed=2024, spectrum='thermal', size=SIZE)
 IDENTITIES, TEST_IDENTITIES = 400, 120
 RECIPE = 'fine_tune'
 # What the recipe asks to change for hundreds of people.
-FINE_TUNING = dict(freeze_bn=False, lr=0.001, warmup_epochs=0, epochs=3, identities_per_batch=16, images_per_modality=2)
+FINE_TUNING = dict(warmup_epochs=0, epochs=3, identities_per_batch=16, images_per_modality=2)
 ROWS = 8
 
 
@@ -109,15 +111,18 @@ def run_demo(output: str | Path = 'output/demo', seed: int = 0, device: str = 'c
 
     output = Path(output)
     images = output / 'images'  # decoded images: nothing is left outside the output folder
-    options = dict(identities=IDENTITIES, test_identities=TEST_IDENTITIES, seed=WORLD)
+    options = dict(identities=IDENTITIES, test_identities=TEST_IDENTITIES, **WORLD)
     places = dict(dataset='synthetic', dataset_kwargs=options, output=str(output), cache='ram')
     settings = {**load_yaml(RECIPE), **FINE_TUNING, **places, 'seed': seed, 'device': device}
     config = TrainConfig.from_mapping(settings)  # before minutes of work
-    _logger.info(f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people and cameras that no weights here have seen')
+    _logger.info(
+        f'1/5 Rendering {IDENTITIES + TEST_IDENTITIES} people that no weights here have seen, at {SIZE[0]}x{SIZE[1]} '
+        'pixels and with thermal cameras'
+    )
     dataset = create_dataset('synthetic', **options)
     where = resolve_device(device)
     results = {}
-    _logger.info(f'2/5 Searching {TEST_IDENTITIES} of them by infrared image among the visible ones')
+    _logger.info(f'2/5 Searching {TEST_IDENTITIES} of them by thermal image among the visible ones')
     with torch.random.fork_rng():
         torch.manual_seed(0)
         results['untrained'] = _score(timm.create_model(MODEL, num_classes=0), dataset, where, images)
@@ -189,7 +194,7 @@ def _log_summary(summary: dict[str, Any]) -> None:
         '\n'.join(
             [
                 '',
-                f'{TEST_IDENTITIES} people never seen, infrared searches visible',
+                f'{TEST_IDENTITIES} people never seen, thermal images search visible ones',
                 f'{"":<24}{"rank-1":>8}{"mAP":>8}',
                 *table,
                 '',
@@ -198,8 +203,7 @@ def _log_summary(summary: dict[str, Any]) -> None:
                 'Tens of people of your own, ROOT/train/visible/<person>/... and ROOT/train/infrared/<person>/...:',
                 f'  vireid train --config {RECIPE} --data-dir ROOT',
                 'For hundreds, as here, add',
-                '  --no-freeze-bn --lr 0.001 --warmup-epochs 0 --epochs 3 '
-                '--identities-per-batch 16 --images-per-modality 2',
+                '  --warmup-epochs 0 --epochs 3 --identities-per-batch 16 --images-per-modality 2',
             ]
         )
     )

@@ -86,7 +86,7 @@ class TrainConfig:
     )
     drop: float = _setting(0.0, 'model', 'dropout rate before the classifiers', minimum=0, maximum=1)
     grad_checkpointing: bool = _setting(False, 'model', 'recompute activations to save memory')
-    freeze_bn: bool = _setting(False, 'model', 'keep the loaded batch-norm statistics; for few identities')
+    freeze_bn: bool = _setting(False, 'model', 'keep the loaded batch-norm statistics; for small batches')
 
     id_branches: list[str] | None = _setting(
         None, 'loss', 'branches with an identity loss (L_id of table 3)', unset='all', nargs='+'
