@@ -40,7 +40,7 @@ class ReRanking:
 
     With modalities, N(p, k) is p, its k nearest other visible *and* its k nearest other infrared images; the rest stays
     the same. It is for features that are nearer to their own modality: the paper's lists then rarely reach the other
-    one, and a person's images in two modalities share few neighbours. With a single modality this is the paper's method.
+    one, and the two modalities of a person share few neighbours. With a single modality this is the paper's method.
 
     Attributes:
         num_queries: Q.
