@@ -402,7 +402,7 @@ def test_too_little_memory_names_the_setting(records):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
 
     model = make_model()
-    model.register_forward_hook(fail)
+    model.global_pool.register_forward_hook(fail)
     with pytest.raises(ValueError, match='3 images at a time do not fit into the memory of cpu.*--batch-size'):
         embed(model, records, size=SIZE, batch_size=3)
 
@@ -442,7 +442,7 @@ def _extract_with_another(folder, number):
     model = timm.create_model('vireid_dml_r10t', num_classes=0)
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
-    torch.nn.init.constant_(broken_twin.joint_head.neck.weight, torch.nan)
+    torch.nn.init.constant_(broken_twin.fusion.reduce[0].bn.weight, torch.nan)
     torch.nn.init.constant_(changed_twin.joint_head.neck.weight, number)
     tables = {name: Records.from_rows(rows) for name, rows in json.loads((folder / 'tables.json').read_text()).items()}
     whole, one_batch, damaged = (tables[name] for name in ('whole', 'one batch', 'damaged'))
