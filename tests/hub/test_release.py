@@ -198,7 +198,7 @@ def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> No
 @pytest.mark.parametrize('recipe', recipe_names())
 def test_recipes_are_settings_for_models_that_exist(recipe: str) -> None:
     config = TrainConfig.from_mapping(load_yaml(recipe))
-    assert config.dataset == {'synthvi': 'synthetic', 'fine_tune': 'folder'}.get(recipe, recipe)
+    assert config.dataset == {'synthvi': 'synthetic', 'fine_tune': 'folder', 'plus': 'folder'}.get(recipe, recipe)
     assert timm.is_model(config.model.partition('.')[0])
     head = [line for line in find_config(recipe).read_text().splitlines() if line.startswith('#')]
     for part in (f'  command:  vireid train --config {recipe}', '  cost:     ', '  expected: '):
@@ -219,7 +219,7 @@ def test_recipes_for_the_licensed_datasets_are_the_papers(dataset: str) -> None:
 
 def test_the_table_of_weights_knows_every_recipe_and_claims_what_was_measured() -> None:
     table = (HUB / 'weights.md').read_text(encoding='utf-8')
-    for recipe in set(recipe_names()) - {'fine_tune'}:  # which makes no weights of ours
+    for recipe in set(recipe_names()) - {'fine_tune', 'plus'}:  # which make no weights of ours
         assert f'`{recipe}`' in table
     for weights in EMBEDDED.glob('*.safetensors'):
         stated = json.loads(weights.with_suffix('.json').read_text())['protocols']

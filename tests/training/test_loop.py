@@ -35,7 +35,7 @@ from vireid_timm.data.layouts import write_layout
 from vireid_timm.data.loader import load_batches
 from vireid_timm.data.store import ImageStore
 from vireid_timm.evaluation.features import weights_fingerprint
-from vireid_timm.hub.folder import load_model, model_calibration
+from vireid_timm.hub.folder import load_model, model_calibration, save_model_folder
 from vireid_timm.run_folder import load_checkpoint, open_run_folder
 from vireid_timm.training import loop
 from vireid_timm.training.checkpoint import save_checkpoint
@@ -134,6 +134,42 @@ def test_validation_identities_give_the_best_model_a_calibration(
     few = _train(tmp_path / 'few', epochs=1)
     assert model_calibration(few.best) is None
     assert 'No calibration from similarities to probabilities: a calibration needs at least 10 people' in caplog.text
+
+
+@pytest.mark.parametrize('start', ['after-bn', 'before-bn'])
+def test_validation_identities_choose_what_the_best_model_retrieves_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, start: str
+) -> None:
+    caplog.set_level(logging.INFO, 'vireid_timm')
+    model = timm.create_model('vireid_dml_r10t', pretrained=True, retrieval=start)
+    save_model_folder(model, tmp_path / 'model')
+    people = dict(identities=20, test_identities=2, images_per_modality=2, size=(64, 32), seed=7)
+    settings = dict(model=f'local-dir:{tmp_path / "model"}', pretrained=True, dataset_kwargs=people, val_share=0.5)
+    run = _train(tmp_path, epochs=1, lr=1e-5, **settings)
+    best = load_model(run.best)
+    learned = json.loads((run.folder / 'class_map.json').read_text())
+    records = vireid_timm.create_dataset('synthetic', **people).train
+    held_out = records[~np.isin(records.identity, list(learned))]
+    visible = held_out.modality == 'visible'
+    scores = {}
+    for kind in ('after-bn', 'before-bn'):
+        features = vireid_timm.embed(best, held_out, features=kind, size=(64, 32))[0]
+        similarity = features[visible] @ features[~visible].T
+        same = torch.tensor(held_out.identity[visible][:, None] == held_out.identity[~visible][None])
+        scores[kind] = np.mean([_mean_ap(similarity, same), _mean_ap(similarity.T, same.T)])
+    assert best.retrieval == max(scores, key=scores.get)
+    stated = [f'{100 * score:.1f} % {kind}' for kind, score in scores.items()]
+    assert f'Validation mAP of the best model: {", ".join(stated)}; it retrieves {best.retrieval}' in caplog.text
+    given = _train(tmp_path / 'given', epochs=1, lr=1e-5, model_kwargs={'retrieval': start}, **settings)
+    assert load_model(given.best).retrieval == start
+
+
+def _mean_ap(similarity: torch.Tensor, same: torch.Tensor) -> float:
+    found = []
+    for row, matches in zip(similarity, same):
+        ranked = matches[row.argsort(descending=True, stable=True)].double()
+        found.append((ranked * ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)).sum() / ranked.sum())
+    return float(torch.stack(found).mean())
 
 
 def _killed_after(monkeypatch: pytest.MonkeyPatch, saves: int, settings: dict[str, Any]) -> Path:

@@ -53,17 +53,19 @@ def test_the_loss_is_the_papers_sum() -> None:
     torch.testing.assert_close(result['output'], logits['joint'])
 
 
-def test_gradients_reach_every_parameter_and_both_sides_of_the_mutual_learning() -> None:
+@pytest.mark.parametrize('constant', ['none', 'partner', 'teacher'])
+def test_gradients_reach_every_parameter_and_those_who_learn_from_others(constant: str) -> None:
     model = _model()
     ViReIDTask(model, verbose=False)(_images(), LABELS)['loss'].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
-    teacher = _model()
-    task = ViReIDTask(teacher, id_branches=[], mutual='joint-to-global', loss={}, verbose=False)
-    task(_images(), LABELS)['loss'].backward()
-    assert teacher.joint_head.fc.weight.grad.abs().sum() > 0
-    assert teacher.global_head.fc.weight.grad.abs().sum() > 0
-    assert teacher.fusion_head.fc.weight.grad is None
+    pair = _model()
+    options = dict(id_branches=[], mutual='joint-to-global', mutual_constant=constant, loss={})
+    ViReIDTask(pair, **options, verbose=False)(_images(), LABELS)['loss'].backward()
+    teacher = pair.joint_head.fc.weight.grad
+    assert teacher is None if constant == 'teacher' else teacher.abs().sum() > 0
+    assert pair.global_head.fc.weight.grad.abs().sum() > 0
+    assert pair.fusion_head.fc.weight.grad is None
 
 
 @pytest.mark.parametrize('mode', ['none', 'global-to-fusion', 'joint-to-global', 'joint-to-fusion', 'joint-to-both'])

@@ -82,7 +82,7 @@ class MutualLearningLoss(nn.Module):
         mode: str = 'joint-to-both',
         global_weight: float = 0.6,
         fusion_weight: float = 1.8,
-        constant: str = 'none',
+        constant: str = 'teacher',
     ) -> None:
         super().__init__()
         if constant not in MUTUAL_CONSTANTS:

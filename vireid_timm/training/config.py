@@ -97,7 +97,7 @@ class TrainConfig:
     global_weight: float = _setting(0.6, 'loss', 'theta_1, weight of joint-global mutual learning (eq. 9)', minimum=0)
     fusion_weight: float = _setting(1.8, 'loss', 'theta_2, weight of joint-fusion mutual learning (eq. 10)', minimum=0)
     mutual_constant: str = _setting(
-        'none',
+        'teacher',
         'loss',
         'no gradient into: none of a pair; in each direction the partner; the teacher, named first in --mutual',
         choices=MUTUAL_CONSTANTS,

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
-from ..constants import MODALITIES
+from ..constants import FEATURES, MODALITIES
 from ..data.augment import Augment
 from ..data.loader import Batch, load_batches
 from ..device import seeded_torch
@@ -34,7 +35,7 @@ from ..distributed import (
     rank_and_world_size,
 )
 from ..evaluation.evaluate import calibrate, evaluate, plain_options
-from ..evaluation.report import Report
+from ..evaluation.report import FEW_PEOPLE, Report
 from ..figures.curves import plot_curves
 from ..files import save_json, whole_file, whole_folder
 from ..hub.folder import (
@@ -178,7 +179,7 @@ def _fit(run: Run, stop: StopRequest) -> TrainResult:
     if is_rank_zero():
         plot_curves(folder, state.summary)
     with stop.immediate():
-        _calibrate_best(run)
+        _finish_best(run)
     best = state.best
     _logger.info(f'Done: {folder} (best model in {folder / BEST}, from epoch {best["epoch"]})')
     return TrainResult(folder, folder / BEST, best['epoch'], best.get('eval_mAP'), state.summary)
@@ -318,12 +319,14 @@ def _validate(run: Run) -> Report:
     )
 
 
-def _calibrate_best(run: Run) -> None:
-    """Fit a calibration to the validation identities and keep it with the best model, unless it has one. Collective."""
+def _finish_best(run: Run) -> None:
+    """Choose on the validation identities what the best model retrieves with, and calibrate it, once. Collective."""
     data, folder = run.data, run.folder / BEST
     if data.validation is None or from_rank_zero(is_rank_zero() and model_calibration(folder) is not None):
         return
     model = from_rank_zero(load_model(folder) if is_rank_zero() else None)
+    if 'retrieval' not in run.config.model_kwargs and len(data.validation.test.identities()) >= FEW_PEOPLE:
+        _choose_retrieval(run, model)
     try:
         calibration = calibrate(
             model, data.validation, device=run.device, size=run.input_size[1:], store=data.validation_store
@@ -334,6 +337,23 @@ def _calibrate_best(run: Run) -> None:
     source = {'dataset': data.dataset.name, 'options': plain_options(data.dataset), 'split': 'validation'}
     if is_rank_zero():
         save_calibration(replace(calibration, fitted_on={**calibration.fitted_on, **source}), folder)
+
+
+def _choose_retrieval(run: Run, model: nn.Module) -> None:
+    """Let the best model retrieve before or after BN, whichever finds the validation identities better."""
+    options = dict(device=run.device, size=run.input_size[1:], amp_dtype=run.amp_dtype, store=run.data.validation_store)
+    scores = {
+        kind: _scores(evaluate(model, run.data.validation, features=kind, **options))['mAP'] for kind in FEATURES[1:]
+    }
+    others = [kind for kind in scores if from_rank_zero(scores[kind] > scores[model.retrieval])]
+    measured = ', '.join(f'{100 * score:.1f} % {kind}' for kind, score in scores.items())
+    _logger.info(f'Validation mAP of the best model: {measured}; it retrieves {(*others, model.retrieval)[0]}')
+    if others:
+        (model.retrieval,) = others
+        if is_rank_zero():
+            config = read_config(run.folder / BEST)
+            config['model_args'] = {**(config.get('model_args') or {}), 'retrieval': model.retrieval}
+            save_json(run.folder / BEST / MODEL_CONFIG, config)
 
 
 def _scores(report: Report) -> dict[str, float]:

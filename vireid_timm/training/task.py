@@ -47,7 +47,7 @@ class ViReIDTask(TrainingTask):
         mutual: str = 'joint-to-both',
         global_weight: float = 0.6,
         fusion_weight: float = 1.8,
-        mutual_constant: str = 'none',
+        mutual_constant: str = 'teacher',
         loss: Mapping[str, float] = PAPER_LOSSES,
         smoothing: float = 0.0,
         gather_features: bool = False,
