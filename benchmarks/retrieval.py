@@ -29,7 +29,7 @@ from vireid_timm.retrieval.search import exact_search
 TOP = 10
 PEOPLE, IMAGES_PER_PERSON = 1_000, 10  # of a block, which is drawn at once
 LATENT = 512  # more directions have no weight that matters
-# Variance and spectrum (k + offset) ** -power of what makes up a feature, fitted to those of 1,400 unseen SynthVI people:
+# Variance and spectrum (k + offset) ** -power of what makes up a feature, fitted to 1,400 unseen SynthVI people:
 SHARED = (0.17, 8, 3.0)  # a person's, in both modalities
 OWN = (0.335, 24, 1.92)  # a person's, in one modality
 IMAGE = (0.47, 5, 1.17)  # of the single image
