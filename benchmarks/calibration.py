@@ -31,7 +31,7 @@ FIT = dict(seed=14, test_identities=400, **MANY_CAMERAS)
 TESTS = {f's{seed}': dict(seed=seed, test_identities=200) for seed in range(20, 28)}
 MANY = {'m28': dict(seed=28, test_identities=400, **MANY_CAMERAS)}
 PROTOCOLS = ('visible-to-infrared', 'infrared-to-visible')
-KINDS = ('after-bn', 'before-bn')
+KINDS = ('before-bn', 'after-bn')  # those that the weights retrieve with come first
 VARIANTS = {f'{name}{", centred" if centre else ""}': (name, centre) for name in KINDS for centre in (False, True)}
 PARTS = ('pairs', 'first', 'nobody')
 CURVE = ('count', 'probability', 'share')

@@ -134,7 +134,8 @@ def train_and_evaluate(folder: Path, settings: dict[str, Any], facts: dict[str, 
     facts = {
         **facts,
         'train_accuracy': round(float(last['train_accuracy']), 4),
-        'train_images_per_second': round(float(last['train_images_per_second']), 1),
+        # Side by side the rate is that of the others, too.
+        'train_images_per_second': None if args.jobs > 1 else round(float(last['train_images_per_second']), 1),
         'parameters': sum(value.numel() for value in model.parameters()),
         'features': model.head_hidden_size,
         'commit': commit(),
@@ -214,7 +215,7 @@ def cells_of(args: argparse.Namespace) -> list[str]:
 def shared_options(args: argparse.Namespace) -> list[str]:
     """Flags that a process for one run has from this one."""
     data = ['--dataset', args.dataset, *(['--data-dir', args.data_dir] if args.data_dir else [])]
-    return ['--output', str(args.output), '--budget', args.budget, *data]
+    return ['--output', str(args.output), '--budget', args.budget, '--jobs', str(args.jobs), *data]
 
 
 def run_all(runs: dict[str, tuple[Path, list[str]]], args: argparse.Namespace, collect: Callable[[], Any]) -> bool:

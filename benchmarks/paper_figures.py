@@ -45,7 +45,7 @@ def attentive_maps(model: torch.nn.Module, dataset: vireid_timm.Dataset, path: P
     """
     rows = one_row_each(dataset.test)[:PEOPLE]
     images = [(str(dataset.test.path[row]), str(dataset.test.modality[row])) for row in rows.ravel()]
-    explanations = [explain(model, [image])[0] for image in images]
+    explanations = [explain(model, [image], 'after-bn')[0] for image in images]
     save_cams(explanations[: 2 * DRAWN], path)
     shares = np.asarray([[(cam > cam.max() / 2).mean() for cam in each.cams.values()] for each in explanations])
     empty = (shares == 0).sum(axis=0)  # nothing in these images raises the score
@@ -81,7 +81,8 @@ def rank_lists(models: dict[str, torch.nn.Module], dataset: vireid_timm.Dataset,
         Their matches, and mAP over all queries, as a sentence.
     """
     results = {
-        name: vireid_timm.evaluate(model, dataset, protocol, examples=DRAWN)[protocol] for name, model in models.items()
+        name: vireid_timm.evaluate(model, dataset, protocol, examples=DRAWN, features='after-bn')[protocol]
+        for name, model in models.items()
     }
     examples = {name: result.examples['random'] for name, result in results.items()}  # the same draw for each network
     rows = [

@@ -5,9 +5,9 @@
     python benchmarks/retrieval.py --folder DIR --no-times    recall and size only, for a machine that is busy
 
 Compares exact search in the half-precision file with compressed features, whose candidates are compared exactly. The
-features are drawn to resemble those of `vireid_dml_r10t.synthvi` for unseen people, see `People`. Infrared queries
-search visible images. Features stay in the folder and are used again. Rows of an earlier result file stay, unless they
-are measured again. Prints a table and, as its last line, one JSON object.
+features are drawn to resemble those of unseen people after the BN-neck of the first weights in the package (32 % mAP),
+see `People`. Infrared queries search visible images. Features stay in the folder and are used again. Rows of an earlier
+result file stay, unless they are measured again. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from vireid_timm.retrieval.search import exact_search
 TOP = 10
 PEOPLE, IMAGES_PER_PERSON = 1_000, 10  # of a block, which is drawn at once
 LATENT = 512  # more directions have no weight that matters
-# Variance and spectrum (k + offset) ** -power of what makes up a feature, fitted to 1,400 unseen people of SynthVI:
+# Variance and spectrum (k + offset) ** -power of what makes up a feature, fitted to 1,400 unseen SynthVI people:
 SHARED = (0.17, 8, 3.0)  # a person's, in both modalities
 OWN = (0.335, 24, 1.92)  # a person's, in one modality
 IMAGE = (0.47, 5, 1.17)  # of the single image

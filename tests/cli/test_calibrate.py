@@ -110,7 +110,7 @@ def test_the_weights_in_the_package_are_calibrated_on_other_people_than_they_wer
         found.mismatch(
             {
                 'weights': weights_fingerprint(load_model(WEIGHTS)),
-                'features': 'after-bn',
+                'features': 'before-bn',
                 'flip_test': False,
                 'crops': 1,
                 'centre': False,

@@ -43,7 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_images_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / 'new' / 'both.png'
     both = [INFRARED, VISIBLE, '--modality', 'infrared', '--other-modality', 'visible']
-    assert _explain(*both, '--output', str(path), '--features', 'before-bn') == 0
+    assert _explain(*both, '--output', str(path), '--features', 'after-bn') == 0
     said = capsys.readouterr().out
     assert 'Similarity: ' in said and str(path) in said
     assert _explain(INFRARED, '--modality', 'infrared', '--output', str(tmp_path / 'one.png')) == 0

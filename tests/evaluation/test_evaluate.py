@@ -158,15 +158,15 @@ def test_evaluate_is_embed_then_rank(model, dataset, expected_features):
 
 
 def test_report_names_what_changes_a_number(model, dataset):
-    report = evaluate(model, dataset, 'visible-to-infrared', size=SIZE, features='before-bn', amp_dtype=torch.bfloat16)
+    report = evaluate(model, dataset, 'visible-to-infrared', size=SIZE, features='after-bn', amp_dtype=torch.bfloat16)
     assert (report.dataset, report.options['test_identities'], report.options['seed']) == ('synthetic', 6, 0)
     assert (report.model, report.weights) == ('vireid_dml_r10t', weights_fingerprint(model))
-    assert (report.features, report.size, report.precision) == ('before-bn', SIZE, 'bfloat16')
+    assert (report.features, report.size, report.precision) == ('after-bn', SIZE, 'bfloat16')
     versions = {'timm': timm.__version__, 'torch': torch.__version__, 'numpy': np.__version__}
     assert report.versions == package_versions() and report.versions.items() >= versions.items()
     assert report.skipped_images == 0
     text = str(report)
-    for word in ('synthetic', 'test_identities=6', 'vireid_dml_r10t', report.weights, 'before-bn', '64x32', 'bfloat16'):
+    for word in ('synthetic', 'test_identities=6', 'vireid_dml_r10t', report.weights, 'after-bn', '64x32', 'bfloat16'):
         assert word in text
 
 

@@ -41,10 +41,10 @@ EMPTY = Records.from_rows([])
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def make_model(num_classes=0, name='vireid_dml_r10t'):
+def make_model(num_classes=0, name='vireid_dml_r10t', **kwargs):
     """Return a model with random weights, and with BN statistics that change its features."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=num_classes)
+    model = timm.create_model(name, num_classes=num_classes, **kwargs)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.running_mean.uniform_(0, 1)
@@ -171,15 +171,17 @@ def test_embed_takes_the_size_of_the_model(model, records):
 
 
 def test_embed_before_and_after_bn(records):
-    headless, classifying = make_model(0), make_model(5)
-    classifying.load_state_dict(headless.state_dict(), strict=False)
+    headless, classifying, other = make_model(0), make_model(5), make_model(0, retrieval='after-bn')
+    for model in (classifying, other):
+        model.load_state_dict(headless.state_dict(), strict=False)
     with torch.no_grad():
         image = network_input(headless, load_image(records.path[0], SIZE))
-        before = headless.forward_branches(**{records.modality[0]: image}).features
+        before = headless.forward_pool(headless.forward_features(**{records.modality[0]: image}))
         after = headless.joint_head.neck(before)
     assert not torch.allclose(F.normalize(before), F.normalize(after), atol=0.01)
-    for model in (headless, classifying):
-        assert_close(embed(model, records[:1], size=SIZE)[0], F.normalize(after))
+    for model, own in ((headless, before), (classifying, before), (other, after)):
+        assert_close(embed(model, records[:1], size=SIZE)[0], F.normalize(own))
+        assert_close(embed(model, records[:1], size=SIZE, features='after-bn')[0], F.normalize(after))
         assert_close(embed(model, records[:1], size=SIZE, features='before-bn')[0], F.normalize(before))
 
 
@@ -312,7 +314,7 @@ def test_embed_rejects(model, images, modality, options, message):
 @pytest.mark.parametrize(
     'options, message',
     [
-        ({'features': 'bn'}, "unknown features 'bn'; expected one of after-bn, before-bn"),
+        ({'features': 'bn'}, "unknown features 'bn'; expected one of auto, after-bn, before-bn"),
         ({'crops': 10}, 'unknown crops 10; expected one of 1, 5'),
         ({'amp_dtype': torch.int8}, 'unknown amp_dtype torch.int8; expected one of None, torch.bfloat16'),
         ({'batch_size': 0}, 'at least 1, got 0'),
@@ -400,7 +402,7 @@ def test_too_little_memory_names_the_setting(records):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
 
     model = make_model()
-    model.register_forward_hook(fail)
+    model.global_pool.register_forward_hook(fail)
     with pytest.raises(ValueError, match='3 images at a time do not fit into the memory of cpu.*--batch-size'):
         embed(model, records, size=SIZE, batch_size=3)
 
@@ -440,7 +442,7 @@ def _extract_with_another(folder, number):
     model = timm.create_model('vireid_dml_r10t', num_classes=0)
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
-    torch.nn.init.constant_(broken_twin.joint_head.neck.weight, torch.nan)
+    torch.nn.init.constant_(broken_twin.fusion.reduce[0].bn.weight, torch.nan)
     torch.nn.init.constant_(changed_twin.joint_head.neck.weight, number)
     tables = {name: Records.from_rows(rows) for name, rows in json.loads((folder / 'tables.json').read_text()).items()}
     whole, one_batch, damaged = (tables[name] for name in ('whole', 'one batch', 'damaged'))

@@ -197,7 +197,7 @@ def test_arguments_reach_the_network(name):
     x = torch.zeros(2, 1, height, width, device='meta', dtype=torch.bfloat16)
     assert tuple(model.forward_features(x).shape[2:]) == (math.ceil(height / 32), math.ceil(width / 32))
     assert model.feature_info[3]['reduction'] == 32
-    assert model.num_features == model.feature_info[3]['num_chs'] + 2 * model.feature_info[1]['num_chs']
+    assert model.num_features == model.feature_info[3]['num_chs'] + 2 * model.feature_info[0]['num_chs']
     drops = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert drops == [0.25] * 3
     infrared = model.stem.infrared.state_dict()
@@ -334,8 +334,7 @@ def test_training_and_retrieval_pool_alike(pool, power):
     with torch.no_grad():
         features, joint_map = model.forward_branches(x).features, model.forward_features(x)
         torch.testing.assert_close(features, pooled(joint_map, 1.0 if pool == 'avg' else power), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(x), features, rtol=1e-4, atol=1e-3)  # this network retrieves before BN
-        torch.testing.assert_close(model.forward_neck(joint_map), model.joint_head.neck(features), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model(x), model.joint_head.neck(features), rtol=1e-4, atol=1e-3)
         other = small(global_pool={'gem': 'avg', 'avg': 'gem'}[pool], gem_power=power)
         other.load_state_dict(model.state_dict())
         assert not torch.allclose(other.forward_branches(x).features, features, rtol=0.05)
@@ -350,19 +349,26 @@ def test_without_classes_the_output_is_the_features_for_retrieval(name, retrieva
     model = small(name, num_classes=5, retrieval=retrieval)
     x = images()
     with torch.inference_mode():
-        features = model.forward_head(model.forward_features(x), pre_logits=True)
-        before = model.forward_branches(x).features
+        joint_map = model.forward_features(x)
+        before, after = model.forward_pool(joint_map), model.forward_neck(joint_map)
+        torch.testing.assert_close(before, model.forward_branches(x).features, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after, getattr(model, f'{model.branches[-1]}_head').neck(before))
+        assert torch.equal(model.forward_head(joint_map, pre_logits=True), after)  # what the classifier sees
+        logits = model(x)
+        assert torch.equal(model.get_classifier()(after), logits)
         model.reset_classifier(0)
-        assert torch.equal(model(x), features)
-        output = model.forward_branches(x)
-        assert output.logits == {}
-        assert torch.equal(output.features, before)
-        neck = getattr(model, f'{model.branches[-1]}_head').neck
-        torch.testing.assert_close(neck(before), model.forward_neck(model.forward_features(x)), rtol=1e-4, atol=1e-4)
-        expected = neck(before) if retrieval == 'after-bn' else before
-        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+        expected = after if retrieval == 'after-bn' else before
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model.forward_head(joint_map, pre_logits=True), expected)
+        assert model.forward_branches(x).logits == {}
     with pytest.raises(ValueError, match=r"unknown retrieval 'bn'; expected one of \('after-bn', 'before-bn'\)"):
         small(name, retrieval='bn')
+
+
+def test_only_the_weights_in_the_package_retrieve_before_bn():
+    assert timm.create_model('vireid_dml_r10t', pretrained=True).retrieval == 'before-bn'
+    assert timm.create_model('vireid_dml_r10t.synthvi', pretrained=True, retrieval='after-bn').retrieval == 'after-bn'
+    assert timm.create_model('vireid_dml_r10t').retrieval == 'after-bn'
 
 
 def test_new_classifiers_change_nothing_else():

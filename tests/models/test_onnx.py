@@ -5,10 +5,9 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from networks import THIN, images, randomised, small
+from networks import images, small
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -64,9 +63,9 @@ def test_exported_networks_compute_the_same(size, modality, dynamo, tmp_path):
 @pytest.mark.parametrize(
     'options',
     [
-        dict(spatial_weights='static', img_size=(64, 32), last_stride=2),
+        dict(spatial_weights='static', img_size=(64, 32), last_stride=2, retrieval='after-bn'),
         dict(plain_fusion=True, num_classes=3),
-        dict(fuse_layers=(), non_local_blocks=(0, 1, 1, 0)),
+        dict(fuse_layers=(), non_local_blocks=(0, 1, 1, 0), retrieval='after-bn'),
     ],
     ids=['static', 'plain', 'non-local'],
 )
@@ -86,7 +85,7 @@ def test_exported_features_before_bn_are_the_same(plain, dynamo, tmp_path):
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'tracing'])
 def test_exported_channels_of_zeros_are_the_same(dynamo, tmp_path):
     """A neck of small variance scales up the root's epsilon, which an optimiser may drop."""
-    model = randomised(timm.create_model('vireid_dml_r10t', resnet_args=THIN, fuse_width=8)).eval()
+    model = small(retrieval='after-bn')
     with torch.no_grad():
         for reduce in model.fusion.reduce:
             reduce.bn.bias.fill_(-1e3)

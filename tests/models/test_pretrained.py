@@ -201,6 +201,32 @@ def test_saved_folders_give_the_same_outputs(name, arguments, tmp_path, caplog):
     assert not [record for record in caplog.records if START in record.getMessage()]
 
 
+@pytest.mark.parametrize(
+    ('name', 'arguments'),
+    [
+        ('vireid_dml_r10t', dict(resnet_args=THIN)),
+        ('vireid_dml', dict(backbone='resnet10t', img_size=(64, 32))),
+        ('vireid_parts_r50', dict(backbone='resnet10t', part_width=8, img_size=(64, 32))),
+    ],
+)
+def test_what_a_model_retrieves_with_is_saved_with_it(name, arguments, tmp_path):
+    model = randomised(timm.create_model(name, retrieval='after-bn', **arguments)).eval()
+    x = images(size=(64, 32))
+    with torch.inference_mode():
+        joint_map = model.forward_features(x)
+        for retrieval, expected in (
+            ('before-bn', model.forward_pool(joint_map)),
+            ('after-bn', model.forward_neck(joint_map)),
+        ):
+            model.retrieval = retrieval
+            vireid_timm.save_model_folder(model, tmp_path / retrieval)
+            loaded = timm.create_model(f'local-dir:{tmp_path / retrieval}', pretrained=True).eval()
+            assert loaded.retrieval == retrieval
+            torch.testing.assert_close(loaded(x), expected)
+            embedded = vireid_timm.embed(loaded, x.clamp(0, 1), 'visible')[0]
+            assert torch.equal(embedded, vireid_timm.embed(model, x.clamp(0, 1), 'visible', features=retrieval)[0])
+
+
 def test_saved_folders_keep_their_image_size_unless_another_is_given(tmp_path):
     model = timm.create_model('vireid_dml_r10t', img_size=(64, 32), resnet_args=THIN)
     vireid_timm.save_model_folder(model, tmp_path / 'model', input_size=(3, 96, 48))

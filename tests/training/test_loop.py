@@ -160,6 +160,12 @@ def test_validation_identities_choose_what_the_best_model_retrieves_with(
     assert best.retrieval == max(scores, key=scores.get)
     stated = [f'{100 * score:.1f} % {kind}' for kind, score in scores.items()]
     assert f'Validation mAP of the best model: {", ".join(stated)}; it retrieves {best.retrieval}' in caplog.text
+    facts = json.loads((run.best / 'config.json').read_text())
+    assert facts['model_args']['retrieval'] == best.retrieval
+    assert facts['vireid']['validation']['mAP'] == pytest.approx(max(scores.values()), abs=1e-6)
+    assert f'features {best.retrieval}' in (run.best / 'README.md').read_text()
+    assert load_model(run.folder / 'last.pth').retrieval == best.retrieval
+    assert timm.create_model(f'local-dir:{run.best}', pretrained=True).num_classes == 10
     given = _train(tmp_path / 'given', epochs=1, lr=1e-5, model_kwargs={'retrieval': start}, **settings)
     assert load_model(given.best).retrieval == start
 

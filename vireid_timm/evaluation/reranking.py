@@ -39,9 +39,8 @@ class ReRanking:
     two thirds", does not scale, and averages k2 encodings without saying that the image's own is one of them.
 
     With modalities, N(p, k) is p, its k nearest other visible *and* its k nearest other infrared images; the rest stays
-    the same. Images are nearer to their own modality, so the paper's lists rarely reach the other one (1 entry in 20 on
-    SynthVI), and a person's images in two modalities share hardly any neighbours. With a single modality this is the
-    paper's method.
+    the same. It is for features that are nearer to their own modality: the paper's lists then rarely reach the other
+    one, and the two modalities of a person share few neighbours. With a single modality this is the paper's method.
 
     Attributes:
         num_queries: Q.

@@ -488,7 +488,7 @@ def _save_config(
         model,
         path,
         model_config={'vireid': facts, 'pretrained_cfg': {'tag': tag, 'license': license or None}},
-        model_args={**_known_args(model), **(model_args or {})},
+        model_args={**_known_args(model), **(model_args or {}), 'retrieval': model.retrieval},
         data_config={'input_size': input_size} if input_size else None,
     )
 

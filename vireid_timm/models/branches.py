@@ -18,7 +18,7 @@ from timm.layers import get_device_dtype
 from timm.models import is_model, model_entrypoint
 from timm.models._features import FeatureGetterNet
 
-from ..constants import FEATURES
+from ..constants import RETRIEVALS
 from ..layers.fusion import SPATIAL_WEIGHTS, FusionBranch
 from ..layers.head import BranchHead
 from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
@@ -54,8 +54,8 @@ def check_branches(
         raise ValueError(f'fuse_width must be at least 1, got {fuse_width}')
     if spatial_weights not in SPATIAL_WEIGHTS:
         raise ValueError(f'unknown spatial_weights {spatial_weights!r}; expected one of {SPATIAL_WEIGHTS}')
-    if retrieval not in FEATURES[1:]:
-        raise ValueError(f'unknown retrieval {retrieval!r}; expected one of {FEATURES[1:]}')
+    if retrieval not in RETRIEVALS:
+        raise ValueError(f'unknown retrieval {retrieval!r}; expected one of {RETRIEVALS}')
     if global_pool == '' and num_classes > 0:
         raise ValueError("a classifier needs pooling: use num_classes=0 with global_pool=''")
 
@@ -143,7 +143,7 @@ class DualStream(nn.Module):
 
     pretrained_prefixes: tuple[str, ...]
     starts_from_backbone = False
-    retrieval: str
+    retrieval: str = 'after-bn'
 
     def _create_branches(
         self,
@@ -261,11 +261,14 @@ class DualStream(nn.Module):
         return head(self.forward_pool(x), pre_logits=True)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool the joint map, then apply BN-neck and classifier; `pre_logits` returns the features for retrieval."""
+        """Pool the joint map, then apply BN-neck and classifier; `pre_logits` leaves out the classifier.
+
+        Without classes it returns the features for retrieval, which may be those before the BN-neck.
+        """
         pooled = self.forward_pool(x)
         if self.global_pool.pool_type == '':
             return pooled
-        if (pre_logits or self.num_classes == 0) and self.retrieval == 'before-bn':
+        if self.num_classes == 0 and self.retrieval == 'before-bn':
             return pooled.to(self.global_head.neck.weight.dtype)
         if self.joint_head is not None:
             return self.joint_head(pooled, pre_logits)

@@ -335,6 +335,8 @@ def create_dual_stream(
         **kwargs,
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
+    if pretrained and model.pretrained_cfg.get('file') == str(_SYNTHVI) and 'retrieval' not in kwargs:
+        network.retrieval = 'before-bn'  # chosen on validation people, docs/results.md
     network.starts_from_backbone = (model.pretrained_cfg.get('tag') or '').endswith('in1k')
     complete_cfg(model, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
     return model
@@ -403,7 +405,6 @@ _R10T = dict(
     block=BasicBlock,
     layers=(1, 1, 1, 1),
     resnet_args=dict(stem_width=32, stem_type='deep_tiered', avg_down=True),
-    retrieval='before-bn',
 )
 
 

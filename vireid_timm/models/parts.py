@@ -124,7 +124,8 @@ class PartsNet(DualStreamBackbone):
         if self.global_pool.pool_type == '':
             return x
         if pre_logits or self.num_classes == 0:
-            return self.forward_pool(x) if self.retrieval == 'before-bn' else self.forward_neck(x)
+            is_before = self.num_classes == 0 and self.retrieval == 'before-bn'
+            return self.forward_pool(x) if is_before else self.forward_neck(x)
         logits = [part.classify(value) for part, value in zip(self.parts, self._normed(x))]
         return torch.stack(logits).mean(dim=0)
 

@@ -15,7 +15,6 @@ import torch
 from torch import distributed, nn
 from tqdm import tqdm
 
-from ..constants import FEATURES
 from ..data.findings import Findings
 from ..data.listing import ListedImage, list_images
 from ..distributed import all_ranks, from_rank_zero, is_rank_zero, rank_and_world_size
@@ -93,7 +92,7 @@ def update_index(
         OSError: The index cannot be written.
     """
     extraction = Extraction(
-        features=features or FEATURES[0],
+        features=features or 'auto',
         size=size,
         batch_size=batch_size,
         device=device or 'cpu',

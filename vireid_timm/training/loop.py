@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from PIL import Image
 from torch import nn
 
-from ..constants import FEATURES, MODALITIES
+from ..constants import MODALITIES, RETRIEVALS
 from ..data.augment import Augment
 from ..data.loader import Batch, load_batches
 from ..device import seeded_torch
@@ -212,6 +213,10 @@ def _write_settings(run: Run) -> None:
         settings = {**asdict(run.config), 'resume': ''}
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
     save_json(run.folder / CLASS_MAP, run.data.class_map)
+    _write_model_config(run)
+
+
+def _write_model_config(run: Run) -> None:
     save_model_config(
         run.eval_model, run.folder / MODEL_CONFIG, model_args=model_args(run.config), input_size=run.input_size
     )
@@ -341,19 +346,23 @@ def _finish_best(run: Run) -> None:
 
 def _choose_retrieval(run: Run, model: nn.Module) -> None:
     """Let the best model retrieve before or after BN, whichever finds the validation identities better."""
-    options = dict(device=run.device, size=run.input_size[1:], amp_dtype=run.amp_dtype, store=run.data.validation_store)
-    scores = {
-        kind: _scores(evaluate(model, run.data.validation, features=kind, **options))['mAP'] for kind in FEATURES[1:]
-    }
-    others = [kind for kind in scores if from_rank_zero(scores[kind] > scores[model.retrieval])]
-    measured = ', '.join(f'{100 * score:.1f} % {kind}' for kind, score in scores.items())
-    _logger.info(f'Validation mAP of the best model: {measured}; it retrieves {(*others, model.retrieval)[0]}')
-    if others:
-        (model.retrieval,) = others
-        if is_rank_zero():
-            config = read_config(run.folder / BEST)
-            config['model_args'] = {**(config.get('model_args') or {}), 'retrieval': model.retrieval}
-            save_json(run.folder / BEST / MODEL_CONFIG, config)
+    options = dict(device=run.device, size=run.input_size[1:], store=run.data.validation_store)
+    reports = {kind: evaluate(model, run.data.validation, features=kind, **options) for kind in RETRIEVALS}
+    scores = {kind: _scores(report) for kind, report in reports.items()}
+    own_first = sorted(RETRIEVALS, key=lambda kind: kind != model.retrieval)
+    best = from_rank_zero(max(own_first, key=lambda kind: scores[kind]['mAP']))
+    measured = ', '.join(f'{100 * score["mAP"]:.1f} % {kind}' for kind, score in scores.items())
+    _logger.info(f'Validation mAP of the best model: {measured}; it retrieves {best}')
+    if best == model.retrieval:
+        return
+    model.retrieval = run.eval_model.retrieval = run.model.retrieval = best
+    if is_rank_zero():
+        complete = timm.create_model(f'local-dir:{run.folder / BEST}', pretrained=True)  # with its classifiers
+        complete.retrieval = best
+        _save_model(
+            run, complete, {**read_config(run.folder / BEST)['vireid'], 'validation': scores[best]}, reports[best]
+        )
+        _write_model_config(run)
 
 
 def _scores(report: Report) -> dict[str, float]:
@@ -394,10 +403,14 @@ def _save_best(run: Run, scores: Mapping[str, float], report: Report | None) -> 
         'num_features': run.eval_model.head_hidden_size,
         'training': asdict(run.config),
     }
+    _save_model(run, run.eval_model, json.loads(json.dumps(facts, default=str)), report)  # data roots may be paths
+
+
+def _save_model(run: Run, model: nn.Module, facts: dict[str, Any], report: Report | None) -> None:
     save_model_folder(
-        run.eval_model,
+        model,
         run.folder / BEST,
-        facts=json.loads(json.dumps(facts, default=str)),  # data roots may be paths
+        facts=facts,
         model_args=model_args(run.config),
         table='' if report is None else f'On held-out training identities (validation):\n\n{report}',
         input_size=run.input_size,
