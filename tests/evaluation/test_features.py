@@ -439,7 +439,7 @@ def extract_with_another(folder):
 
 
 def _extract_with_another(folder, number):
-    model = timm.create_model('vireid_dml_r10t', num_classes=0)
+    model = timm.create_model('vireid_dml_r10t', num_classes=0, retrieval='before-bn')  # as the weights that follow
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
     torch.nn.init.constant_(broken_twin.fusion.reduce[0].bn.weight, torch.nan)
