@@ -152,11 +152,11 @@ def test_files_compute_what_embed_computes(
         assert facts['mean'] == list(model.pretrained_cfg['mean']) and facts['std'] == list(model.pretrained_cfg['std'])
 
 
-def test_the_same_with_features_after_bn_at_another_size(models: dict[str, Path], tmp_path: Path) -> None:
-    metadata = export_model(models['dml'], tmp_path / 'export', features='after-bn', size=(3, 48, 40))
-    assert metadata['features'] == 'after-bn' and metadata['size'] == [48, 40]
+def test_the_same_with_features_before_bn_at_another_size(models: dict[str, Path], tmp_path: Path) -> None:
+    metadata = export_model(models['dml'], tmp_path / 'export', features='before-bn', size=(3, 48, 40))
+    assert metadata['features'] == 'before-bn' and metadata['size'] == [48, 40]
     model = vireid_timm.load_model(models['dml'])
-    _assert_same_as_embed(tmp_path / 'export', 'onnx', model, (48, 40), features='after-bn')
+    _assert_same_as_embed(tmp_path / 'export', 'onnx', model, (48, 40), features='before-bn')
 
 
 @pytest.mark.parametrize('format', ['onnx', 'pt2'])

@@ -103,12 +103,12 @@ def test_evaluation_shows_and_writes_what_it_is_asked_for(
     data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     report, results = tmp_path / 'new/report.json', tmp_path / 'new/results.csv'
-    wanted = ('--flip-test', '--crops', '5', '--reranking', 'cross-modality', '--features', 'after-bn')
+    wanted = ('--flip-test', '--crops', '5', '--reranking', 'cross-modality', '--features', 'before-bn')
     shown = ('--breakdown', 'camera', 'identity', '--failures', '2')
     written = ('--report', str(report), '--results-file', str(results))
     assert main(_eval_command(data, run, *wanted, *shown, *written)) == 0
     printed = capsys.readouterr().out
-    for words in ('flip test', '5 crops', 'cross-modality', 'after-bn', 'mixed by camera', 'mixed, the worst queries'):
+    for words in ('flip test', '5 crops', 'cross-modality', 'before-bn', 'mixed by camera', 'mixed, the worst queries'):
         assert words in printed
     saved = json.loads(report.read_text())
     assert saved['reranking'] == 'cross-modality' and saved['flip_test'] and saved['crops'] == 5

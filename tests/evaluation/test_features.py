@@ -171,7 +171,7 @@ def test_embed_takes_the_size_of_the_model(model, records):
 
 
 def test_embed_before_and_after_bn(records):
-    headless, classifying, other = make_model(0), make_model(5), make_model(0, retrieval='after-bn')
+    headless, classifying, other = make_model(0), make_model(5), make_model(0, retrieval='before-bn')
     for model in (classifying, other):
         model.load_state_dict(headless.state_dict(), strict=False)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_embed_before_and_after_bn(records):
         before = headless.forward_pool(headless.forward_features(**{records.modality[0]: image}))
         after = headless.joint_head.neck(before)
     assert not torch.allclose(F.normalize(before), F.normalize(after), atol=0.01)
-    for model, own in ((headless, before), (classifying, before), (other, after)):
+    for model, own in ((headless, after), (classifying, after), (other, before)):
         assert_close(embed(model, records[:1], size=SIZE)[0], F.normalize(own))
         assert_close(embed(model, records[:1], size=SIZE, features='after-bn')[0], F.normalize(after))
         assert_close(embed(model, records[:1], size=SIZE, features='before-bn')[0], F.normalize(before))
@@ -439,7 +439,7 @@ def extract_with_another(folder):
 
 
 def _extract_with_another(folder, number):
-    model = timm.create_model('vireid_dml_r10t', num_classes=0)
+    model = timm.create_model('vireid_dml_r10t', num_classes=0, retrieval='before-bn')  # as the weights that follow
     model.load_state_dict(torch.load(folder / 'weights.pth', weights_only=True))
     broken_twin, changed_twin = copy.deepcopy(model), copy.deepcopy(model)
     torch.nn.init.constant_(broken_twin.fusion.reduce[0].bn.weight, torch.nan)

@@ -62,7 +62,7 @@ def _save_config(folder: Path, config: dict) -> None:
         dict(num_classes=5),
         dict(num_classes=0),
         dict(num_classes=3, fuse_layers=(2, 3), fuse_width=32, spatial_weights='static', img_size=(64, 32)),
-        dict(num_classes=3, in_chans=1, gem_power=2.0, last_stride=2, retrieval='after-bn'),
+        dict(num_classes=3, in_chans=1, gem_power=2.0, last_stride=2, retrieval='before-bn'),
     ],
 )
 def test_a_saved_model_is_loaded_with_its_arguments_and_weights(tmp_path: Path, kwargs: dict) -> None:
@@ -192,8 +192,8 @@ def test_reference_features_are_those_of_noise_by_the_definition(saved: Path) ->
         mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ('mean', 'std'))
         normalised = {modality: (images.float() / 255 - mean) / std}
         with torch.inference_mode():
-            after = model.forward_neck(model.forward_features(**normalised))
-            before = model(**normalised)  # this network retrieves before BN
+            joint_map = model.forward_features(**normalised)
+            after, before = model(**normalised), model.forward_pool(joint_map)
         torch.testing.assert_close(reference[f'{modality}_after_bn'], after)
         torch.testing.assert_close(reference[f'{modality}_before_bn'], before)
     assert not torch.equal(reference['visible'], reference['infrared'])

@@ -63,9 +63,9 @@ def test_exported_networks_compute_the_same(size, modality, dynamo, tmp_path):
 @pytest.mark.parametrize(
     'options',
     [
-        dict(spatial_weights='static', img_size=(64, 32), last_stride=2, retrieval='after-bn'),
+        dict(spatial_weights='static', img_size=(64, 32), last_stride=2, retrieval='before-bn'),
         dict(plain_fusion=True, num_classes=3),
-        dict(fuse_layers=(), non_local_blocks=(0, 1, 1, 0), retrieval='after-bn'),
+        dict(fuse_layers=(), non_local_blocks=(0, 1, 1, 0), retrieval='before-bn'),
     ],
     ids=['static', 'plain', 'non-local'],
 )
@@ -85,7 +85,7 @@ def test_exported_features_before_bn_are_the_same(plain, dynamo, tmp_path):
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'tracing'])
 def test_exported_channels_of_zeros_are_the_same(dynamo, tmp_path):
     """A neck of small variance scales up the root's epsilon, which an optimiser may drop."""
-    model = small(retrieval='after-bn')
+    model = small()
     with torch.no_grad():
         for reduce in model.fusion.reduce:
             reduce.bn.bias.fill_(-1e3)

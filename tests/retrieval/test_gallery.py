@@ -310,10 +310,10 @@ def test_a_model_is_loaded_from_where_the_index_says_if_it_is_the_same(copy: Pat
 
 
 def test_an_index_by_a_model_in_memory_asks_for_it(model: nn.Module, tmp_path: Path) -> None:
-    gallery = Gallery.create(tmp_path / 'index', model, 'infrared', features='after-bn', size=(32, 16), device='cpu')
+    gallery = Gallery.create(tmp_path / 'index', model, 'infrared', features='before-bn', size=(32, 16), device='cpu')
     own = gallery.index.about
     assert (own.modality, own.features, own.size, own.weights) == (
-        *('infrared', 'after-bn', (32, 16)),
+        *('infrared', 'before-bn', (32, 16)),
         weights_fingerprint(model),
     )
     assert own.model is None and own.dimensions == model.num_features and gallery.modality == 'infrared'

@@ -221,7 +221,7 @@ def test_a_single_image_and_none(images: Path, saved: Path, tmp_path: Path) -> N
     [
         ({'modality': 'infrared'}, 'it has modality visible, not infrared'),
         ({'size': (32, 16)}, r'it has size \(64, 32\), not \(32, 16\)'),
-        ({'features': 'after-bn'}, 'it has features before-bn, not after-bn'),
+        ({'features': 'before-bn'}, 'it has features after-bn, not before-bn'),
         ({'model': 'vireid_dml_r10t.synthvi'}, 'it has weights .*, not '),
         ({'source': 'other'}, 'none of the 24 images in .* is in the gallery given'),
         ({'source': 'nowhere'}, 'there is no folder or CSV file'),
