@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vireid_timm
 from vireid_timm.device import resolve_device
-from vireid_timm.figures.charts import label, new_figure, save_figure, style
+from vireid_timm.figures.charts import MARKERS, label, new_figure, save_figure, style
 from vireid_timm.files import save_json
 from vireid_timm.training.interrupt import Stopped
 
@@ -197,8 +197,12 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     cell = figure.subplots()
     for number, (row, runs) in enumerate(found.items()):
         scores = [run['scores']['test'][1] for run in runs]
-        cell.plot(runs[0]['gflops'], np.mean(scores), linestyle='', markersize=9, label=label(row), **style(number))
+        fill = 'full' if number < len(MARKERS) else 'none'  # from there on marks and colours are used again
+        marks = dict(linestyle='', markersize=9, fillstyle=fill, markeredgewidth=2, **style(number))
+        cell.plot(runs[0]['gflops'], np.mean(scores), label=label(row), **marks)
     cell.set(xlabel='GFLOPs of an image', ylabel='mAP on the test people, per cent', xscale='log')
+    cell.xaxis.set_major_formatter('{x:g}')
+    cell.xaxis.set_minor_formatter('{x:g}')
     cell.grid(alpha=0.3)
     cell.legend(fontsize=8)
     save_figure(figure, path)
