@@ -145,7 +145,7 @@ def test_nobody_is_in_two_parts_of_synthvi_v1() -> None:
 def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every cell of the paper's tables but one, trained at the budget `smoke`."""
     output = tmp_path_factory.mktemp('paper')
-    args = argparse.Namespace(budget='smoke', dataset='synthetic', data_dir='', output=output)
+    args = argparse.Namespace(budget='smoke', dataset='synthetic', data_dir='', output=output, jobs=1)
     for cell in paper.CELLS:
         if cell != 'joint-to-fusion':
             paper.run_cell(cell, 0, args)
@@ -226,7 +226,9 @@ def test_paired_differences_are_those_of_people(smoke_runs: Path) -> None:
 def test_regdb_has_a_trial_for_each_seed_beside_what_is_published(tmp_path: Path) -> None:
     main(['synth', str(tmp_path / 'regdb'), '--layout', 'regdb', '--identities', '8', '--size', '64', '32'])
     root, what = str(tmp_path / 'regdb'), ['report']
-    args = argparse.Namespace(budget='smoke', dataset='regdb', data_dir=root, output=tmp_path / 'runs', what=what)
+    args = argparse.Namespace(
+        budget='smoke', dataset='regdb', data_dir=root, output=tmp_path / 'runs', what=what, jobs=1
+    )
     assert [paper.data_of(seed, args)['dataset_kwargs']['trial'] for seed in (0, 9, 10)] == [1, 10, 1]
     for seed in (0, 3):
         for cell in ('baseline', 'full'):

@@ -258,7 +258,7 @@ def test_a_recipe_is_a_dry_run_away_from_its_cost(images: Path, capsys: pytest.C
     assert main(['train', '--dry-run', '--config', 'fine_tune', '--data-dir', str(images), '--no-amp']) == 0
     said = capsys.readouterr()
     assert 'except for the classifiers: these are new, for 5 identities' in said.err
-    assert re.search(r'freeze_bn +True\n', said.out) and 'nobody is held out' in said.out
+    assert re.search(r'opt +adamw\n', said.out) and 'nobody is held out' in said.out
     assert '5 identities x (4 visible + 4 infrared) = 40 images per batch\n' in said.out
 
 
