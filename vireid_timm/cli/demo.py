@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = '%(prog)s [flags]'
     parser.description = (
         'Evaluate an untrained network and the weights in the package, fine-tune, evaluate again, save, reload and '
-        'draw what the model finds, on rendered images. Takes about four minutes on two CPU cores. With --web, show a '
+        'draw what the model finds, on rendered images. Takes about two minutes on two CPU cores. With --web, show a '
         'page in the browser instead that searches visible images by infrared ones, and the reverse.'
     )
     text = f'folder for the model, demo.json and ranking.png (default: {FLAGS["output"]})'

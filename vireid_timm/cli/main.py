@@ -37,7 +37,7 @@ COMMANDS = {
     'hub': 'save, push, check and convert models',
     'export': 'write a model as ONNX files or torch programs',
     'synth': 'write rendered images to disk',
-    'demo': 'see it work in four minutes',
+    'demo': 'see it work in two minutes',
 }
 
 
