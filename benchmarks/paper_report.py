@@ -155,21 +155,24 @@ def paired(
     protocol: str,
     args: argparse.Namespace,
 ) -> Iterator[list[str]]:
-    """Compare two cells person by person, each averaged over their common seeds, with features after BN.
+    """Compare two cells person by person, each averaged over their common seeds.
+
+    Features are those after BN, unless a cell's name is followed by a comma and others.
 
     Queries of one person are not independent of each other, so the people are resampled, not the queries. That covers
     other people, not other seeds: 'ahead in' shows those. On RegDB a person is averaged over the seeds, that is the
     trials, that test on him or her.
     """
-    better, worse = ({line['seed'] for line in lines if line['cell'] == cell} for cell in pair)
+    sides = [(cell, feature or 'after BN') for cell, _, feature in (name.partition(', ') for name in pair)]
+    better, worse = ({line['seed'] for line in lines if line['cell'] == cell} for cell, _ in sides)
     seeds = sorted(better & worse)
     for split in splits if seeds else []:
         differences: dict[str, list[float]] = {}
         ahead = 0
         for seed in seeds:
             aps = []
-            for cell in pair:
-                path = folder_of(cell, int(seed), args) / f'{split}, after BN.json'
+            for cell, feature in sides:
+                path = folder_of(cell, int(seed), args) / f'{split}, {feature}.json'
                 if not path.is_file():
                     return
                 aps.append(aps_of_people(vireid_timm.Report.load(path)[protocol]))

@@ -8,7 +8,7 @@ from vireid_timm.web.offline import offline
 
 
 def test_other_machines_are_refused_within_the_block_only() -> None:
-    # Addresses of this machine all the same, so that nothing is sent if they are not refused.
+    # Still addresses of this machine, so nothing leaves it if they are not refused.
     with socket.create_server(('127.0.0.2', 0)) as named, socket.create_server(('127.0.0.3', 0)) as other:
         with offline('127.0.0.2'):
             with socket.create_connection(named.getsockname()):

@@ -12,7 +12,7 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = '%(prog)s GALLERY --output INDEX --model NAME --modality visible [flags]'
     parser.description = (
         'Index the images of a gallery, for `vireid search`. The same command again adds what is new or changed, drops '
-        'what is gone, and goes on after an interruption; it needs neither --model nor --modality then. With several '
+        'what is gone, and resumes after an interruption; it needs neither --model nor --modality then. With several '
         'GPUs: torchrun --nproc-per-node N -m vireid_timm index ...'
     )
     text = 'folder of images at any depth, or a CSV file with columns path and, if known, camera, time, identity'

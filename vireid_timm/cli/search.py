@@ -105,7 +105,7 @@ def _warn(gallery: 'Gallery', where: str | None) -> None:
     if pending:
         _logger.warning(
             f'The index is incomplete: {pending:,} images are still to come; it has {len(gallery):,}. Unless '
-            '`vireid index` is running, the same command goes on'
+            '`vireid index` is running, run it again to finish'
         )
     for column in ('camera', 'time', 'identity'):
         if where is not None and re.search(rf'\b{column}\b', where, re.IGNORECASE):

@@ -80,7 +80,7 @@ def evaluate(
         reranking: `none`, `k-reciprocal` or `cross-modality`, see `ReRanking`.
         failures: Number of worst queries to list for each protocol.
         examples: Number of best, of worst and of random queries to list for each protocol, one per person.
-        calibration: What predicts probabilities, to be compared with what is true; ignored, saying so, where it was
+        calibration: What predicts probabilities, to be compared with what is true; ignored with a warning if it was
             fitted with other settings.
         store: The decoded images of `dataset.test`, row by row; None decodes them.
         options: Fields of `Extraction`, e.g. `flip_test=True`, `size=(288, 144)`, `batch_size=64`, `device='cuda'`,
