@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
+import safetensors.torch
+import timm
+from PIL import Image
 
 import vireid_timm
 from vireid_timm.cli.main import main
@@ -109,6 +113,58 @@ def test_inference_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
         assert values.keys() == variants and all(value > 0 for value in values.values())
     assert measured['mAP']['onnx'] == pytest.approx(measured['mAP']['eager'], abs=1e-3)
     assert '| `vireid_dml_r10t.synthvi`, onnx int8 |' in done.stdout
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two aligned pairs of noise; the right half of the second one has no contrast in the infrared."""
+    rng = np.random.default_rng(0)
+    for modality in ('visible', 'infrared'):
+        (tmp_path / 'pairs' / modality).mkdir(parents=True)
+    for name in ('a', 'b'):
+        pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / 'pairs' / 'visible' / f'{name}.png')
+        pixels[:, 32 if name == 'b' else 64 :] = 128
+        Image.fromarray(pixels).save(tmp_path / 'pairs' / 'infrared' / f'{name}.png')
+    return tmp_path / 'pairs'
+
+
+def test_transfer_lets_patches_of_pairs_find_each_other(pairs: Path, tmp_path: Path) -> None:
+    weights = tmp_path / 'weights.safetensors'
+    model = timm.create_model('vireid_dml_r10t')
+    safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    names, saved = ['vireid_dml_r10t.synthvi', f'vireid_dml_r10t={weights}'], tmp_path / 'result.json'
+    command = [sys.executable, str(BENCHMARKS / 'transfer.py'), str(pairs), *names, '--save', str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(saved.read_text()) and list(result['models']) == names
+    # Four patches of 16 x 32 pixels in each of two rows; half of the second pair's are left out.
+    assert result['patches'] == 8 + 4
+    for row in result['models'].values():
+        assert row.keys() == {'rank1', 'mAP', 'centred_rank1', 'centred_mAP'}
+        assert all(1 / 12 <= value <= 1 for value in row.values())
+    assert result['models'][names[0]]['rank1'] > 0.5  # the other patches are of the same pixels in both modalities
+
+
+@pytest.mark.parametrize('mistake', ['no folder', 'no counterpart', 'another size', 'no model'])
+def test_transfer_says_what_is_wrong(pairs: Path, mistake: str) -> None:
+    infrared, model = pairs / 'infrared', 'vireid_dml_r10t.synthvi'
+    if mistake == 'no folder':
+        infrared.rename(pairs / 'thermal')
+        message = 'there is no .*infrared'
+    elif mistake == 'no counterpart':
+        (infrared / 'a.png').unlink()
+        message = 'a.png is in only one of the folders'
+    elif mistake == 'another size':
+        Image.new('RGB', (32, 64)).save(infrared / 'a.png')
+        message = r'a.png has 64x64 pixels in the visible and 32x64 in the infrared'
+    else:
+        model, message = 'nonsense', 'nonsense'
+    command = [sys.executable, str(BENCHMARKS / 'transfer.py'), str(pairs), model]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and re.search(f'^transfer.py: error: .*{message}', done.stderr, re.MULTILINE)
+    assert 'Traceback' not in done.stderr
 
 
 def test_the_standard_test_images_of_synthvi_never_change() -> None:

@@ -346,6 +346,13 @@ def test_models_of_other_channels_are_refused_before_an_image_is_read(records):
             embed(model, images)
 
 
+@pytest.mark.parametrize('name', ['vireid_dml_r10t', 'vireid_parts_r50'])
+def test_models_that_return_maps_are_refused(name):
+    model = timm.create_model(name, global_pool='', img_size=(64, 32))
+    with pytest.raises(ValueError, match=r"maps, not features \(global_pool=''\)"):
+        embed(model, Records.from_rows([('missing.png', '', 0, VISIBLE, 'test')]))
+
+
 class Distributed(torch.nn.Module):
     """Holds its model as DistributedDataParallel does, without a process group."""
 

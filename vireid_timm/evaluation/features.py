@@ -198,7 +198,7 @@ def require_dual_stream(model: nn.Module) -> nn.Module:
     """Return the model without what wraps it: `torch.compile`, `DataParallel`, `DistributedDataParallel` or timm's EMA.
 
     Raises:
-        ValueError: If it is not one of this package's models.
+        ValueError: If it is not one of this package's models, or returns maps instead of features.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
@@ -211,6 +211,8 @@ def require_dual_stream(model: nn.Module) -> nn.Module:
             f'{type(model).__name__} is not a model of vireid_timm, which takes visible and infrared images; create '
             "one with timm.create_model('vireid_...')"
         )
+    if model.global_pool.pool_type == '':
+        raise ValueError("the model returns maps, not features (global_pool=''); create it with another global_pool")
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any, Optional, Union
 import timm
 import torch
 import torch.nn as nn
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -35,8 +36,9 @@ from .branches import (
     check_branches,
     check_names,
     check_own_weights,
-    complete_cfg,
+    complete,
     height_and_width,
+    packaged_weights,
 )
 from .trunk import Trunk, backbone_cfg
 
@@ -286,7 +288,7 @@ def create_on_backbone(
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
     network.starts_from_backbone = not is_own
-    complete_cfg(model, network.feature_info[3]['reduction'], img_size, kwargs, overlay)
+    complete(model, pretrained, network.feature_info[3]['reduction'], img_size, kwargs, overlay)
     if pretrained and not is_own:
         _logger.warning(
             f'Loaded the weights of {backbone} into both stems and the trunk: a start for fine-tuning, not a '
@@ -347,6 +349,15 @@ default_cfgs = generate_default_cfgs(
         'vireid_dml': network_cfg('resnet50.tv_in1k', has_weights=False),
         'vireid_base': network_cfg('resnet50.tv_in1k', has_weights=False, fused=False),
         'vireid_dml_efficientnet_lite0.in1k': network_cfg('tf_efficientnet_lite0.in1k'),
+        'vireid_dml_efficientnet_lite0.in1k_ft_synthvi': {
+            **network_cfg('tf_efficientnet_lite0.in1k', has_weights=False),
+            'file': packaged_weights('vireid_dml_efficientnet_lite0.in1k_ft_synthvi'),
+            'input_size': (3, 128, 64),
+            'mean': IMAGENET_INCEPTION_MEAN,
+            'std': IMAGENET_INCEPTION_STD,
+            'interpolation': 'bilinear',
+            'license': 'apache-2.0',
+        },
         'vireid_dml_mobilenetv4_conv_medium.e500_r256_in1k': network_cfg('mobilenetv4_conv_medium.e500_r256_in1k'),
         'vireid_dml_regnety_032.ra_in1k': network_cfg('regnety_032.ra_in1k'),
         'vireid_dml_convnext_tiny.in12k_ft_in1k': network_cfg('convnext_tiny.in12k_ft_in1k'),

@@ -10,6 +10,7 @@ all of timm's conventions hold.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -25,6 +26,9 @@ from ..layers.power_mean import GeneralizedMeanPool, power_sum, root
 from ..text import format_list
 
 __all__ = ['BranchOutput', 'DualStream']
+
+
+_WEIGHTS = Path(__file__).parents[1] / 'weights'
 
 
 class BranchOutput(NamedTuple):
@@ -87,8 +91,14 @@ def check_names(names: Iterable[str], module: str) -> None:
             )
 
 
-def complete_cfg(
+def packaged_weights(name: str) -> str:
+    """Return the file of weights in the package."""
+    return str(_WEIGHTS / f'{name}.safetensors')
+
+
+def complete(
     model: nn.Module,
+    pretrained: bool,
     reduction: int,
     img_size: Optional[Union[int, Sequence[int]]],
     kwargs: dict[str, Any],
@@ -96,8 +106,11 @@ def complete_cfg(
 ) -> None:
     """Write to a model's configuration: the image size, if one was given, its grid, and the names of the classifiers.
 
+    The weights in the package retrieve before BN, unless the caller chose: timm's tags carry no arguments.
+
     Args:
         model: The model, or timm's wrapper of its features.
+        pretrained: Whether weights were loaded.
         reduction: Pixels of a position of the last map, along each side.
         img_size: The argument.
         kwargs: The other arguments. A saved model's own `img_size` comes back with its configuration, which may hold
@@ -112,6 +125,8 @@ def complete_cfg(
     sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // reduction) for side in size)}
     network = model.model if isinstance(model, FeatureGetterNet) else model
     cfg.update({**sizes, 'classifier': network.classifier_names(), **overlay})
+    if pretrained and Path(cfg['file'] or '').parent == _WEIGHTS and 'retrieval' not in kwargs:
+        network.retrieval = 'before-bn'  # chosen on validation people, docs/results.md
 
 
 def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:

@@ -9,7 +9,6 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
@@ -36,8 +35,9 @@ from .branches import (
     check_branches,
     check_names,
     check_own_weights,
-    complete_cfg,
+    complete,
     height_and_width,
+    packaged_weights,
 )
 
 __all__ = ['DualStreamResNet']
@@ -335,10 +335,8 @@ def create_dual_stream(
         **kwargs,
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
-    if pretrained and model.pretrained_cfg.get('file') == str(_SYNTHVI) and 'retrieval' not in kwargs:
-        network.retrieval = 'before-bn'  # chosen on validation people, docs/results.md
     network.starts_from_backbone = (model.pretrained_cfg.get('tag') or '').endswith('in1k')
-    complete_cfg(model, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
+    complete(model, pretrained, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
     return model
 
 
@@ -367,11 +365,9 @@ def resnet_cfg(
     }
 
 
-_SYNTHVI = Path(__file__).parents[1] / 'weights' / 'vireid_dml_r10t.synthvi.safetensors'
-
 default_cfgs = generate_default_cfgs(
     {
-        'vireid_dml_r10t.synthvi': resnet_cfg(file=str(_SYNTHVI), deep_stem=True),
+        'vireid_dml_r10t.synthvi': resnet_cfg(file=packaged_weights('vireid_dml_r10t.synthvi'), deep_stem=True),
         'vireid_dml_r10t.c3_in1k': resnet_cfg('timm/resnet10t.c3_in1k', deep_stem=True),
         # The first tag of a model is its default: tv, which the field starts from. a1 (arXiv:2110.00476) and tv2 are
         # the stronger ImageNet recipes of timm and torchvision.

@@ -1,0 +1,78 @@
+"""The script that writes the training data of `in1k_ft_synthvi`."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vireid_timm
+from vireid_timm.constants import INFRARED, VISIBLE
+from vireid_timm.synthvi.render import render_address
+
+SCRIPT = Path(__file__).parents[2] / 'hub' / 'in1k_ft_synthvi_data.py'
+
+
+def _write(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, 'argv', [SCRIPT.name, *map(str, words), '--workers', '0'])
+    runpy.run_path(str(SCRIPT), run_name='__main__')
+
+
+def test_every_identity_has_two_images_of_each_modality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(monkeypatch, tmp_path / 'data', '--identities', 3)
+    records = vireid_timm.create_dataset('csv', tmp_path / 'data' / 'table.csv').train
+    people = [f'person-0000{number}' for number in range(3)]
+    scenes = [f'scene-00000{number}' for number in range(3)]
+    assert records.identities() == [*people, *scenes]
+    for identity in records.identities():
+        modality = records.modality[records.identity == identity].tolist()
+        assert sorted(modality) == 2 * [INFRARED] + 2 * [VISIBLE]
+    assert {np.asarray(Image.open(path)).shape[:2] for path in records.path} == {(128, 64)}
+    # The first two people are near-infrared, the third is thermal; cameras of the world are kept.
+    for spectrum, identity, number in (('near-infrared', 1, 2), ('thermal', 2, 3)):
+        rows = np.flatnonzero(records.identity == people[identity])
+        camera = records.camera[rows[number]]
+        address = f'synthvi:{spectrum}:s1:infrared:c{camera}:i{identity}:p{number - 2}:128x64'
+        assert np.array_equal(np.asarray(Image.open(records.path[rows[number]])), render_address(address))
+
+
+def test_a_scene_follows_from_seed_and_number(tmp_path: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    images = {}
+    for run, seed in enumerate((0, 0, 1)):
+        (tmp_path / f'{run}' / 'scenes').mkdir(parents=True)
+        rows = script['write_scene'](tmp_path / f'{run}', seed, 5)
+        images[run] = [np.asarray(Image.open(tmp_path / f'{run}' / name)) for name, *_ in rows]
+    shapes = [image.shape for image in images[0]]
+    assert shapes == [(128, 64, 3), (128, 64, 3), (128, 64), (128, 64)]
+    assert all(map(np.array_equal, images[0], images[1])) and not any(map(np.array_equal, images[0], images[2]))
+    assert not np.array_equal(images[0][0], images[0][1]) and not np.array_equal(images[0][2], images[0][3])
+
+
+def test_the_spectra_share_outlines_and_not_tones() -> None:
+    """Edges of the modalities coincide far more than by chance; brightness does not follow from brightness."""
+    script = runpy.run_path(str(SCRIPT))
+    together, apart, tones = [], [], []
+    before = None
+    for number in range(30):
+        looks = script['scene'](np.random.default_rng((0, number)))
+        visible, infrared = looks[VISIBLE].mean(axis=2), looks[INFRARED]
+        edges = [np.hypot(*np.gradient(look)).ravel() for look in (visible, infrared)]
+        together.append(np.corrcoef(edges)[0, 1])
+        if before is not None:
+            apart.append(np.corrcoef(edges[0], before)[0, 1])
+        before = edges[1]
+        tones.append(np.corrcoef(visible.ravel(), infrared.ravel())[0, 1])
+    assert np.mean(together) > np.mean(apart) + 0.2
+    assert abs(np.mean(tones)) < 0.5 and np.min(tones) < -0.3
+
+
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match='--identities must be at least 1, got 0'):
+        _write(monkeypatch, tmp_path / 'data', '--identities', 0)
+    assert not (tmp_path / 'data').exists()
+    (tmp_path / 'data').mkdir()
+    with pytest.raises(SystemExit, match='data exists already; choose another folder'):
+        _write(monkeypatch, tmp_path / 'data')
