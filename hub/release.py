@@ -157,14 +157,13 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     else:
         with whole_file(target) as temporary:
             save_embedded_weights(load_model(trained(settings, work, args.device)), temporary)
-    # Score what users get: half precision, loaded by timm.
-    overlay = dict(file=str(target))
-    model = timm.create_model(name.partition('.')[0], pretrained=True, pretrained_cfg_overlay=overlay)
+    model = timm.create_model(name, pretrained=True)  # score what users get: half precision, loaded by timm
     report = _report(model, settings, args)
     facts = {
         'dataset': settings['dataset'],
         'training': {key: value for key, value in settings.items() if key != 'data_dir'},
         'weights': {'precision': 'float16', 'classifiers': 'left out'},
+        **({'data_terms': args.data_terms} if args.data_terms else {}),
         'evaluation': evaluation_facts(report),
     }
     scores = {
@@ -201,15 +200,19 @@ def save_embedded_weights(model: nn.Module, path: Path) -> None:
 
 
 def _report(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace) -> Report:
-    options = _test_options(settings, args)
-    dataset = vireid_timm.create_dataset(settings['dataset'], settings.get('data_dir') or None, **options)
+    dataset = vireid_timm.create_dataset(*_test_data(settings, args), **_test_options(settings, args))
     return vireid_timm.evaluate(model.to(resolve_device(args.device)), dataset, args.protocol, progress=True)
 
 
 def _calibration(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    data = settings['dataset'], settings.get('data_dir') or None
-    dataset = vireid_timm.create_dataset(*data, **args.calibrate_kwargs)
+    dataset = vireid_timm.create_dataset(*_test_data(settings, args), **args.calibrate_kwargs)
     return calibrate(model.to(resolve_device(args.device)), dataset, progress=True).to_dict()
+
+
+def _test_data(settings: dict[str, Any], args: argparse.Namespace) -> tuple[str, str | None]:
+    if args.test_dataset:
+        return args.test_dataset, None
+    return settings['dataset'], settings.get('data_dir') or None
 
 
 def _test_options(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -244,6 +247,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', metavar='RECIPE', help='recipe of the package, by name, or a YAML file of settings')
     parser.add_argument('--data-dir', type=expanded_path, default='', help='root of the data')
+    text = "evaluate, and calibrate, on another dataset without --data-dir, such as synthetic (default: the recipe's)"
+    parser.add_argument('--test-dataset', metavar='NAME', help=text)
     parser.add_argument(
         '--test-kwargs',
         nargs='*',

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vireid_timm
+from vireid_timm.constants import MODALITIES
 from vireid_timm.models.backbone import DualStreamBackbone, default_cfgs
 
 SIZE = (64, 32)
@@ -389,8 +390,25 @@ def test_names_with_a_backbone(name):
     assert hub_id == f'timm/{model.backbone}' and model.backbone in timm.list_pretrained()
     assert model.pretrained_cfg['license'] == timm.get_pretrained_cfg(model.backbone).license
     assert f'{name}.{model.pretrained_cfg["tag"]}' in timm.list_pretrained('vireid_*')
-    assert len(default_cfgs[name].tags) == 1
+    first, *others = default_cfgs[name].tags
+    assert first == model.pretrained_cfg['tag'] and all(default_cfgs[name].cfgs[tag].file for tag in others)
     assert on_meta(name, backbone='resnet18').backbone == 'resnet18'
+
+
+def test_the_weights_in_the_package_that_start_from_imagenet():
+    name = 'vireid_dml_efficientnet_lite0'
+    model = timm.create_model(f'{name}.in1k_ft_synthvi', pretrained=True).eval()
+    start = timm.get_pretrained_cfg('tf_efficientnet_lite0')
+    config = resolve_model_data_config(model)
+    assert (config['input_size'], config['mean'], config['std']) == ((3, 128, 64), start.mean, start.std)
+    assert model.pretrained_cfg['license'] == start.license
+    assert model.retrieval == 'before-bn' and not model.starts_from_backbone
+    # The two stems were trained apart, and batch norm kept ImageNet's statistics.
+    state = model.state_dict()
+    conv, norm = ('stem.{}.conv_stem.weight', 'stem.{}.bn1.running_mean')
+    assert not torch.equal(*(state[conv.format(modality)] for modality in MODALITIES))
+    assert torch.equal(*(state[norm.format(modality)] for modality in MODALITIES))
+    assert timm.create_model(f'{name}.in1k_ft_synthvi').retrieval == 'after-bn'  # untrained
 
 
 def test_the_documented_table_is_right():
