@@ -125,7 +125,7 @@ def complete(
     sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // reduction) for side in size)}
     network = model.model if isinstance(model, FeatureGetterNet) else model
     cfg.update({**sizes, 'classifier': network.classifier_names(), **overlay})
-    if pretrained and Path(cfg['file'] or '').parent == _WEIGHTS and 'retrieval' not in kwargs:
+    if pretrained and Path(cfg.get('file') or '').parent == _WEIGHTS and 'retrieval' not in kwargs:
         network.retrieval = 'before-bn'  # chosen on validation people, docs/results.md
 
 
