@@ -1,7 +1,7 @@
 """Write the training data of the weights `in1k_ft_synthvi`: abstract scenes in two spectra, and a table with people.
 
-    python hub/in1k_ft_synthvi_data.py data/in1k_ft_synthvi
-    vireid train --config in1k_ft_synthvi --data-dir data/in1k_ft_synthvi/table.csv
+    python hub/in1k_ft_synthvi_data.py output/in1k_ft_synthvi
+    vireid train --config in1k_ft_synthvi --data-dir output/in1k_ft_synthvi/table.csv
 
 A network that is fine-tuned on rendered people alone forgets what ImageNet's photographs taught it about everything
 else. So every second identity is a scene of overlapping shapes ("dead leaves", as in arXiv:2106.05963), each a material
@@ -21,6 +21,7 @@ import vireid_timm
 from vireid_timm.constants import INFRARED, VISIBLE
 from vireid_timm.data.workers import in_order
 from vireid_timm.files import whole_folder
+from vireid_timm.options import check_range
 from vireid_timm.synthvi.render import render_address
 
 SIZE = (128, 64)  # height and width of an image
@@ -29,14 +30,14 @@ COLUMNS = ('path', 'identity', 'camera', 'modality', 'split')
 WORLD = dict(test_identities=0, images_per_modality=2, visible_cameras=400, infrared_cameras=200, seed=1)
 
 
-def noise(rng: np.random.Generator, size: tuple[int, int], roughness: float) -> np.ndarray:
-    """Return a smooth random texture of unit deviation, [H, W]: octaves that weaken by `roughness` each."""
+def noise(rng: np.random.Generator, size: tuple[int, int], fading: float) -> np.ndarray:
+    """Return a smooth random texture of unit deviation, [H, W]; octaves fade by a factor of 2 ** -`fading` each."""
     height, width = size
     total = np.zeros(size, np.float32)
     for octave in range(5):
         cells = 2 ** (octave + 1) + 1
         grid = rng.standard_normal((min(2 * cells, height), min(cells, width)), np.float32)
-        total += np.asarray(Image.fromarray(grid).resize((width, height), Image.BICUBIC)) * 2 ** (-roughness * octave)
+        total += np.asarray(Image.fromarray(grid).resize((width, height), Image.BICUBIC)) * 2 ** (-fading * octave)
     return total / (total.std() + 1e-6)
 
 
@@ -137,10 +138,10 @@ def write_people(folder: Path, identities: int, workers: int | None) -> list[tup
         records = vireid_timm.create_dataset('synthetic', **options).train
         drawn = in_order(render_address, records.path, workers=workers, processes=True)
         for row, pixels in enumerate(drawn):
-            name = f'people/{first + row // 4:06d}_{row % 4}.png'
+            person, modality, camera = records.identity[row], records.modality[row], int(records.camera[row])
+            name = f'people/{person}_{modality}_c{camera}_{row:06d}.png'
             Image.fromarray(pixels).save(folder / name)
-            person, modality = f'person-{records.identity[row]}', records.modality[row]
-            rows.append((name, person, int(records.camera[row]), modality, 'train'))
+            rows.append((name, f'person-{person}', camera, modality, 'train'))
     return rows
 
 
@@ -153,8 +154,8 @@ def main() -> None:
     parser.add_argument('--workers', type=int, help='processes that render people (default: one per CPU core)')
     args = parser.parse_args()
     try:
-        if args.identities < 1:
-            raise ValueError(f'--identities must be at least 1, got {args.identities}')
+        check_range('--identities', args.identities, minimum=2)  # one of each spectrum
+        check_range('--seed', args.seed)
         if args.output.exists():
             raise ValueError(f'{args.output} exists already; choose another folder')
         with whole_folder(args.output) as folder:

@@ -9,7 +9,7 @@ Everything is written to output/release/<name of the recipe>: the run, report.js
 stage is skipped if its result exists; delete the result to repeat the stage. With `--trials` each trial has its own
 folder with run and report, mean.json holds their mean scores, and model/ is the model of the first trial. `--embed`
 writes vireid_timm/weights/<name>.safetensors (half precision, without classifiers), .json (the scores, whom it was
-trained on, and with `--calibrate-kwargs` its calibration) and .md (the card).
+trained on, and with `--calibrate-kwargs` its calibration) and .md (the card). The tag has to be registered before.
 """
 
 import argparse
@@ -152,6 +152,8 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     """Write weights, scores and card of a model that the package ships; existing weights are kept."""
     name = f'{settings["model"].partition(".")[0]}.{args.recipe.stem}'
     target = EMBEDDED / f'{name}.safetensors'
+    _check_registered(name, target)
+    _test_dataset(settings, args)  # what is wrong there ends this before the training
     if target.is_file():
         print(f'train: done already ({target})')
     else:
@@ -166,6 +168,9 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
         **({'data_terms': args.data_terms} if args.data_terms else {}),
         'evaluation': evaluation_facts(report),
     }
+    learned = {'dataset': settings['dataset'], 'dataset_options': settings.get('dataset_kwargs', {})}
+    if args.trained_kwargs:
+        learned = {'dataset': args.test_dataset, 'dataset_options': args.trained_kwargs}
     scores = {
         protocol: {**result.mean, 'mAP_interval': result.intervals['mAP']}
         for protocol, result in report.protocols.items()
@@ -177,8 +182,7 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
             'weights': report.weights,
             'protocols': scores,
             'vireid': {
-                'dataset': settings['dataset'],
-                'dataset_options': settings.get('dataset_kwargs', {}),
+                **learned,
                 **({'calibration': _calibration(model, settings, args)} if args.calibrate_kwargs else {}),
             },
         },
@@ -187,6 +191,15 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
     with whole_file(target.with_suffix('.md')) as temporary:
         temporary.write_text(card, encoding='utf-8')
     print(report)
+
+
+def _check_registered(name: str, target: Path) -> None:
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # no such tag
+        cfg = None
+    if cfg is None or cfg.file != str(target):
+        raise ValueError(f'register the tag {name} with the file {target} before its weights are trained')
 
 
 def save_embedded_weights(model: nn.Module, path: Path) -> None:
@@ -200,7 +213,7 @@ def save_embedded_weights(model: nn.Module, path: Path) -> None:
 
 
 def _report(model: nn.Module, settings: dict[str, Any], args: argparse.Namespace) -> Report:
-    dataset = vireid_timm.create_dataset(*_test_data(settings, args), **_test_options(settings, args))
+    dataset = _test_dataset(settings, args)
     return vireid_timm.evaluate(model.to(resolve_device(args.device)), dataset, args.protocol, progress=True)
 
 
@@ -216,7 +229,11 @@ def _test_data(settings: dict[str, Any], args: argparse.Namespace) -> tuple[str,
 
 
 def _test_options(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    return args.test_kwargs or settings.get('dataset_kwargs', {})
+    return args.test_kwargs or ({} if args.test_dataset else settings.get('dataset_kwargs', {}))
+
+
+def _test_dataset(settings: dict[str, Any], args: argparse.Namespace) -> vireid_timm.Dataset:
+    return vireid_timm.create_dataset(*_test_data(settings, args), **_test_options(settings, args))
 
 
 def _of_trial(settings: dict[str, Any], trial: int) -> dict[str, Any]:
@@ -256,6 +273,14 @@ def _arguments() -> argparse.Namespace:
         action=ParseKwargs,
         metavar='KEY=VALUE',
         help="options of the evaluation dataset (default: the recipe's)",
+    )
+    parser.add_argument(
+        '--trained-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='with --embed: options of --test-dataset that give the people whom the recipe trains on',
     )
     parser.add_argument(
         '--calibrate-kwargs',

@@ -117,14 +117,14 @@ def test_inference_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Two aligned pairs of noise; the right half of the second one has no contrast in the infrared."""
+    """Two aligned pairs of noise; the right half of the second infrared image has one colour."""
     rng = np.random.default_rng(0)
     for modality in ('visible', 'infrared'):
         (tmp_path / 'pairs' / modality).mkdir(parents=True)
     for name in ('a', 'b'):
         pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / 'pairs' / 'visible' / f'{name}.png')
-        pixels[:, 32 if name == 'b' else 64 :] = 128
+        pixels[:, 32 if name == 'b' else 64 :] = (200, 30, 120)
         Image.fromarray(pixels).save(tmp_path / 'pairs' / 'infrared' / f'{name}.png')
     return tmp_path / 'pairs'
 
@@ -141,13 +141,16 @@ def test_transfer_lets_patches_of_pairs_find_each_other(pairs: Path, tmp_path: P
     assert result == json.loads(saved.read_text()) and list(result['models']) == names
     # Four patches of 16 x 32 pixels in each of two rows; half of the second pair's are left out.
     assert result['patches'] == 8 + 4
-    for row in result['models'].values():
-        assert row.keys() == {'rank1', 'mAP', 'centred_rank1', 'centred_mAP'}
-        assert all(1 / 12 <= value <= 1 for value in row.values())
-    assert result['models'][names[0]]['rank1'] > 0.5  # the other patches are of the same pixels in both modalities
+    trained, untrained = (result['models'][name] for name in names)
+    assert trained.keys() == {'rank1', 'mAP', 'centred_rank1', 'centred_mAP'}
+    # The patches that are left have the same pixels in both modalities, and an untrained network has equal stems.
+    assert set(untrained.values()) == {1.0} and trained['rank1'] > 0.5
 
 
-@pytest.mark.parametrize('mistake', ['no folder', 'no counterpart', 'another size', 'no model'])
+MISTAKES = ('no folder', 'no counterpart', 'another size', 'no contrast', 'no model', 'no file', 'damaged file')
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
 def test_transfer_says_what_is_wrong(pairs: Path, mistake: str) -> None:
     infrared, model = pairs / 'infrared', 'vireid_dml_r10t.synthvi'
     if mistake == 'no folder':
@@ -159,8 +162,17 @@ def test_transfer_says_what_is_wrong(pairs: Path, mistake: str) -> None:
     elif mistake == 'another size':
         Image.new('RGB', (32, 64)).save(infrared / 'a.png')
         message = r'a.png has 64x64 pixels in the visible and 32x64 in the infrared'
-    else:
+    elif mistake == 'no contrast':
+        for name in ('a', 'b'):
+            Image.new('RGB', (64, 64)).save(infrared / f'{name}.png')
+        message = 'no pair in .* has a patch with contrast'
+    elif mistake == 'no model':
         model, message = 'nonsense', 'nonsense'
+    elif mistake == 'no file':
+        model, message = 'vireid_dml_r10t=missing.pth', 'there is no file missing.pth'
+    else:
+        (pairs / 'bad.safetensors').write_bytes(b'nothing')
+        model, message = f'vireid_dml_r10t={pairs}/bad.safetensors', 'bad.safetensors cannot be loaded'
     command = [sys.executable, str(BENCHMARKS / 'transfer.py'), str(pairs), model]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and re.search(f'^transfer.py: error: .*{message}', done.stderr, re.MULTILINE)

@@ -152,5 +152,5 @@ def test_what_cannot_be_explained_is_named() -> None:
     with pytest.raises(ValueError, match="unknown features 'both'"):
         explain(model, IMAGES, 'both')
     model.reset_classifier(0, '')
-    with pytest.raises(ValueError, match='need pooling'):
+    with pytest.raises(ValueError, match='returns maps'):
         explain(model, IMAGES)

@@ -1,8 +1,10 @@
 """The release script: a small recipe to a folder and the Hub, resumed and repeated."""
 
+import csv
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,16 @@ import timm
 import torch
 import yaml
 from hub_server import HubServer
+from PIL import Image
+from timm.models._registry import _model_pretrained_cfgs
 
 import vireid_timm
 from vireid_timm.data.layouts import write_layout
 from vireid_timm.hub.card import INTENDED_USE
 from vireid_timm.hub.folder import save_model_folder
+from vireid_timm.hub.provenance import learned_identities
 from vireid_timm.hub.publish import check_model
+from vireid_timm.synthvi.render import render_address
 from vireid_timm.training.config import TrainConfig, find_config, load_yaml, recipe_names
 
 pytestmark = [
@@ -195,10 +201,56 @@ def test_embedded_weights_are_half_and_without_classifiers(tmp_path: Path) -> No
         torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0.02, atol=0.02)
 
 
+def test_embed_trains_once_and_scores_what_users_load(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Training images in a table, test people of SynthVI: the facts name the people, and the card what was done."""
+    people = vireid_timm.create_dataset('synthetic', **{**RECIPE['dataset_kwargs'], 'test_identities': 0}).train
+    rows = zip(people.path, people.identity, people.camera, people.modality)
+    with open(tmp_path / 'table.csv', 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(('path', 'identity', 'camera', 'modality', 'split'))
+        for number, (address, identity, camera, modality) in enumerate(rows):
+            Image.fromarray(render_address(address)).save(tmp_path / f'{number}.png')
+            writer.writerow((f'{number}.png', identity, camera, modality, 'train'))
+    settings = {key: value for key, value in RECIPE.items() if key not in ('dataset_kwargs', 'model_kwargs')}
+    recipe.write_text(yaml.safe_dump({**settings, 'dataset': 'csv', 'model': 'vireid_base_r10t.c3_in1k'}))
+    release = runpy.run_path(str(HUB / 'release.py'))
+    monkeypatch.setitem(release['main'].__globals__, 'EMBEDDED', tmp_path)
+    target = tmp_path / 'vireid_base_r10t.small.safetensors'
+    seen = dict(identities=4, images_per_modality=2)
+    words = ['--embed', '--data-dir', str(tmp_path / 'table.csv'), '--test-dataset', 'synthetic', '--test-kwargs']
+    words += ['first_identity=4', 'identities=0', 'test_identities=2', 'images_per_modality=2', '--trained-kwargs']
+    words += [*(f'{key}={value}' for key, value in seen.items()), '--data-terms', 'Nobody has rights in them.']
+    words += ['--output', str(tmp_path / 'out'), '--device', 'cpu']
+    monkeypatch.setattr(sys, 'argv', ['release.py', str(recipe), *words])
+    with pytest.raises(ValueError, match=r'register the tag vireid_base_r10t.small with the file .*small.safetensors'):
+        release['main']()
+    assert not (tmp_path / 'out/small/run').exists()
+
+    cfg = replace(timm.get_pretrained_cfg('vireid_base_r10t.c3_in1k'), file=str(target), tag='small', hf_hub_id=None)
+    monkeypatch.setitem(_model_pretrained_cfgs, 'vireid_base_r10t.small', replace(cfg, input_size=(3, 64, 32)))
+    release['main']()
+    written = {path: path.read_bytes() for path in tmp_path.glob('vireid_base_r10t.small.*')}
+    assert {path.suffix for path in written} == {'.safetensors', '.json', '.md'}
+    facts = json.loads(target.with_suffix('.json').read_text())
+    assert facts['vireid'] == {'dataset': 'synthetic', 'dataset_options': seen}
+    assert facts['dataset']['test_identities'] == 2 and set(facts['protocols']) > {'visible-to-infrared'}
+    count, warning = learned_identities('vireid_base_r10t.small', 'synthetic', seen, None, ['00003', '00004'])
+    assert count == 1 and 'training identities' in warning
+    card = target.with_suffix('.md').read_text()
+    assert 'Nobody has rights in them.' in card and str(tmp_path) not in card
+    capsys.readouterr()
+    release['main']()
+    assert 'train: done already' in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in written} == written
+
+
 @pytest.mark.parametrize('recipe', recipe_names())
 def test_recipes_are_settings_for_models_that_exist(recipe: str) -> None:
     config = TrainConfig.from_mapping(load_yaml(recipe))
-    assert config.dataset == {'synthvi': 'synthetic', 'fine_tune': 'folder', 'plus': 'folder'}.get(recipe, recipe)
+    others = {'synthvi': 'synthetic', 'in1k_ft_synthvi': 'csv', 'fine_tune': 'folder', 'plus': 'folder'}
+    assert config.dataset == others.get(recipe, recipe)
     assert timm.is_model(config.model.partition('.')[0])
     head = [line for line in find_config(recipe).read_text().splitlines() if line.startswith('#')]
     for part in (f'  command:  vireid train --config {recipe}', '  cost:     ', '  expected: '):
@@ -221,12 +273,14 @@ def test_the_table_of_weights_knows_every_recipe_and_claims_what_was_measured() 
     table = (HUB / 'weights.md').read_text(encoding='utf-8')
     for recipe in set(recipe_names()) - {'fine_tune', 'plus'}:  # which make no weights of ours
         assert f'`{recipe}`' in table
+    lines = table.splitlines()
     for weights in EMBEDDED.glob('*.safetensors'):
         stated = json.loads(weights.with_suffix('.json').read_text())['protocols']
-        rows = [line for line in table.splitlines() if line.startswith('| ') and 'SynthVI `' in line]
-        for (protocol, result), row in zip(stated.items(), rows, strict=True):
+        first = next(number for number, line in enumerate(lines) if line.startswith(f'| `{weights.stem}`'))
+        last = next(number for number, line in enumerate(lines) if number > first and not line.startswith('| | '))
+        for (protocol, result), row in zip(stated.items(), lines[first:last], strict=True):
             cells = [cell.strip() for cell in row.split('|')]
-            assert protocol in row
+            assert f'SynthVI `{protocol}`' in row
             assert cells[-3:-1] == [f'{100 * result["rank1"]:.2f}', f'{100 * result["mAP"]:.2f}']
 
 

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / 'hub' / 'in1k_ft_synthvi_data.py'
 
 
 def _write(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, 'argv', [SCRIPT.name, *map(str, words), '--workers', '0'])
+    monkeypatch.setattr(sys, 'argv', [SCRIPT.name, '--workers', '0', *map(str, words)])
     runpy.run_path(str(SCRIPT), run_name='__main__')
 
 
@@ -70,8 +70,13 @@ def test_the_spectra_share_outlines_and_not_tones() -> None:
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match='--identities must be at least 1, got 0'):
-        _write(monkeypatch, tmp_path / 'data', '--identities', 0)
+    for words, message in (
+        (('--identities', 1), '--identities must be at least 2, got 1'),
+        (('--seed', -1), '--seed must be at least 0, got -1'),
+        (('--workers', 999), 'workers must be at most'),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            _write(monkeypatch, tmp_path / 'data', *words)
     assert not (tmp_path / 'data').exists()
     (tmp_path / 'data').mkdir()
     with pytest.raises(SystemExit, match='data exists already; choose another folder'):

@@ -403,7 +403,7 @@ def test_the_weights_in_the_package_that_start_from_imagenet():
     assert (config['input_size'], config['mean'], config['std']) == ((3, 128, 64), start.mean, start.std)
     assert model.pretrained_cfg['license'] == start.license
     assert model.retrieval == 'before-bn' and not model.starts_from_backbone
-    # The two stems were trained apart, and batch norm kept ImageNet's statistics.
+    # The two stems were trained apart, and batch norm kept the statistics that both started with.
     state = model.state_dict()
     conv, norm = ('stem.{}.conv_stem.weight', 'stem.{}.bn1.running_mean')
     assert not torch.equal(*(state[conv.format(modality)] for modality in MODALITIES))

@@ -117,7 +117,7 @@ def test_a_tilde_is_the_home_folder(setting: str, prefix: str, tmp_path: Path, m
 
 def test_recipes_are_found_by_name_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recipe_names() == ['fine_tune', 'llcm', 'plus', 'regdb', 'synthvi', 'sysu_mm01']
+    assert recipe_names() == ['fine_tune', 'in1k_ft_synthvi', 'llcm', 'plus', 'regdb', 'synthvi', 'sysu_mm01']
     Path('regdb').mkdir()  # a folder of data, for example
     Path('other').write_text('lr: 0.5')
     assert find_config('regdb') == RECIPES / 'regdb.yaml' and load_yaml('regdb')['dataset'] == 'regdb'

@@ -64,8 +64,6 @@ def explain(model: nn.Module, images: list[tuple[str, str]], features: str = 'au
     model = require_dual_stream(model)
     if features not in FEATURES:
         raise ValueError(f'unknown features {features!r}; expected one of {", ".join(FEATURES)}')
-    if model.global_pool.pool_type == '':
-        raise ValueError("features need pooling, but this model has global_pool=''")
     features = feature_kind(model, features)
     size = tuple(resolve_model_data_config(model)['input_size'][-2:])
     pixels = [_load(path, size) for path, _ in images]

@@ -36,9 +36,10 @@ from .branches import (
     check_branches,
     check_names,
     check_own_weights,
-    complete,
+    complete_cfg,
     height_and_width,
     packaged_weights,
+    set_retrieval,
 )
 from .trunk import Trunk, backbone_cfg
 
@@ -288,7 +289,8 @@ def create_on_backbone(
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
     network.starts_from_backbone = not is_own
-    complete(model, pretrained, network.feature_info[3]['reduction'], img_size, kwargs, overlay)
+    set_retrieval(network, pretrained, kwargs)
+    complete_cfg(model, network.feature_info[3]['reduction'], img_size, kwargs, overlay)
     if pretrained and not is_own:
         _logger.warning(
             f'Loaded the weights of {backbone} into both stems and the trunk: a start for fine-tuning, not a '

@@ -96,9 +96,8 @@ def packaged_weights(name: str) -> str:
     return str(_WEIGHTS / f'{name}.safetensors')
 
 
-def complete(
+def complete_cfg(
     model: nn.Module,
-    pretrained: bool,
     reduction: int,
     img_size: Optional[Union[int, Sequence[int]]],
     kwargs: dict[str, Any],
@@ -106,11 +105,8 @@ def complete(
 ) -> None:
     """Write to a model's configuration: the image size, if one was given, its grid, and the names of the classifiers.
 
-    The weights in the package retrieve before BN, unless the caller chose: timm's tags carry no arguments.
-
     Args:
         model: The model, or timm's wrapper of its features.
-        pretrained: Whether weights were loaded.
         reduction: Pixels of a position of the last map, along each side.
         img_size: The argument.
         kwargs: The other arguments. A saved model's own `img_size` comes back with its configuration, which may hold
@@ -125,8 +121,15 @@ def complete(
     sizes = {'input_size': (cfg['input_size'][0], *size), 'pool_size': tuple(-(-side // reduction) for side in size)}
     network = model.model if isinstance(model, FeatureGetterNet) else model
     cfg.update({**sizes, 'classifier': network.classifier_names(), **overlay})
-    if pretrained and Path(cfg.get('file') or '').parent == _WEIGHTS and 'retrieval' not in kwargs:
-        network.retrieval = 'before-bn'  # chosen on validation people, docs/results.md
+
+
+def set_retrieval(network: nn.Module, pretrained: bool, kwargs: dict[str, Any]) -> None:
+    """Let weights in the package retrieve before BN, unless the caller chose: timm's tags carry no arguments.
+
+    Before BN is better for all of them (docs/results.md).
+    """
+    if pretrained and Path(network.pretrained_cfg.get('file') or '').parent == _WEIGHTS and 'retrieval' not in kwargs:
+        network.retrieval = 'before-bn'
 
 
 def check_own_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:

@@ -35,9 +35,10 @@ from .branches import (
     check_branches,
     check_names,
     check_own_weights,
-    complete,
+    complete_cfg,
     height_and_width,
     packaged_weights,
+    set_retrieval,
 )
 
 __all__ = ['DualStreamResNet']
@@ -336,7 +337,8 @@ def create_dual_stream(
     )
     network = model.model if isinstance(model, DualStreamFeatures) else model
     network.starts_from_backbone = (model.pretrained_cfg.get('tag') or '').endswith('in1k')
-    complete(model, pretrained, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
+    set_retrieval(network, pretrained, kwargs)
+    complete_cfg(model, 16 * kwargs.get('last_stride', 1), img_size, kwargs, pretrained_cfg_overlay or {})
     return model
 
 
