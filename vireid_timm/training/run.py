@@ -414,8 +414,10 @@ def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
             f'Weights of {config.model} loaded, except for the classifiers: these are new, for {num_classes} identities'
         )
     if not config.pretrained and not config.resume:
-        own = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
-        own = getattr(model, 'backbone', own)
+        cfg = model.pretrained_cfg
+        own = '.'.join(filter(None, (cfg['architecture'], cfg.get('tag'))))
+        if not cfg.get('file'):  # the weights of its tag are not in the package
+            own = getattr(model, 'backbone', own)
         _logger.info(
             f'The weights start at random, which takes many images and epochs: --pretrained starts from {own}, '
             '--config fine_tune from a small model that knows the task'
