@@ -1,15 +1,20 @@
 """The script that writes the training data of `in1k_ft_synthvi`."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
+import torch
 from PIL import Image
 
 import vireid_timm
-from vireid_timm.constants import INFRARED, VISIBLE
+from vireid_timm.cli.main import main
+from vireid_timm.constants import INFRARED, MODALITIES, VISIBLE
 from vireid_timm.synthvi.render import render_address
 
 SCRIPT = Path(__file__).parents[2] / 'hub' / 'in1k_ft_synthvi_data.py'
@@ -67,6 +72,27 @@ def test_the_spectra_share_outlines_and_not_tones() -> None:
         tones.append(np.corrcoef(visible.ravel(), infrared.ravel())[0, 1])
     assert np.mean(together) > np.mean(apart) + 0.2
     assert abs(np.mean(tones)) < 0.5 and np.min(tones) < -0.3
+
+
+@pytest.mark.usefixtures('one_thread')
+def test_the_recipe_trains_on_what_the_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands at the top of the recipe, in small, from random values in place of ImageNet's."""
+    monkeypatch.chdir(tmp_path)
+    _write(monkeypatch, tmp_path / 'data', '--identities', 2)
+    backbone = timm.create_model('tf_efficientnet_lite0')
+    start = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    safetensors.torch.save_file(start, 'lite0.safetensors')
+    small = '--input-size 3 64 32 --identities-per-batch 4 --epochs 1 --workers 0 --cache ram --device cpu'
+    words = ['train', '--config', 'in1k_ft_synthvi', '--data-dir', 'data/table.csv', '--experiment', 'small']
+    assert main([*words, *small.split()]) in (0, None)
+    model = vireid_timm.load_model('output/train/small')
+    class_map = json.loads(Path('output/train/small/class_map.json').read_text())
+    assert list(class_map) == ['person-00000', 'person-00001', 'scene-000000', 'scene-000001']
+    trained = model.state_dict()
+    for modality in MODALITIES:  # batch norm keeps its statistics, the weights move
+        for name in ('bn1.running_mean', 'bn1.running_var'):
+            assert torch.equal(trained[f'stem.{modality}.{name}'], start[name])
+        assert not torch.equal(trained[f'stem.{modality}.conv_stem.weight'], start['conv_stem.weight'])
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
