@@ -126,7 +126,7 @@ def complete_cfg(
 def set_retrieval(network: nn.Module, pretrained: bool, kwargs: dict[str, Any]) -> None:
     """Let weights in the package retrieve before BN, unless the caller chose: timm's tags carry no arguments.
 
-    Before BN is better for all of them (docs/results.md).
+    `vireid_dml_r10t.synthvi` is far better there; the others find photographs, which their BN never saw, more often.
     """
     if pretrained and Path(network.pretrained_cfg.get('file') or '').parent == _WEIGHTS and 'retrieval' not in kwargs:
         network.retrieval = 'before-bn'
