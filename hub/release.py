@@ -183,6 +183,7 @@ def embed(args: argparse.Namespace, settings: dict[str, Any], work: Path) -> Non
             'protocols': scores,
             'vireid': {
                 **learned,
+                'training': facts['training'],
                 **({'calibration': _calibration(model, settings, args)} if args.calibrate_kwargs else {}),
             },
         },

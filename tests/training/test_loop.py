@@ -798,6 +798,11 @@ def test_fine_tuning_makes_a_new_classifier_and_can_hold_batch_norm(
             for freeze in (True, False)
         )
     assert 'except for the classifiers: these are new, for 8 identities' in caplog.text
+    assert 'frozen batch norm' not in caplog.text
+    settings['model'] = f'local-dir:{tmp_path}/second-True/best'
+    for freeze in (True, False):
+        _train(tmp_path, experiment=f'third-{freeze}', freeze_bn=freeze, **settings)
+        assert ('were trained with frozen batch norm; without --freeze-bn' in caplog.text) is not freeze
     start = _weights(first.folder)
     for name, value in start.items():
         if '.fc.' in name:

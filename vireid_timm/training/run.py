@@ -29,6 +29,7 @@ from ..data.store import ImageStore, disk_problem, image_store
 from ..device import autocast_dtype
 from ..distributed import all_ranks, rank_and_world_size
 from ..hub.folder import resolve_model_name
+from ..hub.provenance import known_facts
 from ..models.branches import DualStream
 from ..options import check_kinds, parse_augmentations
 from ..run_folder import LAST, PREVIOUS, folder_of, has_checkpoint, holds_run
@@ -250,6 +251,13 @@ def _warn_of_traps(run: Run) -> None:
         _logger.warning(
             '--identities-per-batch 1: batches without different identities teach little, and the triplet loss nothing'
         )
+    if config.pretrained and not (config.freeze_bn or config.resume or config.pretrained_path):
+        trained = known_facts(resolve_model_name(config.model))[1].get('training') or {}
+        if trained.get('freeze_bn'):
+            _logger.warning(
+                f'The weights of {config.model} were trained with frozen batch norm; without --freeze-bn its '
+                'statistics are replaced, which can cost most of what they know'
+            )
     if run.scheduler is not None and config.warmup_epochs >= run.num_epochs:
         _logger.warning(
             f'The warm-up of {config.warmup_epochs} epochs does not end within the {run.num_epochs} epochs of the run; '
