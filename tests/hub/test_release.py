@@ -234,7 +234,9 @@ def test_embed_trains_once_and_scores_what_users_load(
     written = {path: path.read_bytes() for path in tmp_path.glob('vireid_base_r10t.small.*')}
     assert {path.suffix for path in written} == {'.safetensors', '.json', '.md'}
     facts = json.loads(target.with_suffix('.json').read_text())
+    training = facts['vireid'].pop('training')
     assert facts['vireid'] == {'dataset': 'synthetic', 'dataset_options': seen}
+    assert training['dataset'] == 'csv' and 'data_dir' not in training
     assert facts['dataset']['test_identities'] == 2 and set(facts['protocols']) > {'visible-to-infrared'}
     count, warning = learned_identities('vireid_base_r10t.small', 'synthetic', seen, None, ['00003', '00004'])
     assert count == 1 and 'training identities' in warning
