@@ -271,7 +271,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_models_that_return_no_features_are_refused(tmp_path: Path) -> None:
     model = timm.create_model('vireid_base_r10t', num_classes=0, global_pool='', resnet_args=TINY)
     save_model_folder(model, tmp_path / 'model')
-    with pytest.raises(ValueError, match='maps instead of features'):
+    with pytest.raises(ValueError, match='maps, not features'):
         export_model(tmp_path / 'model', tmp_path / 'export')
     with pytest.raises(ValueError, match="unknown format 'tflite'; expected one of onnx, pt2"):
         export_model(tmp_path / 'model', tmp_path / 'export', format='tflite')

@@ -20,7 +20,7 @@ from torch import nn
 
 from .constants import EXPORT_FORMATS, MODALITIES
 from .data.images import load_image
-from .evaluation.features import Extraction, embed, feature_settings, image_size
+from .evaluation.features import Extraction, embed, feature_settings, image_size, require_dual_stream
 from .files import save_json, whole_folder
 from .hub.folder import check_target, load_model, model_calibration, round_to_half
 from .synthvi.render import image_address
@@ -132,9 +132,7 @@ def export_model(
     folder = _check_folder(Path(folder), format)
     if format == 'onnx':
         _check_packages()
-    model = load_model(source, pretrained).to('cpu').eval()
-    if model.global_pool.pool_type == '':
-        raise ValueError(f"{source} returns maps instead of features (global_pool=''), so it is not exported")
+    model = require_dual_stream(load_model(source, pretrained)).to('cpu').eval()
     size = image_size(model, extraction)
     settings = feature_settings(model, extraction)
     metadata = _metadata(model, source, format, half, settings)

@@ -4,8 +4,8 @@ An index is a folder: `index.json` says which model made it, `images.sqlite` has
 `features-<n>.f16` holds the features, L2-normalised in half precision, one after another. Features are written before
 the SQLite transaction that makes their rows visible. A process that is killed leaves bytes that no row points to, and
 the next writer overwrites them. Rows of removed images stay unused until they are many; then the features move to a
-file with the next number, so searches of the old one keep working. `compressed-<n>`, where there is
-one, finds candidates among those features; images added since are always compared.
+file with the next number, so searches of the old one keep working. `compressed-<n>`, where there is one, finds
+candidates among those features; images added since are always compared.
 """
 
 import json

@@ -67,8 +67,8 @@ def update_index(
 ) -> Update:
     """Index the images of a folder or a CSV file, or bring their index up to date. Collective.
 
-    What is ready is committed every few seconds. After an interruption, the same call goes on where it stopped. Images
-    that cannot be read are left out, counted and named, and tried again the next time.
+    Finished images are committed every few seconds, so the same call resumes after an interruption. Images that cannot
+    be read are left out, counted and named, and tried again the next time.
 
     Args:
         folder: The index; it is made if it is not there.

@@ -117,7 +117,7 @@ def build(galleries: dict[str, Gallery], rendered: bool = False) -> 'gradio.Bloc
 
     Args:
         galleries: A gallery of each modality that can be searched.
-        rendered: Whether their images are rendered; the page says so.
+        rendered: Whether their images are rendered, which the page then states.
     """
     gradio = require_gradio()
     examples = example_queries(galleries)

@@ -1,4 +1,4 @@
-"""No connections to other machines, whoever asks for them."""
+"""Block connections to other machines, from any code in the process."""
 
 import functools
 import logging
