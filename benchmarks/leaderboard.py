@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help=text)
     parser.add_argument(
         '--budget',
-        choices=[name for name in BUDGETS if name != 'imagenet'],
+        choices=[name for name in BUDGETS if not name.startswith('imagenet')],
         default='cpu',
         help='how much is trained (default: cpu)',
     )

@@ -225,6 +225,18 @@ SMALL = {  # from scratch, AdamW got further than the paper's SGD in the same ti
     'warmup_epochs': 1,
     'warmup_lr': 0.0001,
 }
+LITE0 = {
+    'method': 'vireid_dml',
+    'baseline': 'vireid_base',
+    'model_kwargs': {'backbone': 'tf_efficientnet_lite0'},
+}
+LITE0_SETTINGS = {
+    **SMALL,
+    'input_size': [3, 128, 64],
+    'pretrained': True,
+    'pretrained_path': LITE0_WEIGHTS,
+    'backbone_lr_scale': 0.3,
+}
 # Budget: its description, the two networks (method and baseline), and what differs from the recipe of the paper.
 BUDGETS: dict[str, dict[str, Any]] = {
     'smoke': {
@@ -257,17 +269,19 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
     'imagenet': {
         'title': 'EfficientNet-Lite0 from ImageNet weights, 3 epochs of batches of 64 at 128x64 (251 on SynthVI)',
-        'method': 'vireid_dml',
-        'baseline': 'vireid_base',
-        'model_kwargs': {'backbone': 'tf_efficientnet_lite0'},
-        'settings': {
-            **SMALL,
-            'epochs': 3,
-            'input_size': [3, 128, 64],
-            'pretrained': True,
-            'pretrained_path': LITE0_WEIGHTS,
-            'backbone_lr_scale': 0.3,
-        },
+        **LITE0,
+        'settings': {**LITE0_SETTINGS, 'epochs': 3},
+    },
+    'imagenet-long': {
+        'title': 'EfficientNet-Lite0 from ImageNet weights, 12 epochs of batches of 64 at 128x64 (251 on SynthVI)',
+        **LITE0,
+        'settings': {**LITE0_SETTINGS, 'epochs': 12},
+    },
+    'imagenet-frozen': {
+        'title': 'EfficientNet-Lite0 from ImageNet weights and their batch-norm statistics, 3 epochs of batches of 64 '
+        'at 128x64 (251 on SynthVI)',
+        **LITE0,
+        'settings': {**LITE0_SETTINGS, 'epochs': 3, 'freeze_bn': True},
     },
     'gpu': {
         'title': 'ResNet-50 from scratch, 40 epochs of batches of 64 images at 288x144',
