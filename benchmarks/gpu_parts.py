@@ -36,6 +36,7 @@ from torch.autograd import DeviceType
 from training_speed import bare_step, drawn, epoch, training, unsettled
 
 import vireid_timm
+from vireid_timm.constants import RETRIEVALS
 from vireid_timm.data.loader import Batch
 from vireid_timm.evaluation.features import Extraction, extract, open_store
 from vireid_timm.evaluation.reranking import ReRanking
@@ -251,7 +252,7 @@ def extraction_rate(
     """Images per second from the store to features."""
     extraction = Extraction(size=args.size, device=args.device, amp_dtype=dtype)
     store = open_store(model, records, extraction)
-    work = {'extract': lambda: extract(model, records, store, store.intact(), extraction)}
+    work = {'extract': lambda: extract(model, records, store, store.intact(), extraction, RETRIEVALS)}
     return len(records) / statistics.median(alternate(work, args.device, args.repeats)['extract'])
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,21 +102,28 @@ MISTAKES = {
 }
 
 
-def _mistakes() -> int:
-    for words, status in MISTAKES.items():
+def _mistakes(done: Path) -> int:
+    for number, (words, status) in enumerate(MISTAKES.items()):
         try:
             assert main(words.split()) == status, words
         except SystemExit as stopped:
             assert stopped.code == status, words
+        # The ranks meet at the same port again, which both have to leave before.
+        (done / f'{number} {os.getpid()}').touch()
+        while len(list(done.glob(f'{number} *'))) < 2:
+            time.sleep(0.01)
     return 0
 
 
 @pytest.mark.parametrize('slurm', [False, True])
 def test_a_mistake_of_every_rank_is_one_line(slurm: bool, tmp_path: Path) -> None:
-    statuses, said = start_two(_mistakes, folder=tmp_path, slurm=slurm)
+    done = tmp_path / 'done'
+    done.mkdir()
+    statuses, said = start_two(_mistakes, done, folder=tmp_path, slurm=slurm)
     assert statuses == [0, 0], said
     errors = [
-        [line for line in path.read_text().splitlines() if ': error: ' in line] for path in sorted(tmp_path.iterdir())
+        [line for line in path.read_text().splitlines() if ': error: ' in line]
+        for path in sorted(tmp_path.glob('*.txt'))
     ]
     assert [len(lines) for lines in errors] == [len(MISTAKES), 0], said
 

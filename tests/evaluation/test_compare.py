@@ -140,7 +140,7 @@ def test_every_setting_is_compared(result):
         trials=result.trials[:1],
     )
     results = {'mean', 'std', 'intervals', 'trials_fingerprint', 'queries', 'failures', 'examples', 'cmc'}
-    results |= {'decisions', 'calibration'}
+    results |= {'decisions', 'calibration', 'other_features'}
     assert set(changed) | results == {field.name for field in dataclasses.fields(ProtocolResult)}
     for name, value in changed.items():
         other = make_report({'all-single': dataclasses.replace(result, **{name: value})})

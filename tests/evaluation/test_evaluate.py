@@ -19,7 +19,7 @@ from vireid_timm.evaluation import metrics
 from vireid_timm.evaluation.compare import compare
 from vireid_timm.evaluation.confidence import bootstrap_intervals
 from vireid_timm.evaluation.evaluate import evaluate, evaluate_features
-from vireid_timm.evaluation.features import centred, weights_fingerprint
+from vireid_timm.evaluation.features import centred, embed, weights_fingerprint
 from vireid_timm.evaluation.metrics import rank_metrics
 from vireid_timm.evaluation.protocols import draw_trials, protocol_trials, protocols_of
 from vireid_timm.evaluation.reranking import ReRanking
@@ -155,6 +155,20 @@ def test_evaluate_is_embed_then_rank(model, dataset, expected_features):
         assert result.direction == protocol.replace('-', ' ')
         assert result.draw is None and not result.per_identity_cmc
         assert set(result.std.values()) == {0.0} and result.trials == [result.mean]
+
+
+@pytest.mark.parametrize('kind', ['after-bn', 'before-bn'])
+def test_a_report_has_the_metrics_of_the_other_features(model, dataset, kind):
+    (other,) = {'after-bn', 'before-bn'} - {kind}
+    report = evaluate(model, dataset, size=SIZE, features=kind, flip_test=True)
+    of_other = evaluate(model, dataset, size=SIZE, features=other, flip_test=True)
+    for name, result in report.protocols.items():
+        assert result.other_features == pytest.approx(of_other[name].mean) != pytest.approx(result.mean)
+        assert of_other[name].other_features == pytest.approx(result.mean)
+    reranked = evaluate(model, dataset, 'mixed', size=SIZE, reranking='k-reciprocal')
+    assert reranked['mixed'].other_features == {}
+    given = evaluate_features(embed(model, dataset.test, size=SIZE)[0], dataset)
+    assert {str(result.other_features) for result in given.protocols.values()} == {'{}'}
 
 
 def test_report_names_what_changes_a_number(model, dataset):

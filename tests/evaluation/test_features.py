@@ -399,9 +399,23 @@ def test_extract_leaves_features_where_they_were_computed(model, records, expect
     extraction = Extraction(size=SIZE, batch_size=7, cache='ram')
     store = open_store(model, records, extraction)
     rows = np.array([3, 20, 4])
-    features = extract(model, records[rows], store, rows, extraction)
+    (features,) = extract(model, records[rows], store, rows, extraction, [model.retrieval])
     assert features.device == next(model.parameters()).device
     assert_close(features, expected[rows])
+
+
+@pytest.mark.parametrize('settings', [{}, {'centre': True}, {'flip_test': True, 'crops': 5}])
+def test_one_pass_gives_several_kinds_of_features(model, records, settings):
+    passes = []
+    extraction = Extraction(size=SIZE, batch_size=7, cache='ram', **settings)
+    store = open_store(model, records, extraction)
+    kinds = ['before-bn', 'after-bn']
+    with model.stem.register_forward_hook(lambda *_: passes.append(1)):
+        tables = extract(model, records, store, store.intact(), extraction, kinds)
+    views_of_an_image = 10 if 'crops' in settings else 1
+    assert len(passes) == 4 * views_of_an_image, 'two batches of each modality'
+    for kind, table in zip(kinds, tables, strict=True):
+        assert_close(table, embed(model, records, size=SIZE, features=kind, **settings)[0])
 
 
 def test_too_little_memory_names_the_setting(records):
@@ -470,8 +484,8 @@ def _extract_with_another(folder, number):
         'images': lambda: embed(model, whole if number else one_batch, **options),
         'settings': lambda: embed(model, whole, size=SIZE, batch_size=4 + number, flip_test=number == 0),
         'weights': lambda: embed(changed_twin, whole, **options),
-        'twice': lambda: _gather(torch.zeros(4, 2), [0, 1, 2] if number else [2, 3]),
-        'never': lambda: _gather(torch.zeros(4, 2), [0] if number else [2, 3]),
+        'twice': lambda: _gather(torch.zeros(1, 4, 2), [0, 1, 2] if number else [2, 3]),
+        'never': lambda: _gather(torch.zeros(1, 4, 2), [0] if number else [2, 3]),
     }
     errors = {}
     for name, attempt in attempts.items():

@@ -146,6 +146,29 @@ def test_table(result):
     assert report['all-multi'] is result
 
 
+def test_the_table_has_the_other_features_in_its_last_column(result, tmp_path):
+    other = {name: value / 2 for name, value in result.mean.items()}
+    both = dataclasses.replace(result, other_features=other)
+    report = make_report({'all-single': both, 'all-multi': result}, features='before-bn')
+    table = str(report).splitlines()[6:-2]
+    assert table[0].endswith('mAP 95 %  mAP after-bn')
+    assert [line.split()[-1] for line in table[1:]] == [
+        f'{50 * result.mean["mAP"]:.2f}',
+        f'{100 * result.std["mINP"]:.2f}',
+        '-',
+        f'{100 * result.std["mINP"]:.2f}',
+    ]
+    assert make_report({'all-single': both}).__str__().splitlines()[6].endswith('mAP before-bn')
+    report.save(tmp_path / 'report.json')
+    assert Report.load(tmp_path / 'report.json') == report
+    report.save_csv(tmp_path / 'report.csv')
+    with open(tmp_path / 'report.csv', encoding='utf-8', newline='') as file:
+        first, second = csv.DictReader(file)
+    for metric in ('rank1', 'mAP', 'mINP'):
+        assert float(first[f'{metric}_other_features']) == pytest.approx(100 * other[metric], abs=1e-4)
+        assert second[f'{metric}_other_features'] == ''
+
+
 def test_heading_names_everything_that_changes_a_number(result):
     text = str(
         make_report(

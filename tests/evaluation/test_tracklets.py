@@ -118,7 +118,7 @@ def with_column(dataset, **columns):
 
 def test_a_model_gives_what_its_features_give_and_a_broken_image_is_left_out(model, rendered):
     dataset, store = rendered
-    features = extract(model, dataset.test, store, store.intact(), Extraction(size=(32, 16)))
+    (features,) = extract(model, dataset.test, store, store.intact(), Extraction(size=(32, 16)), ['after-bn'])
     report = evaluate(model, dataset, store=store, size=(32, 16))
     table = {name: result.mean for name, result in report.protocols.items()}
     assert table == {name: result.mean for name, result in evaluate_features(features, dataset).protocols.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..constants import RERANKINGS
+from ..constants import RERANKINGS, RETRIEVALS
 from ..data.records import Dataset, Records
 from ..data.store import ImageStore
 from ..distributed import all_ranks
@@ -34,7 +34,7 @@ from .features import (
 )
 from .metrics import Ranker, RankMetrics, check_similarity, chunks
 from .protocols import Protocol, draw_trials, ignore_keys, protocol_of, protocols_of
-from .report import FEW_PEOPLE, Report, mean_decisions, relative_paths, summarise
+from .report import FEW_PEOPLE, Report, mean_decisions, mean_metrics, relative_paths, summarise
 from .reranking import ReRanking
 from .verification import SHARES, PairFinder
 
@@ -69,6 +69,9 @@ def evaluate(
 ) -> Report:
     """Evaluate a model on a dataset's test images: extract features once, then run every protocol and trial.
 
+    The pass gives the features before and after the BN-neck. The report is about those that `features` names; without
+    re-ranking it has the metrics of the others, too, see `ProtocolResult.other_features`.
+
     Leaves the model on its device and its modules in their modes. Under `torchrun` every rank must make this call; the
     ranks share the images and return the same report.
 
@@ -100,12 +103,17 @@ def evaluate(
         )
     )
     calibration = _applicable(calibration, _settings(model, extraction, dataset), reranking)
-    features, plans, num_broken = _test_features(model, dataset, plans, store, extraction)
+    kind = feature_kind(model, extraction.features)
+    kinds = [kind] if reranking != 'none' else sorted(RETRIEVALS, key=kind.__ne__)
+    features, plans, num_broken = _test_features(model, dataset, plans, store, extraction, kinds)
+    report = _report(features[0], dataset, plans, draw, reranking, failures, examples, calibration)
+    for other in features[1:]:
+        report = _with_other_features(report, other, dataset, plans)
     return dataclasses.replace(
-        _report(features, dataset, plans, draw, reranking, failures, examples, calibration),
+        report,
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         weights=weights_fingerprint(model),
-        features=feature_kind(model, extraction.features),
+        features=kind,
         flip_test=extraction.flip_test,
         crops=extraction.crops,
         centre=extraction.centre,
@@ -143,7 +151,8 @@ def calibrate(
     extraction, model, plans = all_ranks(
         lambda: (Extraction(**options), require_dual_stream(model), _crossing_plans(dataset, protocol, draw, seed))
     )
-    features, plans, _ = _test_features(model, dataset, plans, store, extraction)
+    kinds = [feature_kind(model, extraction.features)]
+    (features,), plans, _ = _test_features(model, dataset, plans, store, extraction, kinds)
     return _fit(features, dataset, plans, draw, _settings(model, extraction, dataset), seed)
 
 
@@ -296,12 +305,13 @@ def _test_features(
     plans: list[_Plan],
     store: ImageStore | None,
     extraction: Extraction,
-) -> tuple[torch.Tensor, list[_Plan], int]:
+    kinds: Sequence[str],
+) -> tuple[list[torch.Tensor], list[_Plan], int]:
     """Extract the features of the test images, at least of those that a trial needs.
 
     Returns:
-        The features, of tracklets in the row of the first image, NaN where there are none, [N, D]; the trials without
-        broken images; the number of these.
+        The features of each kind, of tracklets in the row of the first image, NaN where there are none, [N, D]; the
+        trials without broken images; the number of these.
     """
     if store is None:  # decode the whole table, so that every choice of protocols shares the cache
         store = open_store(model, dataset.test, extraction)
@@ -316,8 +326,8 @@ def _test_features(
     # The mean that centring subtracts must not depend on the choice of protocols.
     if not extraction.centre:
         rows = rows[np.isin(first_rows[rows], _rows_of(plans))]
-    features = extract(model, dataset.test[rows], store, rows, extraction)
-    return _of_tracklets(features, rows, dataset.test), plans, len(store.broken)
+    tables = extract(model, dataset.test[rows], store, rows, extraction, kinds)
+    return [_of_tracklets(table, rows, dataset.test) for table in tables], plans, len(store.broken)
 
 
 def _applicable(calibration: Calibration | None, settings: dict[str, Any], reranking: str) -> Calibration | None:
@@ -409,6 +419,16 @@ def _report(
         calibration=None if calibration is None else calibration.fitted_on,
         versions=package_versions(),
     )
+
+
+def _with_other_features(report: Report, features: torch.Tensor, dataset: Dataset, plans: Sequence[_Plan]) -> Report:
+    """Return a report that has the metrics of other features, too."""
+    found = _rank(features, dataset, plans, 'none')
+    results = {
+        name: dataclasses.replace(result, other_features=mean_metrics([ranks for ranks, _ in found[name]]))
+        for name, result in report.protocols.items()
+    }
+    return dataclasses.replace(report, protocols=results)
 
 
 def plain_options(dataset: Dataset) -> dict[str, Any]:

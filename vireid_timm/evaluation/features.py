@@ -136,7 +136,7 @@ def embed(
     else:
         store = open_store(model, records, extraction)
     rows = store.intact()
-    table = extract(model, records[rows], store, rows, extraction).cpu()
+    (table,) = extract(model, records[rows], store, rows, extraction, [feature_kind(model, extraction.features)]).cpu()
     return table, rows.tolist() if pil_images else records.path[rows].tolist()
 
 
@@ -169,7 +169,8 @@ def embed_batches(
             features = torch.empty(0, model.head_hidden_size)
             if rows:
                 with _inference(model, device):
-                    features = _batch_features(model, modality, images, device, extraction).cpu()
+                    kinds = [feature_kind(model, extraction.features)]
+                    (features,) = _batch_features(model, modality, images, device, extraction, kinds).cpu()
                 check_finite(features, [paths[row] for row in rows])
             yield rows, features, broken
 
@@ -262,8 +263,9 @@ def extract(
     store: ImageStore,
     store_rows: np.ndarray,
     extraction: Extraction,
+    kinds: Sequence[str],
 ) -> torch.Tensor:
-    """Return the features of a table's images.
+    """Return the features of a table's images, of one or several kinds from a single pass.
 
     If several ranks run, all of them must make this call. The batches are those of a single process; of n ranks, each
     computes every n-th batch, and all of them get the features of all images.
@@ -273,10 +275,11 @@ def extract(
         records: The images, [N].
         store: The store that holds them.
         store_rows: Row of the store for each image, [N].
-        extraction: How features are extracted.
+        extraction: How features are extracted; `kinds` take the place of its `features`.
+        kinds: `after-bn`, `before-bn` or both, [K].
 
     Returns:
-        L2-normalised features in the order of `records`, [N, D] float32, on the device that computed them.
+        L2-normalised features in the order of `records`, [K, N, D] float32, on the device that computed them.
 
     Raises:
         ValueError: On an image that cannot be read, features that are not finite, ranks with different arguments, or a
@@ -284,16 +287,23 @@ def extract(
     """
     number, count = rank_and_world_size()
     if count > 1:
-        _check_agreement(model, records, extraction)
+        _check_agreement(model, records, extraction, kinds)
     batches = _batches(records, extraction.batch_size)[number::count]
     device = extraction.device or next(model.parameters()).device
-    table = torch.zeros(len(records), model.head_hidden_size, device=device)
-    all_ranks(lambda: _fill(table, model, batches, store, store_rows, extraction))
+    tables = torch.zeros(len(kinds), len(records), model.head_hidden_size, device=device)
+    all_ranks(lambda: _fill(tables, model, batches, store, store_rows, extraction, kinds))
     if count > 1:
-        _gather(table, [row for _, rows in batches for row in rows.tolist()])
-    # Once at the end: a check after every batch would make the CPU wait for the GPU.
-    all_ranks(lambda: check_finite(table, records.path))
-    return all_ranks(lambda: centred(table, records.modality)) if extraction.centre else table
+        _gather(tables, [row for _, rows in batches for row in rows.tolist()])
+
+    def finish() -> torch.Tensor:
+        # Once at the end: a check after every batch would make the CPU wait for the GPU.
+        for table in tables:
+            check_finite(table, records.path)
+        if not extraction.centre:
+            return tables
+        return torch.stack([centred(table, records.modality) for table in tables])
+
+    return all_ranks(finish)
 
 
 def centred(features: torch.Tensor, modality: np.ndarray) -> torch.Tensor:
@@ -513,29 +523,30 @@ def _batches(records: Records, batch_size: int) -> list[tuple[str, np.ndarray]]:
 
 
 def _fill(
-    table: torch.Tensor,
+    tables: torch.Tensor,
     model: nn.Module,
     batches: list[tuple[str, np.ndarray]],
     store: ImageStore,
     store_rows: np.ndarray,
     extraction: Extraction,
+    kinds: Sequence[str],
 ) -> None:
-    """Extract the features of the batches into their rows of the table [N, D]."""
+    """Extract the features of the batches into their rows of the tables [K, N, D]."""
     total = sum(len(rows) for _, rows in batches)
     hidden = None if extraction.progress and is_rank_zero() else True  # None shows the bar on a terminal only
     bar = tqdm(total=total, desc='features', unit='img', disable=hidden)
     # Two threads read ahead while the network computes.
     loaded = in_order(store.__getitem__, [store_rows[rows] for _, rows in batches], workers=2)
-    with bar, closing(loaded), _inference(model, table.device):
+    with bar, closing(loaded), _inference(model, tables.device):
         for (modality, rows), images in zip(batches, loaded, strict=True):
             try:
-                features = _batch_features(model, modality, images, table.device, extraction)
+                features = _batch_features(model, modality, images, tables.device, extraction, kinds)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
-                    f'{len(rows)} images at a time do not fit into the memory of {table.device}; try a smaller '
+                    f'{len(rows)} images at a time do not fit into the memory of {tables.device}; try a smaller '
                     'batch_size (--batch-size)'
                 ) from error
-            table[torch.from_numpy(rows).to(table.device, non_blocking=True)] = features
+            tables[:, torch.from_numpy(rows).to(tables.device, non_blocking=True)] = features
             bar.update(len(rows))
 
 
@@ -545,22 +556,23 @@ def _batch_features(
     images: torch.Tensor,
     device: torch.device,
     extraction: Extraction,
+    kinds: Sequence[str],
 ) -> torch.Tensor:
-    """Return the L2-normalised features [B, D] float32 of stored images [B, 3, H, W] uint8."""
+    """Return the L2-normalised features [K, B, D] float32 of stored images [B, 3, H, W] uint8."""
     if device.type == 'cuda':  # the copy from pinned memory does not wait for the previous batch
         images = images.pin_memory()
     images = images.to(device, non_blocking=True).float() / 255
     config = resolve_model_data_config(model)
     amp, dtype = extraction.amp_dtype, next(model.parameters()).dtype
-    before_bn = feature_kind(model, extraction.features) == 'before-bn'
+    outputs = {'after-bn': model.forward_neck, 'before-bn': model.forward_pool}
     total = 0
     for view in views(images, extraction.flip_test, extraction.crops):
         view = normalize(view, config['mean'], config['std']).to(dtype)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             joint_map = model.forward_features(**{modality: view})
-            output = model.forward_pool(joint_map) if before_bn else model.forward_neck(joint_map)
-        total = total + F.normalize(output.float())
-    return F.normalize(total)
+            features = torch.stack([outputs[kind](joint_map).float() for kind in kinds])
+        total = total + F.normalize(features, dim=2)
+    return F.normalize(total, dim=2)
 
 
 @contextmanager
@@ -589,14 +601,14 @@ def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
             model.to(home)
 
 
-def _check_agreement(model: nn.Module, records: Records, extraction: Extraction) -> None:
+def _check_agreement(model: nn.Module, records: Records, extraction: Extraction, kinds: Sequence[str]) -> None:
     """Check that all ranks were given the same arguments, or their features would not belong together."""
     images = '\n'.join([*records.path.tolist(), *records.modality.tolist()])
     number, count = rank_and_world_size()
     own = {
         'weights': weights_fingerprint(model),
         'images': hashlib.sha256(images.encode('utf-8', 'surrogatepass')).hexdigest(),
-        'features': feature_kind(model, extraction.features),
+        'features': list(kinds),
         'flip_test': extraction.flip_test,
         'crops': extraction.crops,
         'centre': extraction.centre,
@@ -614,17 +626,17 @@ def _check_agreement(model: nn.Module, records: Records, extraction: Extraction)
         )
 
 
-def _gather(table: torch.Tensor, rows: list[int]) -> None:
-    """Complete a table [N, D] on every rank. This rank has filled the given rows and left zeros in the others.
+def _gather(tables: torch.Tensor, rows: list[int]) -> None:
+    """Complete tables [K, N, D] on every rank. This rank has filled the given rows and left zeros in the others.
 
-    Adding zeros changes no value, and a sum needs no memory for a second table.
+    Adding zeros changes no value, and a sum needs no memory for a second copy.
     """
-    filled = torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=len(table)).to(table.device)
+    filled = torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=tables.shape[1]).to(tables.device)
     distributed.all_reduce(filled)
-    distributed.all_reduce(table)
+    distributed.all_reduce(tables)
     wrong = (filled != 1).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
             f'the ranks extracted row {wrong[0]} {int(filled[wrong[0]])} times ({len(wrong)} such rows of '
-            f'{len(table)}); every row must be extracted exactly once'
+            f'{tables.shape[1]}); every row must be extracted exactly once'
         )

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from ..constants import RETRIEVALS
 from ..data.records import Records
 from ..files import whole_file
 from ..text import aligned
@@ -65,6 +66,8 @@ class ProtocolResult:
             `low` and `high` of the 95 % bootstrap interval over the queries. Empty in reports of earlier versions.
         examples: `best`, `worst` and `random` queries of the first trial, if requested, described like `failures`; each
             list has a person once.
+        other_features: The same metrics as `mean` with the features on the other side of the BN-neck. Empty if the
+            features were given, with re-ranking, and in reports of earlier versions.
     """
 
     direction: str
@@ -84,6 +87,7 @@ class ProtocolResult:
     failures: list[dict[str, Any]] = field(default_factory=list)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     cmc: dict[str, list[float]] = field(default_factory=dict)
+    other_features: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,10 +220,7 @@ def summarise(
         trials_fingerprint: See `ProtocolResult`.
     """
     rows, means = _query_means(trials, len(images))
-    values = [
-        dict(zip(METRICS, (*(float(found.cmc[k - 1]) for k in RANKS), float(found.mAP), float(found.mINP))))
-        for _, found in trials
-    ]
+    values = [_metrics(found) for _, found in trials]
     intervals = bootstrap_intervals(means[:, np.isfinite(means[0])])
     first_rows, first_metrics = trials[0]
     return ProtocolResult(
@@ -229,7 +230,7 @@ def summarise(
         num_queries=len(first_rows),
         num_valid_queries=first_metrics.num_valid_queries,
         gallery_size=gallery_size,
-        mean={name: float(np.mean([value[name] for value in values])) for name in METRICS},
+        mean=mean_metrics([found for _, found in trials]),
         std={name: float(np.std([value[name] for value in values])) for name in METRICS},
         intervals={name: (low, high) for name, (low, high) in zip(COLUMN_OF, intervals.tolist())},
         trials=values,
@@ -237,6 +238,15 @@ def summarise(
         queries=_query_columns(images, rows, means, root),
         cmc=_cmc(trials, len(images)),
     )
+
+
+def _metrics(found: RankMetrics) -> dict[str, float]:
+    return dict(zip(METRICS, (*(float(found.cmc[k - 1]) for k in RANKS), float(found.mAP), float(found.mINP))))
+
+
+def mean_metrics(trials: Sequence[RankMetrics]) -> dict[str, float]:
+    """Return `ProtocolResult.mean` of trials."""
+    return {name: float(np.mean([value[name] for value in map(_metrics, trials)])) for name in METRICS}
 
 
 def _cmc(trials: Trials, num_images: int) -> dict[str, list[float]]:
@@ -306,7 +316,8 @@ def _protocol_result(values: dict[str, Any]) -> ProtocolResult:
     intervals = {name: (float(low), float(high)) for name, (low, high) in values['intervals'].items()}
     result = ProtocolResult(**{**values, 'intervals': intervals})
     _check_types(result)
-    for metrics in (result.mean, result.std, *result.trials):
+    others = [result.other_features] if result.other_features else []
+    for metrics in (result.mean, result.std, *result.trials, *others):
         if set(metrics) != set(METRICS) or not all(isinstance(value, (int, float)) for value in metrics.values()):
             raise ValueError(f'expected a number for each of {", ".join(METRICS)}, got {metrics}')
     if set(intervals) != set(COLUMN_OF):
@@ -366,6 +377,8 @@ def _csv_row(report: Report, name: str, result: ProtocolResult) -> dict[str, Any
     for part in CALIBRATION_HEADERS:
         error = result.calibration and result.calibration[part]['ece']
         row[f'ece_{part}'] = '' if error is None else _percent(error)
+    other = result.other_features
+    row |= {f'{metric}_other_features': _percent(other[metric]) if other else '' for metric in COLUMN_OF}
     row |= {'per_identity_cmc': result.per_identity_cmc, 'img_height': height, 'img_width': width}
     row |= {key: getattr(report, key) for key in ('precision', 'weights', 'skipped_images', 'learned_identities')}
     row |= {'options': _pairs(report.options, '='), 'trials_fingerprint': result.trials_fingerprint}
@@ -415,15 +428,21 @@ def size_text(report: Report) -> str:
 def _table(report: Report) -> list[str]:
     """Return aligned lines, with the deviation over several trials below the mean."""
     rows = [['protocol', 'trials', 'queries', 'gallery', *(HEADER_OF[name] for name in METRICS), 'mAP 95 %']]
+    has_others = any(result.other_features for result in report.protocols.values())
+    if has_others:
+        rows[0] += [f'mAP {kind}' for kind in RETRIEVALS if kind != report.features]
     for name, result in report.protocols.items():
         queries = str(result.num_queries)
         if result.num_valid_queries < result.num_queries:
             queries = f'{result.num_valid_queries} of {result.num_queries}'
         trials = f'{len(result.trials)} {result.draw or ""}'.strip()
         means = [f'{100 * result.mean[metric]:.2f}' for metric in METRICS]
-        rows.append([name, trials, queries, str(result.gallery_size), *means, interval_text(result.intervals['mAP'])])
+        other = [f'{100 * result.other_features["mAP"]:.2f}'] if result.other_features else [ABSENT]
+        last = [interval_text(result.intervals['mAP']), *(other if has_others else [])]
+        rows.append([name, trials, queries, str(result.gallery_size), *means, *last])
         if len(result.trials) > 1:
-            rows.append(['', '', '', 'std', *(f'{100 * result.std[metric]:.2f}' for metric in METRICS), ''])
+            deviations = [f'{100 * result.std[metric]:.2f}' for metric in METRICS]
+            rows.append(['', '', '', 'std', *deviations, *('' for _ in last)])
     return aligned(rows)
 
 

@@ -7,7 +7,7 @@ import csv
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -347,30 +347,31 @@ def _finish_best(run: Run) -> None:
 def _choose_retrieval(run: Run, model: nn.Module) -> None:
     """Let the best model retrieve before or after BN, whichever finds the validation identities better."""
     options = dict(device=run.device, size=run.input_size[1:], store=run.data.validation_store)
-    reports = {kind: evaluate(model, run.data.validation, features=kind, **options) for kind in RETRIEVALS}
-    scores = {kind: _scores(report) for kind, report in reports.items()}
-    own_first = sorted(RETRIEVALS, key=lambda kind: kind != model.retrieval)
+    report = evaluate(model, run.data.validation, **options)
+    others = [result.other_features for result in report.protocols.values()]
+    scores = {kind: _scores(report) if kind == model.retrieval else _means(others) for kind in RETRIEVALS}
+    own_first = sorted(RETRIEVALS, key=model.retrieval.__ne__)
     best = from_rank_zero(max(own_first, key=lambda kind: scores[kind]['mAP']))
     measured = ', '.join(f'{100 * score["mAP"]:.1f} % {kind}' for kind, score in scores.items())
     _logger.info(f'Validation mAP of the best model: {measured}; it retrieves {best}')
     if best == model.retrieval:
         return
     model.retrieval = run.eval_model.retrieval = run.model.retrieval = best
+    report = evaluate(model, run.data.validation, **options)
     if is_rank_zero():
         complete = timm.create_model(f'local-dir:{run.folder / BEST}', pretrained=True)  # with its classifiers
         complete.retrieval = best
-        _save_model(
-            run, complete, {**read_config(run.folder / BEST)['vireid'], 'validation': scores[best]}, reports[best]
-        )
+        _save_model(run, complete, {**read_config(run.folder / BEST)['vireid'], 'validation': scores[best]}, report)
         _write_model_config(run)
 
 
 def _scores(report: Report) -> dict[str, float]:
     """Return the means over the protocols, which are the two directions."""
-    results = report.protocols.values()
-    return {
-        metric: sum(result.mean[metric] for result in results) / len(results) for metric in ('rank1', 'mAP', 'mINP')
-    }
+    return _means([result.mean for result in report.protocols.values()])
+
+
+def _means(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {metric: sum(result[metric] for result in results) / len(results) for metric in ('rank1', 'mAP', 'mINP')}
 
 
 def _end_epoch(run: Run, report: Report | None, progress: Progress) -> None:
