@@ -37,6 +37,9 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     **{f'theta2 {weight}': {'fusion_weight': weight} for weight in (0.0, 0.4, 1.4, 2.0)},
     'width 256': {'model_kwargs': {'fuse_width': 256}},
+    'static weights': {'model_kwargs': {'spatial_weights': 'static'}},
+    'last stride 2': {'model_kwargs': {'last_stride': 2}},
+    'fixed fill': {'cre_fill': [0.4914, 0.4822, 0.4465]},
     'partner constant': {'mutual_constant': 'partner'},
     'teacher constant': {'mutual_constant': 'teacher'},
     **{f'+ {name}': {'augment': ['rcc', 'cre', *name.split()]} for name in PLUS_AUGMENTATIONS},
@@ -131,6 +134,9 @@ TABLES: dict[str, list[tuple[str, str, tuple[float, float] | None]]] = {
         ('in each direction the partner is constant', 'partner constant', None),
         ('the joint branch teaches and is constant', 'teacher constant', None),
         ('both learn, fusion 256 channels wide', 'width 256', None),
+        ('both learn, α, β, γ the same in all images', 'static weights', None),
+        ('both learn, last stride 2', 'last stride 2', None),
+        ("both learn, CRE with CAJ's fixed fill", 'fixed fill', None),
     ],
 }
 # The paper's figures of trained networks, and the cells that they show.
@@ -204,7 +210,8 @@ CLAIMS: dict[str, list[tuple[str, str]]] = {
     'plus': [(row[1], 'full') for row in TABLES['plus'] if row[1] != 'full'],
     'best': [('teacher constant', 'full'), ('plus', 'full'), ('plus', 'teacher constant')],
     'readings': [(row[1], 'rcc+cre') for row in TABLES['readings'] if row[1] != 'rcc+cre']
-    + [('teacher constant', 'full'), ('partner constant', 'full'), ('full', 'width 256')]
+    + [('teacher constant', 'full'), ('partner constant', 'full')]
+    + [('full', cell) for cell in ('width 256', 'static weights', 'last stride 2', 'fixed fill')]
     + [(f'{cell}, before BN', cell) for cell in ('baseline', 'rcc', 'rcc+cre', 'no mutual', 'full', 'teacher constant')]
     + [('full, flip test', 'full'), ('full, centred', 'full')],
 }
