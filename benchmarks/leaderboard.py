@@ -23,7 +23,7 @@ import torch
 from measuring import alternate, commit
 from paper import data_of, hardware, run_all, shared_options, train_and_evaluate, with_weights
 from paper_report import MAIN_PROTOCOL, markdown, spread
-from paper_tables import BUDGETS, CELLS, LITE0_WEIGHTS
+from paper_tables import BUDGETS, CELLS, FROM_IMAGENET
 from torch.utils.flop_counter import FlopCounterMode
 
 import vireid_timm
@@ -32,7 +32,6 @@ from vireid_timm.figures.charts import MARKERS, label, new_figure, save_figure, 
 from vireid_timm.files import save_json
 from vireid_timm.training.interrupt import Stopped
 
-LITE0 = {'pretrained': True, 'pretrained_path': LITE0_WEIGHTS, 'backbone_lr_scale': 0.3}
 # Row: what it is, the network by size (small for the CPU, full), its settings, and what the paper quotes of it:
 # rank-1 and mAP on SYSU-MM01, all-search, single-shot, without re-ranking.
 ROWS: dict[str, dict[str, Any]] = {
@@ -76,13 +75,13 @@ ROWS: dict[str, dict[str, Any]] = {
         'title': 'the baseline on EfficientNet-Lite0, from ImageNet',
         'small': ('vireid_base', {'backbone': 'tf_efficientnet_lite0'}),
         'full': ('vireid_base', {'backbone': 'tf_efficientnet_lite0'}),
-        'settings': LITE0,
+        'settings': FROM_IMAGENET,
     },
     'method on lite0, ImageNet': {
         'title': 'the method on EfficientNet-Lite0, from ImageNet',
         'small': ('vireid_dml_efficientnet_lite0', {}),
         'full': ('vireid_dml_efficientnet_lite0', {}),
-        'settings': LITE0,
+        'settings': FROM_IMAGENET,
     },
     'method on mobilenetv4': {
         'title': 'the method on MobileNetV4 Conv-S, from scratch',

@@ -232,18 +232,13 @@ SMALL = {  # from scratch, AdamW got further than the paper's SGD in the same ti
     'warmup_epochs': 1,
     'warmup_lr': 0.0001,
 }
-LITE0 = {
+LITE0_NETWORKS = {
     'method': 'vireid_dml',
     'baseline': 'vireid_base',
     'model_kwargs': {'backbone': 'tf_efficientnet_lite0'},
 }
-LITE0_SETTINGS = {
-    **SMALL,
-    'input_size': [3, 128, 64],
-    'pretrained': True,
-    'pretrained_path': LITE0_WEIGHTS,
-    'backbone_lr_scale': 0.3,
-}
+FROM_IMAGENET = {'pretrained': True, 'pretrained_path': LITE0_WEIGHTS, 'backbone_lr_scale': 0.3}
+LITE0_SETTINGS = {**SMALL, **FROM_IMAGENET, 'input_size': [3, 128, 64]}
 # Budget: its description, the two networks (method and baseline), and what differs from the recipe of the paper.
 BUDGETS: dict[str, dict[str, Any]] = {
     'smoke': {
@@ -276,18 +271,18 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
     'imagenet': {
         'title': 'EfficientNet-Lite0 from ImageNet weights, 3 epochs of batches of 64 at 128x64 (251 on SynthVI)',
-        **LITE0,
+        **LITE0_NETWORKS,
         'settings': {**LITE0_SETTINGS, 'epochs': 3},
     },
     'imagenet-long': {
         'title': 'EfficientNet-Lite0 from ImageNet weights, 12 epochs of batches of 64 at 128x64 (251 on SynthVI)',
-        **LITE0,
+        **LITE0_NETWORKS,
         'settings': {**LITE0_SETTINGS, 'epochs': 12},
     },
     'imagenet-frozen': {
         'title': 'EfficientNet-Lite0 from ImageNet weights and their batch-norm statistics, 3 epochs of batches of 64 '
         'at 128x64 (251 on SynthVI)',
-        **LITE0,
+        **LITE0_NETWORKS,
         'settings': {**LITE0_SETTINGS, 'epochs': 3, 'freeze_bn': True},
     },
     'gpu': {

@@ -24,11 +24,14 @@ from PIL import Image
 import vireid_timm
 from vireid_timm.cli.main import main
 from vireid_timm.synthvi.render import render_address
+from vireid_timm.training.config import TrainConfig
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
-gpu, paper, paper_report, synthvi_v1 = map(importlib.import_module, ('gpu', 'paper', 'paper_report', 'synthvi_v1'))
+gpu, paper, paper_report, paper_tables, synthvi_v1 = map(
+    importlib.import_module, ('gpu', 'paper', 'paper_report', 'paper_tables', 'synthvi_v1')
+)
 
 
 def test_training_speed_prints_a_table_and_one_json_object(tmp_path: Path) -> None:
@@ -240,6 +243,16 @@ def test_every_table_and_figure_of_the_paper_is_one_command(smoke_runs: Path) ->
     for figure in paper.FIGURES:
         assert f'### {figure}: {smoke_runs / figure}.png' in done.stdout
         assert (smoke_runs / f'{figure}.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('budget', paper_tables.BUDGETS)
+def test_training_knows_the_settings_of_every_cell(budget: str, tmp_path: Path) -> None:
+    (tmp_path / paper_tables.LITE0_WEIGHTS).touch()
+    args = argparse.Namespace(budget=budget, dataset='synthetic', data_dir='', output=tmp_path)
+    for cell in paper.cells_of(argparse.Namespace(what=paper.TABLES, budget=budget)):
+        settings = paper.settings_of(cell, 1, args)
+        config = TrainConfig.from_mapping(settings)
+        assert config.seed == 1 and config.epochs == settings['epochs'] and Path(config.output) == tmp_path
 
 
 def test_missing_data_end_before_anything_is_trained(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def _mistakes(done: Path) -> int:
             assert main(words.split()) == status, words
         except SystemExit as stopped:
             assert stopped.code == status, words
-        # The ranks meet at the same port again, which both have to leave before.
+        # Both ranks must have left the group before they meet at the same port again.
         (done / f'{number} {os.getpid()}').touch()
         while len(list(done.glob(f'{number} *'))) < 2:
             time.sleep(0.01)

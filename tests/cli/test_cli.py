@@ -179,6 +179,8 @@ def test_processes_share_an_evaluation(data: Path, run: Path, tmp_path: Path) ->
     first, second = Report.load(alone), Report.load(shared)
     for name, result in first.protocols.items():
         assert second[name].mean == pytest.approx(result.mean, abs=1e-6)
+        assert second[name].other_features == pytest.approx(result.other_features, abs=1e-6)
+        assert result.other_features != result.mean
         assert second[name].trials_fingerprint == result.trials_fingerprint
 
 

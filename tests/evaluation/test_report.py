@@ -158,7 +158,7 @@ def test_the_table_has_the_other_features_in_its_last_column(result, tmp_path):
         '-',
         f'{100 * result.std["mINP"]:.2f}',
     ]
-    assert make_report({'all-single': both}).__str__().splitlines()[6].endswith('mAP before-bn')
+    assert str(make_report({'all-single': both})).splitlines()[6].endswith('mAP before-bn')
     report.save(tmp_path / 'report.json')
     assert Report.load(tmp_path / 'report.json') == report
     report.save_csv(tmp_path / 'report.csv')
@@ -258,6 +258,7 @@ def test_files_that_are_not_reports_are_named(tmp_path, text):
         (lambda values, result: result['mean'].pop('mINP'), 'expected a number for each of rank1'),
         (lambda values, result: result['std'].update(mAP='high'), 'expected a number for each of rank1'),
         (lambda values, result: result['trials'][2].pop('rank5'), 'expected a number for each of rank1'),
+        (lambda values, result: result.update(other_features={'mAP': 1}), 'expected a number for each of rank1'),
         (lambda values, result: result['intervals'].pop('rank1'), 'expected intervals of rank1, mAP, mINP, got mAP'),
         (lambda values, result: result['intervals'].update(mAP=[0.5]), 'unpack'),
         (lambda values, result: result['queries'].pop('AP'), 'expected query columns'),

@@ -118,10 +118,13 @@ def with_column(dataset, **columns):
 
 def test_a_model_gives_what_its_features_give_and_a_broken_image_is_left_out(model, rendered):
     dataset, store = rendered
-    (features,) = extract(model, dataset.test, store, store.intact(), Extraction(size=(32, 16)), ['after-bn'])
+    kinds = ['after-bn', 'before-bn']
+    features, before_bn = extract(model, dataset.test, store, store.intact(), Extraction(size=(32, 16)), kinds)
     report = evaluate(model, dataset, store=store, size=(32, 16))
     table = {name: result.mean for name, result in report.protocols.items()}
     assert table == {name: result.mean for name, result in evaluate_features(features, dataset).protocols.items()}
+    table = {name: result.other_features for name, result in report.protocols.items()}
+    assert table == {name: result.mean for name, result in evaluate_features(before_bn, dataset).protocols.items()}
 
     paths = dataset.test.path.copy()
     alone = np.flatnonzero(dataset.test.tracklet == dataset.test.tracklet[-1])
@@ -135,6 +138,8 @@ def test_a_model_gives_what_its_features_give_and_a_broken_image_is_left_out(mod
     expected = evaluate_features(features[rest], kept, 'infrared-to-visible')
     result = report['infrared-to-visible']
     assert result.mean == pytest.approx(expected['infrared-to-visible'].mean, abs=1e-6)
+    expected = evaluate_features(before_bn[rest], kept, 'infrared-to-visible')
+    assert result.other_features == pytest.approx(expected['infrared-to-visible'].mean, abs=1e-6)
     assert (result.num_queries, result.gallery_size) == (23, 24) and report.skipped_images == len(broken)
 
 

@@ -47,7 +47,7 @@ def test_facts_of_an_evaluation_name_nobody(report: Report) -> None:
     assert PERSON not in text and IMAGE not in text
     result = facts['protocols']['all-single']
     assert (result['trials'], result['queries'], result['gallery'], result['draw']) == (10, 3, 7, 'seeded')
-    assert result['mean']['mAP'] == 0.61234 and result['std']['mAP'] == 0.0123
+    assert result['mean']['mAP'] == 0.61234 and result['std']['mAP'] == 0.0123 and result['other_features'] == {}
     assert result['intervals']['mAP'] == pytest.approx([0.51234, 0.71234])
     assert facts['size'] == [288, 144] and facts['weights'] == 'abc' and facts['reranking'] == 'none'
 

@@ -104,11 +104,11 @@ def evaluate(
     )
     calibration = _applicable(calibration, _settings(model, extraction, dataset), reranking)
     kind = feature_kind(model, extraction.features)
-    kinds = [kind] if reranking != 'none' else sorted(RETRIEVALS, key=kind.__ne__)
-    features, plans, num_broken = _test_features(model, dataset, plans, store, extraction, kinds)
-    report = _report(features[0], dataset, plans, draw, reranking, failures, examples, calibration)
-    for other in features[1:]:
-        report = _with_other_features(report, other, dataset, plans)
+    others = [other for other in RETRIEVALS if other != kind and reranking == 'none']
+    tables, plans, num_broken = _test_features(model, dataset, plans, store, extraction, [kind, *others])
+    report = _report(tables[0], dataset, plans, draw, reranking, failures, examples, calibration)
+    if others:
+        report = _with_other_features(report, tables[1], dataset, plans)
     return dataclasses.replace(
         report,
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
@@ -422,7 +422,9 @@ def _report(
 
 
 def _with_other_features(report: Report, features: torch.Tensor, dataset: Dataset, plans: Sequence[_Plan]) -> Report:
-    """Return a report that has the metrics of other features, too."""
+    """Return a report that has the metrics of other features, too, if these are finite."""
+    if not features[_on_device(features, _rows_of(plans))].isfinite().all():
+        return report
     found = _rank(features, dataset, plans, 'none')
     results = {
         name: dataclasses.replace(result, other_features=mean_metrics([ranks for ranks, _ in found[name]]))

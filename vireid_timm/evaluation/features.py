@@ -279,11 +279,12 @@ def extract(
         kinds: `after-bn`, `before-bn` or both, [K].
 
     Returns:
-        L2-normalised features in the order of `records`, [K, N, D] float32, on the device that computed them.
+        L2-normalised features in the order of `records`, [K, N, D] float32, on the device that computed them. Only
+        those of the first kind are sure to be finite.
 
     Raises:
-        ValueError: On an image that cannot be read, features that are not finite, ranks with different arguments, or a
-            failure of another rank.
+        ValueError: On an image that cannot be read, features of the first kind that are not finite, ranks with
+            different arguments, or a failure of another rank.
     """
     number, count = rank_and_world_size()
     if count > 1:
@@ -297,8 +298,7 @@ def extract(
 
     def finish() -> torch.Tensor:
         # Once at the end: a check after every batch would make the CPU wait for the GPU.
-        for table in tables:
-            check_finite(table, records.path)
+        check_finite(tables[0], records.path)
         if not extraction.centre:
             return tables
         return torch.stack([centred(table, records.modality) for table in tables])

@@ -230,7 +230,7 @@ def summarise(
         num_queries=len(first_rows),
         num_valid_queries=first_metrics.num_valid_queries,
         gallery_size=gallery_size,
-        mean=mean_metrics([found for _, found in trials]),
+        mean=_means(values),
         std={name: float(np.std([value[name] for value in values])) for name in METRICS},
         intervals={name: (low, high) for name, (low, high) in zip(COLUMN_OF, intervals.tolist())},
         trials=values,
@@ -246,7 +246,11 @@ def _metrics(found: RankMetrics) -> dict[str, float]:
 
 def mean_metrics(trials: Sequence[RankMetrics]) -> dict[str, float]:
     """Return `ProtocolResult.mean` of trials."""
-    return {name: float(np.mean([value[name] for value in map(_metrics, trials)])) for name in METRICS}
+    return _means(list(map(_metrics, trials)))
+
+
+def _means(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([value[name] for value in values])) for name in METRICS}
 
 
 def _cmc(trials: Trials, num_images: int) -> dict[str, list[float]]:
@@ -430,19 +434,21 @@ def _table(report: Report) -> list[str]:
     rows = [['protocol', 'trials', 'queries', 'gallery', *(HEADER_OF[name] for name in METRICS), 'mAP 95 %']]
     has_others = any(result.other_features for result in report.protocols.values())
     if has_others:
-        rows[0] += [f'mAP {kind}' for kind in RETRIEVALS if kind != report.features]
+        (other,) = set(RETRIEVALS) - {report.features}
+        rows[0].append(f'mAP {other}')
     for name, result in report.protocols.items():
         queries = str(result.num_queries)
         if result.num_valid_queries < result.num_queries:
             queries = f'{result.num_valid_queries} of {result.num_queries}'
         trials = f'{len(result.trials)} {result.draw or ""}'.strip()
         means = [f'{100 * result.mean[metric]:.2f}' for metric in METRICS]
-        other = [f'{100 * result.other_features["mAP"]:.2f}'] if result.other_features else [ABSENT]
-        last = [interval_text(result.intervals['mAP']), *(other if has_others else [])]
-        rows.append([name, trials, queries, str(result.gallery_size), *means, *last])
+        row = [name, trials, queries, str(result.gallery_size), *means, interval_text(result.intervals['mAP'])]
+        if has_others:
+            row.append(f'{100 * result.other_features["mAP"]:.2f}' if result.other_features else ABSENT)
+        rows.append(row)
         if len(result.trials) > 1:
-            deviations = [f'{100 * result.std[metric]:.2f}' for metric in METRICS]
-            rows.append(['', '', '', 'std', *deviations, *('' for _ in last)])
+            deviations = ['', '', '', 'std', *(f'{100 * result.std[metric]:.2f}' for metric in METRICS)]
+            rows.append(deviations + [''] * (len(row) - len(deviations)))
     return aligned(rows)
 
 

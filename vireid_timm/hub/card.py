@@ -35,7 +35,10 @@ def evaluation_facts(report: Report) -> dict[str, Any]:
         'skipped_images': report.skipped_images,
         'protocols': {
             name: {
-                **{key: getattr(result, key) for key in ('direction', 'draw', 'mean', 'std', 'decisions')},
+                **{
+                    key: getattr(result, key)
+                    for key in ('direction', 'draw', 'mean', 'std', 'other_features', 'decisions')
+                },
                 'trials': len(result.trials),
                 'queries': result.num_valid_queries,
                 'gallery': result.gallery_size,

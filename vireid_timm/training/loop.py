@@ -348,13 +348,12 @@ def _choose_retrieval(run: Run, model: nn.Module) -> None:
     """Let the best model retrieve before or after BN, whichever finds the validation identities better."""
     options = dict(device=run.device, size=run.input_size[1:], store=run.data.validation_store)
     report = evaluate(model, run.data.validation, **options)
-    others = [result.other_features for result in report.protocols.values()]
-    scores = {kind: _scores(report) if kind == model.retrieval else _means(others) for kind in RETRIEVALS}
-    own_first = sorted(RETRIEVALS, key=model.retrieval.__ne__)
-    best = from_rank_zero(max(own_first, key=lambda kind: scores[kind]['mAP']))
-    measured = ', '.join(f'{100 * score["mAP"]:.1f} % {kind}' for kind, score in scores.items())
+    own, (other,) = model.retrieval, set(RETRIEVALS) - {model.retrieval}
+    scores = {own: _scores(report), other: _means([result.other_features for result in report.protocols.values()])}
+    best = from_rank_zero(max(scores, key=lambda kind: scores[kind]['mAP']))  # its own if they are equal
+    measured = ', '.join(f'{100 * scores[kind]["mAP"]:.1f} % {kind}' for kind in RETRIEVALS)
     _logger.info(f'Validation mAP of the best model: {measured}; it retrieves {best}')
-    if best == model.retrieval:
+    if best == own:
         return
     model.retrieval = run.eval_model.retrieval = run.model.retrieval = best
     report = evaluate(model, run.data.validation, **options)
