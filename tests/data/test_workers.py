@@ -87,11 +87,12 @@ def test_worker_processes_run_nothing_of_the_callers_script(tmp_path, way):
         'stdin': ['-'],
         'interactive': ['-i', '-q'],
     }[way]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
     done = subprocess.run(
         [sys.executable, *options],
         input={'stdin': SCRIPT, 'interactive': 'exec(open("script.py").read())\n'}.get(way, ''),
         cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])},
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=120,
