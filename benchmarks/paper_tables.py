@@ -188,32 +188,31 @@ PUBLISHED: dict[str, tuple[str, list[tuple[str, str, str, str]]]] = {
     ),
 }
 # What a table claims: the first cell is better than the second. After a comma stands a feature other than 'after BN'.
+TABLE1_CLAIMS = [
+    ('fusion', 'baseline'),
+    ('rcc', 'baseline'),
+    ('cre', 'baseline'),
+    ('rcc+cre', 'baseline'),
+    ('no mutual', 'rcc+cre'),
+    ('full', 'no mutual'),
+    ('full', 'rcc+cre'),
+    ('full', 'baseline'),
+    *(('teacher constant', cell) for cell in ('rcc+cre', 'full', 'no mutual', 'fusion', 'rcc', 'baseline')),
+]
 CLAIMS: dict[str, list[tuple[str, str]]] = {
-    'table1': [
-        ('fusion', 'baseline'),
-        ('rcc', 'baseline'),
-        ('cre', 'baseline'),
-        ('rcc+cre', 'baseline'),
-        ('no mutual', 'rcc+cre'),
-        ('full', 'no mutual'),
-        ('full', 'rcc+cre'),
-        ('teacher constant', 'rcc+cre'),
-        ('teacher constant', 'full'),
-        ('teacher constant', 'no mutual'),
-        ('teacher constant', 'baseline'),
-    ],
+    'table1': TABLE1_CLAIMS + [(f'{better}, before BN', f'{worse}, before BN') for better, worse in TABLE1_CLAIMS],
     'table2': [('full', row[1]) for row in TABLES['table2'] if row[1] != 'full'],
     'table3': [('full', row[1]) for row in TABLES['table3'] if row[1] != 'full'],
     'table4': [(row[1], 'no mutual') for row in TABLES['table4'] if row[1] != 'no mutual'],
-    'fig4': [],
+    'fig4': [(row[1], 'full') for row in TABLES['fig4'] if row[1] != 'full'],
     **{table: [('full', 'baseline'), ('full', 'agw')] for table in ('table5', 'table6')},
     'plus': [(row[1], 'full') for row in TABLES['plus'] if row[1] != 'full'],
     'best': [('teacher constant', 'full'), ('plus', 'full'), ('plus', 'teacher constant')],
     'readings': [(row[1], 'rcc+cre') for row in TABLES['readings'] if row[1] != 'rcc+cre']
     + [('teacher constant', 'full'), ('partner constant', 'full')]
     + [('full', cell) for cell in ('width 256', 'static weights', 'last stride 2', 'fixed fill')]
-    + [(f'{cell}, before BN', cell) for cell in ('baseline', 'rcc', 'rcc+cre', 'no mutual', 'full', 'teacher constant')]
-    + [('full, flip test', 'full'), ('full, centred', 'full')],
+    + [(f'{cell}, before BN', cell) for cell in dict.fromkeys(row[1] for row in TABLES['table1'])]
+    + [(f'full, {feature}', 'full') for feature in ('flip test', 'centred', 'global')],
 }
 
 LITE0_WEIGHTS = 'lite0.safetensors'  # in --output; written if it is missing

@@ -566,6 +566,6 @@ def test_centring_subtracts_the_mean_of_each_modality():
         rows = torch.from_numpy(modality == name)
         expected = torch.stack([F.normalize(row - features[rows].mean(dim=0), dim=0) for row in features[rows]])
         torch.testing.assert_close(found[rows], expected)
-    assert (centred(features[:1].expand(3, -1), np.array(['visible'] * 3)) == 0).all(), 'all the same'
+    assert (centred(features[:1].expand(3, -1), np.array(['visible'] * 3)) == 0).all(), 'each equals the mean'
     with pytest.raises(ValueError, match='there is one infrared image'):
         centred(features[:3], modality[:3])

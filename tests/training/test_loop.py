@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from datetime import timedelta
 from operator import methodcaller
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -40,7 +41,7 @@ from vireid_timm.run_folder import load_checkpoint, open_run_folder
 from vireid_timm.training import loop
 from vireid_timm.training.checkpoint import save_checkpoint
 from vireid_timm.training.config import TrainConfig, load_yaml
-from vireid_timm.training.loop import TrainResult, train
+from vireid_timm.training.loop import TrainResult, _choose_retrieval, train
 from vireid_timm.training.progress import Progress
 from vireid_timm.training.run import (
     Run,
@@ -221,6 +222,18 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_state(
     assert equal(*states)
     lines = [(run.folder / 'summary.csv').read_text().splitlines() for run in (whole, resumed)]
     assert len(lines[0]) == len(lines[1]) == common['epochs'] + 1
+
+
+def test_features_that_are_not_finite_are_not_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    model = timm.create_model('vireid_dml_r10t.synthvi', pretrained=True, num_classes=0)
+    with torch.no_grad():
+        model.joint_head.neck.weight[0] = torch.inf
+    people = vireid_timm.create_dataset('synthetic', identities=0, test_identities=3, images_per_modality=1)
+    data = SimpleNamespace(validation=people, validation_store=None)
+    with caplog.at_level(logging.INFO, 'vireid_timm'):
+        _choose_retrieval(SimpleNamespace(data=data, device=torch.device('cpu'), input_size=(3, 64, 32)), model)
+    assert model.retrieval == 'before-bn' and '% before-bn; it retrieves before-bn' in caplog.text
+    assert 'after-bn' not in caplog.text
 
 
 def test_losses_can_change_when_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -380,9 +380,7 @@ def _report(
     examples: int,
     calibration: Calibration | None = None,
 ) -> Report:
-    if not torch.stack(features.aminmax()).isfinite().all():  # rows that no trial needs may be NaN
-        rows = _rows_of(plans)
-        check_finite(features[_on_device(features, rows)], dataset.test.path[rows])
+    _check_needed(features, dataset, plans)
     found = _rank(features, dataset, plans, reranking)
     paths = relative_paths(dataset.root, dataset.test.path.tolist())
     images = hashlib.sha256('\n'.join(paths).encode('utf-8', 'surrogatepass'))  # names may be in another encoding
@@ -421,9 +419,18 @@ def _report(
     )
 
 
+def _check_needed(features: torch.Tensor, dataset: Dataset, plans: Sequence[_Plan]) -> None:
+    """Raise a ValueError if features that a trial needs are not finite; the other rows may be NaN."""
+    if not torch.stack(features.aminmax()).isfinite().all():
+        rows = _rows_of(plans)
+        check_finite(features[_on_device(features, rows)], dataset.test.path[rows])
+
+
 def _with_other_features(report: Report, features: torch.Tensor, dataset: Dataset, plans: Sequence[_Plan]) -> Report:
     """Return a report that has the metrics of other features, too, if these are finite."""
-    if not features[_on_device(features, _rows_of(plans))].isfinite().all():
+    try:
+        _check_needed(features, dataset, plans)
+    except ValueError:  # nobody asked for these
         return report
     found = _rank(features, dataset, plans, 'none')
     results = {

@@ -349,9 +349,11 @@ def _choose_retrieval(run: Run, model: nn.Module) -> None:
     options = dict(device=run.device, size=run.input_size[1:], store=run.data.validation_store)
     report = evaluate(model, run.data.validation, **options)
     own, (other,) = model.retrieval, set(RETRIEVALS) - {model.retrieval}
-    scores = {own: _scores(report), other: _means([result.other_features for result in report.protocols.values()])}
+    scores, others = {own: _scores(report)}, [result.other_features for result in report.protocols.values()]
+    if all(others):  # there are none if they are not finite
+        scores[other] = _means(others)
     best = from_rank_zero(max(scores, key=lambda kind: scores[kind]['mAP']))  # its own if they are equal
-    measured = ', '.join(f'{100 * scores[kind]["mAP"]:.1f} % {kind}' for kind in RETRIEVALS)
+    measured = ', '.join(f'{100 * scores[kind]["mAP"]:.1f} % {kind}' for kind in RETRIEVALS if kind in scores)
     _logger.info(f'Validation mAP of the best model: {measured}; it retrieves {best}')
     if best == own:
         return

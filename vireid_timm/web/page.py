@@ -85,7 +85,7 @@ def introduction(modalities: Sequence[str]) -> str:
 
 
 def empty(gallery_size: int, query_modality: str, gallery_modality: str) -> str:
-    """Return what stands in place of an answer before there is a query."""
+    """Return the placeholder that is shown until there is a query."""
     return f'<p class="faint">{gallery_size:,} {gallery_modality} images can be searched by {query_modality} ones.</p>'
 
 
